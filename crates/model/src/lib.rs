@@ -1,0 +1,16 @@
+//! Llama-class models as arithmetic: parameters, operators, FLOPs and bytes.
+//!
+//! Nothing here holds a tensor or knows a device. A model is a [`Config`]; its parameters come in
+//! [`Block`]s (what is gathered, reduced and updated together), its work in [`Segment`]s (what an
+//! instruction of a program carries out), and each segment in [`Operator`]s (what is counted,
+//! costed and timed).
+
+mod config;
+mod operator;
+mod parameters;
+mod segment;
+
+pub use config::{Config, ConfigError, Llama3Scaling, Rotary};
+pub use operator::Operator;
+pub use parameters::{Block, Parameter, Role};
+pub use segment::{Pass, Segment, Shape};
