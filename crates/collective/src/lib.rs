@@ -13,3 +13,13 @@ pub enum Kind {
     /// Every rank holds every rank's chunk; rank `i` brought chunk `i`.
     AllGather,
 }
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::AllReduce => "all-reduce",
+            Self::ReduceScatter => "reduce-scatter",
+            Self::AllGather => "all-gather",
+        })
+    }
+}

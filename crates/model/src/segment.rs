@@ -238,7 +238,7 @@ impl Config {
         };
         let forward: Flops = self
             .blocks()
-            .flat_map(|block| Segment::of(block))
+            .flat_map(Segment::of)
             .flat_map(|segment| self.operators(*segment, Pass::Forward, &shape))
             .filter(|operator| {
                 matches!(

@@ -1,0 +1,187 @@
+//! The instruction set: compute a segment, update parameters, post a transfer, wait for it.
+
+use std::fmt;
+
+use model::{Block, Pass, Segment};
+use serde::{Deserialize, Serialize};
+use units::Bytes;
+
+use crate::Axis;
+
+/// A tensor that one microbatch leaves behind on its way through the model. The number is a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Value {
+    /// The residual stream entering a layer; entering the head when the number is the layer count.
+    Stream(u32),
+    /// The normed input of attention.
+    AttentionNormed(u32),
+    /// Queries, keys and values, rotated.
+    Qkv(u32),
+    /// Weighted values of all heads.
+    Attended(u32),
+    /// What attention adds to the stream.
+    AttentionDelta(u32),
+    /// The residual stream between attention and feed-forward.
+    Middle(u32),
+    /// The normed input of the feed-forward block.
+    FeedForwardNormed(u32),
+    /// What the feed-forward block adds to the stream.
+    FeedForwardDelta(u32),
+    /// The normed input of the head.
+    FinalNormed,
+    /// Scores over the vocabulary.
+    Logits,
+    /// The loss.
+    Loss,
+}
+
+impl Value {
+    /// What `segment` of `layer` reads and what it writes, in the forward direction.
+    #[must_use]
+    pub fn of(segment: Segment, layer: u32) -> (Vec<Self>, Self) {
+        match segment {
+            Segment::Embed => (vec![], Self::Stream(0)),
+            Segment::AttentionNorm => (vec![Self::Stream(layer)], Self::AttentionNormed(layer)),
+            Segment::Qkv => (vec![Self::AttentionNormed(layer)], Self::Qkv(layer)),
+            Segment::Attend => (vec![Self::Qkv(layer)], Self::Attended(layer)),
+            Segment::Project => (vec![Self::Attended(layer)], Self::AttentionDelta(layer)),
+            Segment::AttentionAdd => (
+                vec![Self::Stream(layer), Self::AttentionDelta(layer)],
+                Self::Middle(layer),
+            ),
+            Segment::FeedForwardNorm => (vec![Self::Middle(layer)], Self::FeedForwardNormed(layer)),
+            Segment::FeedForward => (
+                vec![Self::FeedForwardNormed(layer)],
+                Self::FeedForwardDelta(layer),
+            ),
+            Segment::FeedForwardAdd => (
+                vec![Self::Middle(layer), Self::FeedForwardDelta(layer)],
+                Self::Stream(layer + 1),
+            ),
+            Segment::FinalNorm => (vec![Self::Stream(layer)], Self::FinalNormed),
+            Segment::Logits => (vec![Self::FinalNormed], Self::Logits),
+            Segment::Loss => (vec![Self::Logits], Self::Loss),
+        }
+    }
+}
+
+/// What a transfer moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Buffer {
+    /// A block's parameters.
+    Parameters(Block),
+    /// A block's gradients.
+    Gradients(Block),
+    /// A value of a microbatch.
+    Activation {
+        /// Which value.
+        value: Value,
+        /// Of which microbatch.
+        microbatch: u32,
+    },
+    /// The gradient of a value of a microbatch.
+    ActivationGradient {
+        /// Which value.
+        value: Value,
+        /// Of which microbatch.
+        microbatch: u32,
+    },
+    /// Each rank's share of the squared gradient norm and of the loss.
+    Statistics,
+}
+
+/// How a transfer moves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Action {
+    /// Together with the group along the axis.
+    Collective(collective::Kind),
+    /// To the rank at this coordinate along the axis.
+    Send {
+        /// Coordinate of the receiver.
+        to: u32,
+    },
+    /// From the rank at this coordinate along the axis.
+    Receive {
+        /// Coordinate of the sender.
+        from: u32,
+    },
+}
+
+/// A movement of one buffer along one axis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Transfer {
+    /// How.
+    pub action: Action,
+    /// Along which axis.
+    pub axis: Axis,
+    /// What.
+    pub buffer: Buffer,
+    /// Size of the whole buffer, in fp32 elements.
+    pub elements: u64,
+}
+
+impl Transfer {
+    /// Size of the whole buffer.
+    #[must_use]
+    pub fn bytes(&self) -> Bytes {
+        Bytes(4 * self.elements)
+    }
+}
+
+/// Names a posted transfer until it is waited for; unique within a rank's list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Ticket(pub u32);
+
+/// One entry of a program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Instruction {
+    /// Carry out a segment for a microbatch.
+    Compute {
+        /// Which segment.
+        segment: Segment,
+        /// In which direction.
+        pass: Pass,
+        /// Of which layer; for the head the layer count, for the embedding 0.
+        layer: u32,
+        /// For which microbatch.
+        microbatch: u32,
+    },
+    /// Add the reduced gradient of a microbatch to the sum over the microbatches.
+    Accumulate {
+        /// Of which block.
+        block: Block,
+    },
+    /// Add this rank's share of the squared gradient norm.
+    SquareSum {
+        /// Of which block.
+        block: Block,
+    },
+    /// Clip by the global norm and apply the optimizer.
+    Update {
+        /// To which block.
+        block: Block,
+    },
+    /// Forget gathered parameters and keep the own chunk.
+    Release {
+        /// Of which block.
+        block: Block,
+    },
+    /// Start a transfer and go on.
+    Post {
+        /// Names it for the wait.
+        ticket: Ticket,
+        /// What to move.
+        transfer: Transfer,
+    },
+    /// Go on only when the transfer is complete.
+    Wait {
+        /// As posted.
+        ticket: Ticket,
+    },
+}
+
+impl fmt::Display for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "#{}", self.0)
+    }
+}

@@ -1,0 +1,145 @@
+//! A training step as data: what each rank does, in order, as lists of instructions.
+//!
+//! This is the narrow waist of Phalanx. `plan` writes a [`Program`]; the verifier, the printer,
+//! the simulator and the real runtime read the same lists, the latter two through the same
+//! [`Executor`]. Nothing here knows where or how fast a program runs.
+
+mod executor;
+mod instruction;
+mod meetings;
+mod mesh;
+mod text;
+mod trace;
+mod verify;
+
+use std::collections::BTreeMap;
+
+use model::{Block, Operator, Pass, Segment, Shape};
+use units::{Bytes, Flops, Rank};
+
+pub use executor::{Executor, Next};
+pub use instruction::{Action, Buffer, Instruction, Ticket, Transfer, Value};
+pub use meetings::{Meetings, Party};
+pub use mesh::{Axis, Mesh};
+pub use trace::{Lane, Span, Trace};
+pub use verify::VerifyError;
+
+/// One optimizer step (or one evaluation) of every rank.
+///
+/// Ranks that do the same share one list: the ranks of a pipeline stage form a class.
+#[derive(Debug, Clone)]
+pub struct Program {
+    /// How ranks are arranged along the axes.
+    pub mesh: Mesh,
+    /// Microbatches per data-parallel rank.
+    pub microbatches: u32,
+    /// The size of one microbatch.
+    pub shape: Shape,
+    /// Most transfers a rank may have posted and not completed; a post beyond it blocks.
+    pub in_flight: usize,
+    /// Whether a rank holds only its chunk of each block at the start of the step.
+    pub parameters_sharded: bool,
+    /// Whether a rank updates only its chunk of each block.
+    pub optimizer_sharded: bool,
+    /// Whether the head's product uses the embedding block.
+    pub tied_embeddings: bool,
+    /// The instructions of each class, by pipeline coordinate.
+    pub classes: Vec<Vec<Instruction>>,
+    /// The operators of one microbatch through each segment.
+    pub segments: BTreeMap<(Segment, Pass), Vec<Operator>>,
+    /// Elements of each block's flat buffer.
+    pub blocks: BTreeMap<Block, u64>,
+}
+
+impl Program {
+    /// What `rank` does.
+    #[must_use]
+    pub fn instructions(&self, rank: Rank) -> &[Instruction] {
+        &self.classes[self.mesh.coordinate(rank, Axis::Pipeline) as usize]
+    }
+
+    /// The blocks whose parameters `segment` of `layer` uses.
+    #[must_use]
+    pub fn blocks_used(&self, segment: Segment, layer: u32) -> Vec<Block> {
+        match segment {
+            Segment::Embed => vec![Block::Embedding],
+            Segment::Logits if self.tied_embeddings => vec![Block::Embedding],
+            Segment::FinalNorm | Segment::Logits | Segment::Loss => vec![Block::Head],
+            _ => vec![Block::Layer(layer)],
+        }
+    }
+
+    /// Elements of `block` that one rank updates.
+    #[must_use]
+    pub fn updated_elements(&self, block: Block) -> u64 {
+        let degree = if self.optimizer_sharded {
+            self.mesh.degree(Axis::Data)
+        } else {
+            1
+        };
+        self.blocks[&block].div_ceil(u64::from(degree))
+    }
+
+    /// The operators an instruction carries out; empty for one that only moves or waits.
+    #[must_use]
+    pub fn operators(&self, instruction: &Instruction) -> Vec<Operator> {
+        match *instruction {
+            Instruction::Compute { segment, pass, .. } => self.segments[&(segment, pass)].clone(),
+            Instruction::Accumulate { block } => {
+                vec![Operator::Add {
+                    elements: self.updated_elements(block),
+                }]
+            }
+            Instruction::SquareSum { block } => {
+                let degree = u64::from(self.mesh.degree(Axis::Data));
+                vec![Operator::SquareSum {
+                    elements: self.blocks[&block].div_ceil(degree),
+                }]
+            }
+            Instruction::Update { block } => {
+                vec![Operator::AdamW {
+                    elements: self.updated_elements(block),
+                }]
+            }
+            Instruction::Release { .. } | Instruction::Post { .. } | Instruction::Wait { .. } => {
+                vec![]
+            }
+        }
+    }
+
+    /// FLOPs of one class in one step.
+    #[must_use]
+    pub fn flops(&self, class: usize) -> Flops {
+        self.classes[class]
+            .iter()
+            .flat_map(|i| self.operators(i))
+            .map(|o| o.flops())
+            .sum()
+    }
+
+    /// Bytes a rank of one class hands to transfers in one step.
+    #[must_use]
+    pub fn transferred(&self, class: usize) -> Bytes {
+        self.classes[class]
+            .iter()
+            .filter_map(|instruction| match instruction {
+                Instruction::Post { transfer, .. } => Some(transfer.bytes()),
+                _ => None,
+            })
+            .sum()
+    }
+
+    /// The transfer that `ticket` names in the list of `rank`.
+    #[must_use]
+    pub fn transfer(&self, rank: Rank, ticket: Ticket) -> Option<&Transfer> {
+        self.instructions(rank)
+            .iter()
+            .find_map(|instruction| match instruction {
+                Instruction::Post {
+                    ticket: posted,
+                    transfer,
+                } if *posted == ticket => Some(transfer),
+                _ => None,
+            })
+    }
+}
