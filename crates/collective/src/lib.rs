@@ -1,18 +1,23 @@
 //! Collective algorithms as data: per-rank lists of sends and receives of chunks.
+//!
+//! A [`Schedule`] says what every member of a group sends and receives, in which order it reduces,
+//! and how many sends to one peer may be under way. [`Schedule::verify`] proves it symbolically, an
+//! [`Executor`] walks one member's list, and [`Algorithm::cost`] is its closed form. The simulator
+//! drives the executor with virtual time and the runtime with bytes; neither has its own copy of an
+//! algorithm.
+//!
+//! Members are numbered by their position in the group, from 0; which ranks of the job they are is
+//! the caller's business.
 
-use serde::{Deserialize, Serialize};
+mod algorithm;
+mod executor;
+mod schedule;
+mod verify;
 
-/// What a collective leaves on every rank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// Every rank holds the sum of all ranks' buffers.
-    AllReduce,
-    /// Rank `i` holds chunk `i` of the sum.
-    ReduceScatter,
-    /// Every rank holds every rank's chunk; rank `i` brought chunk `i`.
-    AllGather,
-}
+pub use algorithm::{Algorithm, Cost, direct, ring};
+pub use executor::Executor;
+pub use schedule::{Action, Kind, Schedule, Step, chunk_range};
+pub use verify::Error;
 
 impl std::fmt::Display for Kind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -1,0 +1,219 @@
+//! The state machine that walks one member's steps: "what may start now?", "this one is done".
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::Step;
+
+/// One member's progress through its steps. It holds no clock, socket or buffer.
+///
+/// A step may start when
+/// - every earlier step that touches the same chunk is done, unless both only send it;
+/// - every earlier step in the same direction with the same peer has started, so that the n-th send
+///   meets the n-th receive;
+/// - for a send, fewer than the in-flight limit to that peer are under way.
+///
+/// Nothing else orders steps: a receive completes while a send is under way and the reverse.
+#[derive(Debug, Clone)]
+pub struct Executor {
+    in_flight: usize,
+    streams: Vec<Stream>,
+    nodes: Vec<Node>,
+    startable: BTreeSet<usize>,
+    remaining: usize,
+}
+
+/// The steps in one direction with one peer, in order.
+#[derive(Debug, Clone)]
+struct Stream {
+    sends: bool,
+    steps: Vec<usize>,
+    started: usize,
+    done: usize,
+}
+
+/// A step in the graph of what waits for what.
+#[derive(Debug, Clone, Default)]
+struct Node {
+    stream: usize,
+    blockers: usize,
+    blocks: Vec<usize>,
+    started: bool,
+    done: bool,
+}
+
+impl Executor {
+    /// An executor at the start of `steps` with at most `in_flight` sends to a peer under way.
+    ///
+    /// # Panics
+    /// When `in_flight` is 0, with which nothing could ever be sent.
+    #[must_use]
+    pub fn new(steps: &[Step], in_flight: u32) -> Self {
+        assert!(in_flight > 0, "at least one send must be allowed in flight");
+        let mut executor = Self {
+            in_flight: in_flight as usize,
+            streams: Vec::new(),
+            nodes: vec![Node::default(); steps.len()],
+            startable: BTreeSet::new(),
+            remaining: steps.len(),
+        };
+        executor.find_streams(steps);
+        executor.find_blockers(steps);
+        (0..executor.streams.len()).for_each(|stream| executor.admit(stream));
+        executor
+    }
+
+    /// The next step that may start, which is thereby started; `None` until another step is done.
+    pub fn start_next(&mut self) -> Option<usize> {
+        let step = self.startable.pop_first()?;
+        let stream = self.nodes[step].stream;
+        self.nodes[step].started = true;
+        self.streams[stream].started += 1;
+        self.admit(stream);
+        Some(step)
+    }
+
+    /// Notes that a started step is done.
+    ///
+    /// # Panics
+    /// When the step was not started or is done already.
+    pub fn complete(&mut self, step: usize) {
+        let node = &mut self.nodes[step];
+        assert!(node.started && !node.done, "step {step} is not under way");
+        node.done = true;
+        self.remaining -= 1;
+        let stream = node.stream;
+        self.streams[stream].done += 1;
+        self.admit(stream);
+        for blocked in std::mem::take(&mut self.nodes[step].blocks) {
+            self.nodes[blocked].blockers -= 1;
+            self.admit(self.nodes[blocked].stream);
+        }
+    }
+
+    /// Whether every step is done.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.remaining == 0
+    }
+
+    /// The steps that are not done, in list order.
+    pub fn pending(&self) -> impl Iterator<Item = usize> {
+        (0..self.nodes.len()).filter(|step| !self.nodes[*step].done)
+    }
+
+    /// Lets a stream's next step start if nothing holds it back.
+    fn admit(&mut self, stream: usize) {
+        let Stream {
+            sends,
+            steps,
+            started,
+            done,
+        } = &self.streams[stream];
+        let Some(&next) = steps.get(*started) else {
+            return;
+        };
+        let room = !sends || started - done < self.in_flight;
+        if room && self.nodes[next].blockers == 0 {
+            self.startable.insert(next);
+        }
+    }
+
+    /// Sorts the steps into streams.
+    fn find_streams(&mut self, steps: &[Step]) {
+        let mut numbers = BTreeMap::new();
+        for (index, step) in steps.iter().enumerate() {
+            let key = (step.is_send(), step.peer());
+            let number = *numbers.entry(key).or_insert_with(|| {
+                let sends = step.is_send();
+                self.streams.push(Stream {
+                    sends,
+                    steps: Vec::new(),
+                    started: 0,
+                    done: 0,
+                });
+                self.streams.len() - 1
+            });
+            self.streams[number].steps.push(index);
+            self.nodes[index].stream = number;
+        }
+    }
+
+    /// Finds what waits for what on each chunk: a send for the last receive, a receive for the last
+    /// receive and for the sends since.
+    fn find_blockers(&mut self, steps: &[Step]) {
+        let mut since_last_receive: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        let mut last_receive: BTreeMap<u32, usize> = BTreeMap::new();
+        for (index, step) in steps.iter().enumerate() {
+            let sends = since_last_receive.entry(step.chunk()).or_default();
+            let last = last_receive.get(&step.chunk()).copied();
+            let mut blockers: Vec<usize> = last.into_iter().collect();
+            if step.is_send() {
+                sends.push(index);
+            } else {
+                blockers.append(sends);
+                last_receive.insert(step.chunk(), index);
+            }
+            self.nodes[index].blockers = blockers.len();
+            blockers
+                .into_iter()
+                .for_each(|blocker| self.nodes[blocker].blocks.push(index));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Action, Kind, ring};
+
+    fn drain(executor: &mut Executor) -> Vec<usize> {
+        std::iter::from_fn(|| executor.start_next()).collect()
+    }
+
+    #[test]
+    fn a_send_waits_for_the_reduction_it_carries_on() {
+        let steps = &ring(Kind::ReduceScatter, 3).steps[0];
+        let mut executor = Executor::new(steps, 1);
+        assert_eq!(drain(&mut executor), [0, 1, 3]);
+        executor.complete(0);
+        assert_eq!(drain(&mut executor), [], "the chunk has not arrived");
+        executor.complete(1);
+        assert_eq!(drain(&mut executor), [2]);
+        executor.complete(3);
+        executor.complete(2);
+        assert!(executor.is_done());
+    }
+
+    #[test]
+    fn the_in_flight_limit_holds_per_peer() {
+        let to = |to, chunk| Step::Send { to, chunk };
+        let steps = [to(1, 0), to(1, 1), to(1, 2), to(2, 0)];
+        let mut executor = Executor::new(&steps, 2);
+        assert_eq!(drain(&mut executor), [0, 1, 3]);
+        executor.complete(1);
+        assert_eq!(drain(&mut executor), [2]);
+        assert_eq!(executor.pending().collect::<Vec<_>>(), [0, 2, 3]);
+    }
+
+    #[test]
+    fn a_chunk_under_way_is_not_overwritten() {
+        let copy = Step::Receive {
+            from: 1,
+            chunk: 0,
+            action: Action::Copy,
+        };
+        let mut executor = Executor::new(&[Step::Send { to: 1, chunk: 0 }, copy], 1);
+        assert_eq!(drain(&mut executor), [0]);
+        executor.complete(0);
+        assert_eq!(drain(&mut executor), [1]);
+    }
+
+    #[test]
+    #[should_panic(expected = "step 0 is not under way")]
+    fn completing_a_step_twice_is_a_bug() {
+        let mut executor = Executor::new(&[Step::Send { to: 1, chunk: 0 }], 1);
+        drain(&mut executor);
+        executor.complete(0);
+        executor.complete(0);
+    }
+}
