@@ -1,7 +1,7 @@
 //! Virtual time: what is to happen when.
 
-use std::cmp::{Ordering, Reverse};
-use std::collections::BinaryHeap;
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
 
 use units::Seconds;
 
@@ -11,22 +11,19 @@ use units::Seconds;
 pub(crate) struct Agenda<Event> {
     now: Seconds,
     scheduled: u64,
-    entries: BinaryHeap<Reverse<Entry<Event>>>,
+    events: BTreeMap<(Moment, u64), Event>,
 }
 
-#[derive(Debug)]
-struct Entry<Event> {
-    at: Seconds,
-    sequence: u64,
-    event: Event,
-}
+/// A time that is never NaN, and so has an order.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Moment(pub(crate) f64);
 
 impl<Event> Agenda<Event> {
     pub(crate) fn new() -> Self {
         Self {
             now: Seconds::ZERO,
             scheduled: 0,
-            entries: BinaryHeap::new(),
+            events: BTreeMap::new(),
         }
     }
 
@@ -37,49 +34,38 @@ impl<Event> Agenda<Event> {
 
     /// Adds an event. Rounding may put it a hair before now; it then happens now.
     pub(crate) fn schedule(&mut self, at: Seconds, event: Event) {
-        self.entries.push(Reverse(Entry {
-            at: at.max(self.now),
-            sequence: self.scheduled,
-            event,
-        }));
+        let moment = Moment(at.max(self.now).0);
+        self.events.insert((moment, self.scheduled), event);
         self.scheduled += 1;
     }
 
     /// Whether something is left to happen before time goes on.
     pub(crate) fn has_more_now(&self) -> bool {
-        self.entries
-            .peek()
-            .is_some_and(|Reverse(entry)| entry.at <= self.now)
+        let next = self.events.first_key_value();
+        next.is_some_and(|((at, _), _)| at.0 <= self.now.0)
     }
 
     /// Takes the next event and moves the clock to its time.
     pub(crate) fn pop(&mut self) -> Option<Event> {
-        let Reverse(entry) = self.entries.pop()?;
-        self.now = entry.at;
-        Some(entry.event)
+        let ((at, _), event) = self.events.pop_first()?;
+        self.now = Seconds(at.0);
+        Some(event)
     }
 }
 
-impl<Event> Ord for Entry<Event> {
+impl Eq for Moment {}
+
+impl Ord for Moment {
     fn cmp(&self, other: &Self) -> Ordering {
-        let by_time = self.at.0.total_cmp(&other.at.0);
-        by_time.then(self.sequence.cmp(&other.sequence))
+        self.0.total_cmp(&other.0)
     }
 }
 
-impl<Event> PartialOrd for Entry<Event> {
+impl PartialOrd for Moment {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
-
-impl<Event> PartialEq for Entry<Event> {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other) == Ordering::Equal
-    }
-}
-
-impl<Event> Eq for Entry<Event> {}
 
 #[cfg(test)]
 mod tests {

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use units::Seconds;
 
+use crate::agenda::Moment;
+
 /// One host's cores and the tasks that run on them.
 ///
 /// All threads run at the same rate, at most one core each. So one number, how far a task has come
@@ -15,19 +17,7 @@ pub(crate) struct Cores<Task> {
     progress: f64,
     updated: Seconds,
     started: u64,
-    running: BTreeMap<(Progress, u64), (u32, Task)>,
-}
-
-/// A value of [`Cores::progress`], never NaN.
-#[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
-struct Progress(f64);
-
-impl Eq for Progress {}
-
-impl Ord for Progress {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        self.0.total_cmp(&other.0)
-    }
+    running: BTreeMap<(Moment, u64), (u32, Task)>,
 }
 
 impl<Task> Cores<Task> {
@@ -45,7 +35,7 @@ impl<Task> Cores<Task> {
     /// Starts a task of `threads` threads that takes `work` with a core for each.
     pub(crate) fn start(&mut self, now: Seconds, work: Seconds, threads: u32, task: Task) {
         self.advance(now);
-        let end = Progress(self.progress + work.0);
+        let end = Moment(self.progress + work.0);
         self.running.insert((end, self.started), (threads, task));
         self.started += 1;
         self.threads += f64::from(threads);

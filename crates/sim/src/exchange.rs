@@ -99,13 +99,13 @@ impl Script {
         let nth = sends
             .filter(|s| s.is_send() && s.peer() == receiver)
             .count();
-        let receives = self.steps[receiver as usize]
+        let mut receives = self.steps[receiver as usize]
             .iter()
             .filter_map(|step| match step {
                 Step::Receive { from, action, .. } if *from == sender => Some(*action),
                 _ => None,
             });
-        let action = receives.skip(nth).next();
+        let action = receives.nth(nth);
         action.unwrap_or_else(|| panic!("send {nth} of {sender} to {receiver} has no receive"))
     }
 }
