@@ -1,0 +1,95 @@
+//! A program in virtual time: what [`simulate`] makes of it is the same kind of trace that the
+//! runtime records.
+//!
+//! Nothing here has a copy of an algorithm. Each rank is a [`program::Executor`], each member of a
+//! collective a [`collective::Executor`], as in the runtime; this crate only decides when what
+//! they start is done. How long that takes comes from a [`World`].
+
+mod agenda;
+mod cores;
+mod described;
+mod exchange;
+mod machine;
+mod measured;
+mod ports;
+mod simulation;
+mod world;
+
+use cluster::Precision;
+use model::{Pass, Segment};
+use program::{Program, Trace};
+use thiserror::Error;
+
+use described::Described;
+use measured::Measured;
+use simulation::Simulation;
+pub use world::{MeasuredLink, Profile, Roofline, SegmentTime, World};
+
+/// Why a program cannot be simulated.
+#[derive(Debug, Error, PartialEq)]
+pub enum Error {
+    /// The profile lacks a segment.
+    #[error("the profile has no time for the {pass} pass of {segment}; measure this machine again")]
+    Unmeasured {
+        /// Which segment.
+        segment: Segment,
+        /// In which direction.
+        pass: Pass,
+    },
+    /// The accelerator does not compute in this precision.
+    #[error("accelerator {accelerator} has no {precision}; it has {}", known.join(", "))]
+    Precision {
+        /// Which accelerator.
+        accelerator: String,
+        /// What was asked for.
+        precision: Precision,
+        /// What it has.
+        known: Vec<String>,
+    },
+    /// The program has more ranks than the cluster has accelerators.
+    #[error("cluster {cluster} has {accelerators} accelerators, the program {ranks} ranks")]
+    TooSmall {
+        /// Which cluster.
+        cluster: String,
+        /// What it has.
+        accelerators: u32,
+        /// What the program needs.
+        ranks: u32,
+    },
+    /// A number with which nothing would ever end.
+    #[error("`{key}` = {value} cannot be simulated; rates must be positive, times not negative")]
+    Unusable {
+        /// Which number.
+        key: &'static str,
+        /// Its value.
+        value: f64,
+    },
+    /// The program would hang; its verifier says why.
+    #[error("the program cannot go on: {}", blocked.join("; "))]
+    Stuck {
+        /// Where the ranks stand.
+        blocked: Vec<String>,
+    },
+}
+
+/// Runs one step of `program` in virtual time, from a start common to all ranks.
+///
+/// The trace has a compute span for every instruction that computes, a wait span wherever a rank
+/// was held up (by a wait, or by a post while too many transfers were in flight), and a transfer
+/// span from each post to its completion on that rank. Equal arguments give equal traces.
+///
+/// # Errors
+/// When the world lacks a number that the program needs or has a useless one, and when the program
+/// would hang.
+pub fn simulate(program: &Program, world: &World) -> Result<Trace, Error> {
+    world.check(program)?;
+    let ranks = program.mesh.ranks();
+    match world {
+        World::Profile(profile) => {
+            Simulation::new(program, world, Measured::new(profile, ranks))?.run()
+        }
+        World::Roofline(roofline) => {
+            Simulation::new(program, world, Described::new(&roofline.cluster, ranks))?.run()
+        }
+    }
+}

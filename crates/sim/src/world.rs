@@ -1,0 +1,224 @@
+//! How long things take: measured on the machine at hand, or worked out from described hardware.
+
+use cluster::{Cluster, Precision};
+use model::{Operator, Pass, Segment};
+use program::{Instruction, Program};
+use serde::{Deserialize, Serialize};
+use units::{BytesPerSecond, FlopsPerSecond, Seconds};
+
+use crate::Error;
+
+/// Where and how fast a program runs.
+#[derive(Debug, Clone, PartialEq)]
+pub enum World {
+    /// Hosts like this one, as measured.
+    Profile(Profile),
+    /// Accelerators and links as described.
+    Roofline(Roofline),
+}
+
+/// What was measured on a host, and how a job divides it. Every time is of one rank with the host
+/// to itself; what ranks take from each other, the simulator works out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Profile {
+    /// Cores of a host.
+    pub cores: u32,
+    /// Ranks on a host, which share its cores; ranks fill hosts in their order.
+    pub ranks_per_host: u32,
+    /// Threads that a rank computes with; the times below hold for this many.
+    pub threads_per_rank: u32,
+    /// Time of each segment and pass for one microbatch.
+    pub segments: Vec<SegmentTime>,
+    /// Time to accumulate one gradient element.
+    pub accumulate: Seconds,
+    /// Time to square and sum one gradient element.
+    pub square_sum: Seconds,
+    /// Time to update one parameter.
+    pub update: Seconds,
+    /// Time that the compute thread takes to post a transfer.
+    pub post_overhead: Seconds,
+    /// How messages travel between ranks.
+    pub link: MeasuredLink,
+}
+
+/// What a segment takes in one pass.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SegmentTime {
+    /// Which segment.
+    pub segment: Segment,
+    /// In which direction.
+    pub pass: Pass,
+    /// For one microbatch.
+    pub time: Seconds,
+}
+
+/// How messages travel between two ranks' progress threads.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MeasuredLink {
+    /// From the start of a send to the start of its receive.
+    pub latency: Seconds,
+    /// Most that one stream from rank to rank carries.
+    pub bandwidth: BytesPerSecond,
+    /// Processor time of the sender for one byte.
+    pub send_cpu: Seconds,
+    /// Processor time of the receiver for one byte.
+    pub receive_cpu: Seconds,
+    /// Processor time of the receiver to reduce one byte, on top of receiving it.
+    pub reduce_cpu: Seconds,
+}
+
+/// Every operator takes the longer of its floating-point operations at a share of the peak rate
+/// and its bytes at the memory's rate.
+///
+/// Every rank has an accelerator to itself. In this first model communication takes nothing from
+/// computation: neither cores nor memory bandwidth.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Roofline {
+    /// The accelerators and links.
+    pub cluster: Cluster,
+    /// What products are computed in.
+    pub precision: Precision,
+    /// The share of the peak rate that operators reach, above 0 and at most 1.
+    pub efficiency: f64,
+}
+
+impl World {
+    /// What an instruction takes on the rank's compute thread when nothing else runs.
+    ///
+    /// # Errors
+    /// When the profile has no time for it, or the accelerator no rate.
+    pub fn time(&self, program: &Program, instruction: &Instruction) -> Result<Seconds, Error> {
+        match self {
+            Self::Profile(profile) => profile.time(program, instruction),
+            Self::Roofline(roofline) => roofline.time(program, instruction),
+        }
+    }
+
+    /// Refuses numbers with which nothing would ever end, and clusters that are too small.
+    pub(crate) fn check(&self, program: &Program) -> Result<(), Error> {
+        match self {
+            Self::Profile(profile) => profile.check(),
+            Self::Roofline(roofline) => roofline.check(program.mesh.ranks()),
+        }
+    }
+}
+
+impl Profile {
+    fn time(&self, program: &Program, instruction: &Instruction) -> Result<Seconds, Error> {
+        match *instruction {
+            Instruction::Compute { segment, pass, .. } => self.segment(segment, pass),
+            Instruction::Post { .. } => Ok(self.post_overhead),
+            Instruction::Wait { .. } | Instruction::Release { .. } => Ok(Seconds::ZERO),
+            Instruction::Accumulate { .. }
+            | Instruction::SquareSum { .. }
+            | Instruction::Update { .. } => Ok(program
+                .operators(instruction)
+                .iter()
+                .map(|operator| self.elementwise(operator))
+                .sum()),
+        }
+    }
+
+    fn segment(&self, segment: Segment, pass: Pass) -> Result<Seconds, Error> {
+        let measured = self
+            .segments
+            .iter()
+            .find(|m| (m.segment, m.pass) == (segment, pass));
+        measured
+            .map(|measured| measured.time)
+            .ok_or(Error::Unmeasured { segment, pass })
+    }
+
+    fn elementwise(&self, operator: &Operator) -> Seconds {
+        match *operator {
+            Operator::Add { elements } => self.accumulate * elements as f64,
+            Operator::SquareSum { elements } => self.square_sum * elements as f64,
+            Operator::AdamW { elements } => self.update * elements as f64,
+            _ => unreachable!("{operator:?} is part of a segment"),
+        }
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let link = &self.link;
+        positive("cores", f64::from(self.cores))?;
+        positive("ranks_per_host", f64::from(self.ranks_per_host))?;
+        positive("threads_per_rank", f64::from(self.threads_per_rank))?;
+        positive("link.bandwidth", link.bandwidth.0)?;
+        let segments = self
+            .segments
+            .iter()
+            .map(|measured| ("segments.time", measured.time));
+        let times = [
+            ("accumulate", self.accumulate),
+            ("square_sum", self.square_sum),
+            ("update", self.update),
+            ("post_overhead", self.post_overhead),
+            ("link.latency", link.latency),
+            ("link.send_cpu", link.send_cpu),
+            ("link.receive_cpu", link.receive_cpu),
+            ("link.reduce_cpu", link.reduce_cpu),
+        ];
+        segments
+            .chain(times)
+            .try_for_each(|(key, time)| duration(key, time))
+    }
+}
+
+impl Roofline {
+    fn time(&self, program: &Program, instruction: &Instruction) -> Result<Seconds, Error> {
+        let rate = FlopsPerSecond(self.peak()?.0 * self.efficiency);
+        let operators = program.operators(instruction);
+        Ok(operators
+            .iter()
+            .map(|operator| self.operator(operator, rate))
+            .sum())
+    }
+
+    fn operator(&self, operator: &Operator, rate: FlopsPerSecond) -> Seconds {
+        let bytes = operator.bytes(self.precision.element());
+        (operator.flops() / rate).max(bytes / self.cluster.accelerator.memory_bandwidth)
+    }
+
+    fn peak(&self) -> Result<FlopsPerSecond, Error> {
+        let accelerator = &self.cluster.accelerator;
+        let peak = accelerator.peak.get(&self.precision).copied();
+        peak.ok_or_else(|| Error::Precision {
+            accelerator: accelerator.name.clone(),
+            precision: self.precision,
+            known: accelerator.peak.keys().map(Precision::to_string).collect(),
+        })
+    }
+
+    fn check(&self, ranks: u32) -> Result<(), Error> {
+        let cluster = &self.cluster;
+        if ranks > cluster.accelerators {
+            return Err(Error::TooSmall {
+                cluster: cluster.name.clone(),
+                accelerators: cluster.accelerators,
+                ranks,
+            });
+        }
+        positive("efficiency", self.efficiency)?;
+        positive("per_node", f64::from(cluster.per_node))?;
+        positive("peak_flops", self.peak()?.0)?;
+        positive("memory_bytes_per_s", cluster.accelerator.memory_bandwidth.0)?;
+        positive("inside.bytes_per_s", cluster.inside.bandwidth.0)?;
+        positive("between.bytes_per_s", cluster.between.bandwidth.0)?;
+        duration("inside.latency_s", cluster.inside.latency)?;
+        duration("between.latency_s", cluster.between.latency)
+    }
+}
+
+fn positive(key: &'static str, value: f64) -> Result<(), Error> {
+    let good = value > 0.0 && value.is_finite();
+    good.then_some(()).ok_or(Error::Unusable { key, value })
+}
+
+fn duration(key: &'static str, time: Seconds) -> Result<(), Error> {
+    let good = time.0 >= 0.0 && time.0.is_finite();
+    let value = time.0;
+    good.then_some(()).ok_or(Error::Unusable { key, value })
+}
