@@ -18,18 +18,13 @@ fn unit(bits: u64) -> f64 {
 /// A standard normal deviate for element `index` of stream `stream` (Box & Muller 1958).
 pub fn normal(stream: u64, index: u64) -> f32 {
     let counter = split_mix(stream).wrapping_add(index.wrapping_mul(2));
-    let (u, v) = (
-        unit(split_mix(counter)),
-        unit(split_mix(counter.wrapping_add(1))),
-    );
+    let (u, v) = (unit(split_mix(counter)), unit(split_mix(counter.wrapping_add(1))));
     ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
 }
 
 /// A stream for a named parameter under a seed.
 pub fn stream(seed: u64, name: &str) -> u64 {
-    name.bytes().fold(split_mix(seed), |state, byte| {
-        split_mix(state ^ u64::from(byte))
-    })
+    name.bytes().fold(split_mix(seed), |state, byte| split_mix(state ^ u64::from(byte)))
 }
 
 #[cfg(test)]

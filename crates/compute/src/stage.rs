@@ -151,10 +151,7 @@ impl<O: Operators> Stage<O> {
             let mut values = vec![0.0; config.block_elements(*block) as usize];
             initial(*block, &mut values)?;
             let parameters = config.parameters(*block);
-            blocks.insert(
-                *block,
-                BlockState::new(&operators, &spec, parameters, values),
-            );
+            blocks.insert(*block, BlockState::new(&operators, &spec, parameters, values));
         }
         let rotation = rotation(&operators, &config, spec.attention.length);
         Ok(Self {
@@ -203,12 +200,7 @@ impl<O: Operators> Stage<O> {
     /// Carries out an instruction that is neither a post nor a wait.
     pub fn run(&mut self, instruction: &Instruction) {
         match *instruction {
-            Instruction::Compute {
-                segment,
-                pass,
-                layer,
-                microbatch,
-            } => {
+            Instruction::Compute { segment, pass, layer, microbatch } => {
                 self.compute(segment, pass, layer, microbatch);
             }
             Instruction::Accumulate { block } => self.accumulate(block),
@@ -244,16 +236,11 @@ impl<O: Operators> Stage<O> {
         if self.program.ranks == 1 {
             return f64::from(self.share[which] as f32);
         }
-        self.statistics
-            .chunks_exact(2)
-            .map(|share| f64::from(share[which]))
-            .sum()
+        self.statistics.chunks_exact(2).map(|share| f64::from(share[which])).sum()
     }
 
     fn state(&mut self, block: Block) -> &mut BlockState<O::Tensor> {
-        self.blocks
-            .get_mut(&block)
-            .expect("the program names only blocks of this stage")
+        self.blocks.get_mut(&block).expect("the program names only blocks of this stage")
     }
 
     fn accumulate(&mut self, block: Block) {
@@ -271,11 +258,7 @@ impl<O: Operators> Stage<O> {
         self.state(block).settle();
         let state = &self.blocks[&block];
         let gradient = state.reduced.as_ref().expect("gradients are reduced");
-        let own = if sharded {
-            0..state.own.len()
-        } else {
-            state.own.clone()
-        };
+        let own = if sharded { 0..state.own.len() } else { state.own.clone() };
         // Without sharding every rank holds all; each counts the chunk it would own.
         self.share[0] += self.operators.square_sum(gradient, own);
     }
@@ -290,46 +273,24 @@ impl<O: Operators> Stage<O> {
         state.settle();
         state.gathered = None; // it may share the master's memory
         let gradient = state.reduced.take().expect("gradients are reduced");
-        let held = if sharded {
-            state.own.clone()
-        } else {
-            0..state.elements
-        };
+        let held = if sharded { state.own.clone() } else { 0..state.elements };
         for parameter in &state.parameters {
             let range = parameter.range();
             let (start, end) = (range.start.max(held.start), range.end.min(held.end));
             if start < end {
-                let weight_decay = if parameter.decays() {
-                    settings.weight_decay
-                } else {
-                    0.0
-                };
-                let settings = AdamW {
-                    weight_decay,
-                    ..settings
-                };
+                let weight_decay = if parameter.decays() { settings.weight_decay } else { 0.0 };
+                let settings = AdamW { weight_decay, ..settings };
                 let [mean, square] = &mut state.moments;
                 let range = start - held.start..end - held.start;
-                operators.adamw(
-                    &settings,
-                    [&mut state.master, mean, square],
-                    &gradient,
-                    range,
-                );
+                operators.adamw(&settings, [&mut state.master, mean, square], &gradient, range);
             }
         }
         state.gathered = (!sharded).then(|| operators.cast(&state.master));
     }
 
     fn settings(&self) -> AdamW {
-        let Optimizer {
-            learning_rate,
-            beta1,
-            beta2,
-            epsilon,
-            weight_decay,
-            clip_norm,
-        } = self.optimizer;
+        let Optimizer { learning_rate, beta1, beta2, epsilon, weight_decay, clip_norm } =
+            self.optimizer;
         // As torch.nn.utils.clip_grad_norm_ has it.
         let clip = |limit: f32| (f64::from(limit) / (self.gradient_norm() + 1e-6)).min(1.0) as f32;
         AdamW {
@@ -354,11 +315,7 @@ impl<T> BlockState<T> {
         let elements = values.len();
         let own = spec.own(elements);
         let whole = operators.upload(values);
-        let master = if spec.sharded {
-            operators.slice(&whole, own.clone())
-        } else {
-            whole
-        };
+        let master = if spec.sharded { operators.slice(&whole, own.clone()) } else { whole };
         let held = if spec.sharded { own.len() } else { elements };
         Self {
             parameters,
@@ -381,10 +338,7 @@ impl<T> BlockState<T> {
     }
 
     fn offset(&self, role: Role) -> usize {
-        let parameter = self
-            .parameters
-            .iter()
-            .find(|parameter| parameter.role == role);
+        let parameter = self.parameters.iter().find(|parameter| parameter.role == role);
         parameter.expect("the block has this parameter").offset as usize
     }
 }
@@ -394,9 +348,7 @@ fn rotation<O: Operators>(operators: &O, config: &Config, length: usize) -> [O::
     let frequencies = config.rotary.frequencies(config.head_dim);
     let table = |f: fn(f32) -> f32| {
         let angles = (0..length).flat_map(|position| {
-            frequencies
-                .iter()
-                .map(move |frequency| f(position as f32 * frequency))
+            frequencies.iter().map(move |frequency| f(position as f32 * frequency))
         });
         operators.upload(angles.collect())
     };

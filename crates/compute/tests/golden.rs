@@ -119,8 +119,7 @@ fn holds(name: &str) {
                     if first && *pass == model::Pass::Forward =>
                 {
                     let value = Value::Logits;
-                    let logits =
-                        peek(&mut stage, Buffer::Activation { value, microbatch: 0 });
+                    let logits = peek(&mut stage, Buffer::Activation { value, microbatch: 0 });
                     for (ours, golden) in logits.iter().zip(&golden.tensors["logits"]) {
                         assert!((ours - golden).abs() < 1e-4, "{ours} for {golden}");
                     }

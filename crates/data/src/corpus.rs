@@ -60,10 +60,7 @@ impl Corpus {
             scan.file(path, *named, limit)?;
         }
         if scan.digest.documents == 0 {
-            return Err(Error::NoText {
-                files: found.len(),
-                skipped: scan.skipped,
-            });
+            return Err(Error::NoText { files: found.len(), skipped: scan.skipped });
         }
         Ok(Self {
             files: scan.files,
@@ -77,10 +74,7 @@ impl Corpus {
     /// Reads the documents again, in order. Each is an error where its file no longer reads.
     pub fn texts(&self) -> impl Iterator<Item = Result<String, Error>> + use<'_> {
         let documents = usize::try_from(self.documents).unwrap_or(usize::MAX);
-        self.files
-            .iter()
-            .flat_map(|path| texts(path))
-            .take(documents)
+        self.files.iter().flat_map(|path| texts(path)).take(documents)
     }
 
     /// How many documents there are; at least one.
@@ -179,10 +173,7 @@ fn find_all(
             find(written, &expanded)?
         };
         if files.is_empty() {
-            return Err(Error::NothingMatched {
-                written: written.clone(),
-                expanded,
-            });
+            return Err(Error::NothingMatched { written: written.clone(), expanded });
         }
         for file in files {
             found.entry(file).or_insert(false);
@@ -193,16 +184,12 @@ fn find_all(
 
 /// The files that one glob matches.
 fn find(written: &str, pattern: &str) -> Result<Vec<PathBuf>, Error> {
-    let entries = glob::glob_with(pattern, SKIP_HIDDEN).map_err(|source| Error::Pattern {
-        written: written.into(),
-        source,
-    })?;
+    let entries = glob::glob_with(pattern, SKIP_HIDDEN)
+        .map_err(|source| Error::Pattern { written: written.into(), source })?;
     let mut files = Vec::new();
     for entry in entries {
-        let path = entry.map_err(|error| Error::Read {
-            path: error.path().into(),
-            source: error.into(),
-        })?;
+        let path = entry
+            .map_err(|error| Error::Read { path: error.path().into(), source: error.into() })?;
         if path.is_file() {
             files.push(plain(&path));
         }
@@ -217,10 +204,7 @@ fn plain(path: &Path) -> PathBuf {
 
 /// The documents of one file, without the empty ones.
 fn texts(path: &Path) -> Texts {
-    let texts = if path
-        .extension()
-        .is_some_and(|extension| extension == "jsonl")
-    {
+    let texts = if path.extension().is_some_and(|extension| extension == "jsonl") {
         json_lines(path)
     } else {
         Box::new(iter::once(whole(path)))
@@ -259,12 +243,12 @@ fn json_lines(path: &Path) -> Texts {
 
 fn json_line(path: &Path, line: usize, content: io::Result<Vec<u8>>) -> Result<String, Error> {
     let content = content.map_err(Error::read(path))?;
-    serde_json::from_slice::<JsonLine>(&content)
-        .map(|line| line.text)
-        .map_err(|error| Error::JsonLine {
+    serde_json::from_slice::<JsonLine>(&content).map(|line| line.text).map_err(|error| {
+        Error::JsonLine {
             path: path.into(),
             line,
             // To the parser this is line 1 of its own text.
             reason: error.to_string().replace(" at line 1 column ", ", column "),
-        })
+        }
+    })
 }

@@ -28,9 +28,7 @@ pub fn write_atomically(
         .map_err(Error::write(path))?;
     write(temporary.as_file())?;
     temporary.as_file().sync_all().map_err(Error::write(path))?;
-    temporary
-        .persist(path)
-        .map_err(|error| Error::write(path)(error.error))?;
+    temporary.persist(path).map_err(|error| Error::write(path)(error.error))?;
     sync_folder(folder).map_err(Error::write(path))
 }
 

@@ -147,24 +147,15 @@ pub enum Error {
 impl Error {
     /// Names the file or folder that a read failed on.
     pub(crate) fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Read {
-            path: path.into(),
-            source,
-        }
+        move |source| Self::Read { path: path.into(), source }
     }
 
     /// Names the file that a write failed on.
     pub(crate) fn write(path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Write {
-            path: path.into(),
-            source,
-        }
+        move |source| Self::Write { path: path.into(), source }
     }
 
     pub(crate) fn damaged(path: &Path, reason: impl Into<String>) -> Self {
-        Self::Damaged {
-            path: path.into(),
-            reason: reason.into(),
-        }
+        Self::Damaged { path: path.into(), reason: reason.into() }
     }
 }

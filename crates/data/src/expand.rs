@@ -11,11 +11,7 @@ pub type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 /// # Errors
 /// [`Error::Variable`] for a variable that is not set, [`Error::Unclosed`] for a `${` without `}`.
 pub fn expand(written: &str, environment: Environment<'_>) -> Result<String, Error> {
-    Expansion {
-        written,
-        environment,
-    }
-    .text(written)
+    Expansion { written, environment }.text(written)
 }
 
 /// One path being expanded; kept whole so that an error can quote it.
@@ -48,16 +44,12 @@ impl Expansion<'_> {
             Some((name, default)) => (name, Some(default)),
             None => (reference, None),
         };
-        match (
-            (self.environment)(name).filter(|value| !value.is_empty()),
-            default,
-        ) {
+        match ((self.environment)(name).filter(|value| !value.is_empty()), default) {
             (Some(value), _) => Ok(value),
             (None, Some(default)) => self.text(default),
-            (None, None) => Err(Error::Variable {
-                written: self.written.into(),
-                variable: name.into(),
-            }),
+            (None, None) => {
+                Err(Error::Variable { written: self.written.into(), variable: name.into() })
+            }
         }
     }
 }
@@ -101,18 +93,11 @@ mod tests {
             ("${DATA}/x${DATA}", "/data/x/data"),
             ("${DATA:-~}/x", "/data/x"),
             ("${EMPTY:-/other}/x", "/other/x"),
-            (
-                "${CARGO_HOME:-~/.cargo}/registry/**/*.rs",
-                "/home/ada/.cargo/registry/**/*.rs",
-            ),
+            ("${CARGO_HOME:-~/.cargo}/registry/**/*.rs", "/home/ada/.cargo/registry/**/*.rs"),
             ("${A:-${B:-${DATA}}}/x", "/data/x"),
             ("${A:-}x", "x"),
         ] {
-            assert_eq!(
-                expand(written, &environment).unwrap(),
-                expanded,
-                "{written}"
-            );
+            assert_eq!(expand(written, &environment).unwrap(), expanded, "{written}");
         }
     }
 

@@ -107,11 +107,7 @@ fn trained(
     cache: &Path,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Tokenizer, Error> {
-    let parts = [
-        corpus.fingerprint(),
-        u128::from(vocabulary),
-        TRAINING_VERSION,
-    ];
+    let parts = [corpus.fingerprint(), u128::from(vocabulary), TRAINING_VERSION];
     let made_from = xxh3_128(&parts.map(u128::to_le_bytes).concat());
     let path = cached(cache, "tokenizer", made_from, "json");
     match Tokenizer::from_file(&path) {
@@ -119,18 +115,10 @@ fn trained(
         _ => {}
     }
     let total = corpus.bytes();
-    progress(Progress {
-        stage: Stage::TrainingTokenizer,
-        done: Bytes::ZERO,
-        total,
-    });
+    progress(Progress { stage: Stage::TrainingTokenizer, done: Bytes::ZERO, total });
     let tokenizer = Tokenizer::train(corpus, vocabulary)?;
     tokenizer.save(&path)?;
-    progress(Progress {
-        stage: Stage::TrainingTokenizer,
-        done: total,
-        total,
-    });
+    progress(Progress { stage: Stage::TrainingTokenizer, done: total, total });
     Ok(tokenizer)
 }
 

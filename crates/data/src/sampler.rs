@@ -56,12 +56,7 @@ impl Sampler {
                 sequence: sampling.sequence,
             });
         }
-        Ok(Self {
-            sequence: sampling.sequence,
-            seed: sampling.seed,
-            training,
-            held_out,
-        })
+        Ok(Self { sequence: sampling.sequence, seed: sampling.seed, training, held_out })
     }
 
     /// The tokens of training window `global_index`: `sequence` inputs and one more, since the
@@ -101,26 +96,15 @@ fn windows_in(tokens: u64, sequence: u64) -> u64 {
 
 impl Sampling {
     fn check(&self) -> Result<(), Error> {
-        for (key, value) in [
-            ("sequence", self.sequence),
-            ("global_batch", self.global_batch),
-        ] {
+        for (key, value) in [("sequence", self.sequence), ("global_batch", self.global_batch)] {
             if !(1..=u64::from(u32::MAX)).contains(&value) {
                 let range = "from 1 to 4,294,967,295";
-                return Err(Error::Setting {
-                    key,
-                    value: value.to_string(),
-                    range,
-                });
+                return Err(Error::Setting { key, value: value.to_string(), range });
             }
         }
         if !(0.0..=0.5).contains(&self.held_out) {
             let (value, range) = (self.held_out.to_string(), "from 0 to 0.5");
-            return Err(Error::Setting {
-                key: "held_out",
-                value,
-                range,
-            });
+            return Err(Error::Setting { key: "held_out", value, range });
         }
         Ok(())
     }
@@ -183,21 +167,15 @@ mod tests {
 
     use super::*;
 
-    const SAMPLING: Sampling = Sampling {
-        sequence: 8,
-        global_batch: 4,
-        seed: 7,
-        held_out: Sampling::HELD_OUT,
-    };
+    const SAMPLING: Sampling =
+        Sampling { sequence: 8, global_batch: 4, seed: 7, held_out: Sampling::HELD_OUT };
 
     /// The golden order: a change here changes what every resumed run reads.
     #[test]
     fn the_order_never_changes() {
         let sampler = Sampler::new(1_000, SAMPLING).unwrap();
         let starts = |from: u64| -> Vec<u64> {
-            (from..from + 8)
-                .map(|index| sampler.train_window(index).start)
-                .collect()
+            (from..from + 8).map(|index| sampler.train_window(index).start).collect()
         };
         assert_eq!(sampler.windows_per_epoch(), 122);
         assert_eq!(starts(0), [256, 296, 128, 728, 88, 688, 32, 96]);
@@ -225,24 +203,15 @@ mod tests {
     fn settings_out_of_range_are_named() {
         let message = |sampling| Sampler::new(1_000, sampling).unwrap_err().to_string();
         assert_eq!(
-            message(Sampling {
-                sequence: 0,
-                ..SAMPLING
-            }),
+            message(Sampling { sequence: 0, ..SAMPLING }),
             "`sequence` = 0 cannot be sampled; it must be from 1 to 4,294,967,295"
         );
         assert_eq!(
-            message(Sampling {
-                global_batch: 1 << 32,
-                ..SAMPLING
-            }),
+            message(Sampling { global_batch: 1 << 32, ..SAMPLING }),
             "`global_batch` = 4294967296 cannot be sampled; it must be from 1 to 4,294,967,295"
         );
         assert_eq!(
-            message(Sampling {
-                held_out: f64::NAN,
-                ..SAMPLING
-            }),
+            message(Sampling { held_out: f64::NAN, ..SAMPLING }),
             "`held_out` = NaN cannot be sampled; it must be from 0 to 0.5"
         );
     }
@@ -250,13 +219,10 @@ mod tests {
     #[test]
     fn epochs_and_seeds_have_orders_of_their_own() {
         let order = |seed, epoch| -> Vec<u64> {
-            (0..100)
-                .map(|index| permute(index, 100, seed, epoch))
-                .collect()
+            (0..100).map(|index| permute(index, 100, seed, epoch)).collect()
         };
-        let orders: BTreeSet<_> = (0..10)
-            .flat_map(|seed| (0..10).map(move |epoch| order(seed, epoch)))
-            .collect();
+        let orders: BTreeSet<_> =
+            (0..10).flat_map(|seed| (0..10).map(move |epoch| order(seed, epoch))).collect();
         assert_eq!(orders.len(), 100);
     }
 

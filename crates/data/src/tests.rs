@@ -33,10 +33,7 @@ fn pattern(folder: &TempDir, pattern: &str) -> String {
 }
 
 fn open(folder: &TempDir, patterns: &[&str]) -> Result<Corpus, Error> {
-    let patterns: Vec<_> = patterns
-        .iter()
-        .map(|written| pattern(folder, written))
-        .collect();
+    let patterns: Vec<_> = patterns.iter().map(|written| pattern(folder, written)).collect();
     Corpus::open(&patterns, None, &no_environment)
 }
 
@@ -52,9 +49,7 @@ fn message<T>(folder: &TempDir, result: Result<T, Error>) -> String {
 
 /// Text with enough distinct words for a few hundred merges.
 fn prose() -> String {
-    let words = [
-        "rank", "stage", "shard", "token", "window", "épreuve", "数据", "step",
-    ];
+    let words = ["rank", "stage", "shard", "token", "window", "épreuve", "数据", "step"];
     let mut text = String::new();
     for index in 0..400_usize {
         let word = words[index * index % words.len()];
@@ -106,11 +101,8 @@ mod corpus {
 
     #[test]
     fn what_is_not_text_is_skipped_unless_it_is_named() {
-        let folder = folder(&[
-            ("a.txt", b"text"),
-            ("b.bin", b"\xff\xfe\x00"),
-            ("c.bin", b"zero \0 byte"),
-        ]);
+        let folder =
+            folder(&[("a.txt", b"text"), ("b.bin", b"\xff\xfe\x00"), ("c.bin", b"zero \0 byte")]);
         let corpus = open(&folder, &["."]).unwrap();
         assert_eq!((texts(&corpus), corpus.skipped()), (vec!["text".into()], 2));
         assert_eq!(
@@ -163,10 +155,7 @@ mod corpus {
             "no file matches `DIR/empty` (expanded to `DIR/empty`); name a file, a folder or a glob that exists"
         );
         let malformed = message(&folder, open(&folder, &["a**"]));
-        assert!(
-            malformed.starts_with("`DIR/a**` is not a valid pattern: "),
-            "{malformed}"
-        );
+        assert!(malformed.starts_with("`DIR/a**` is not a valid pattern: "), "{malformed}");
         assert_eq!(
             message(&folder, open(&folder, &["a.jsonl"])),
             "DIR/a.jsonl, line 2: missing field `text`, column 10; each line must be {\"text\": \"...\"}"
@@ -193,12 +182,7 @@ mod tokenizer {
         let text = prose();
         assert_eq!((TOKENIZER.vocabulary(), TOKENIZER.end_of_text()), (290, 0));
         let tokens = TOKENIZER.encode(&text).unwrap();
-        assert!(
-            tokens.len() * 2 < text.len(),
-            "{} of {}",
-            tokens.len(),
-            text.len()
-        );
+        assert!(tokens.len() * 2 < text.len(), "{} of {}", tokens.len(), text.len());
         assert_eq!(tokens.iter().max(), Some(&289));
     }
 
@@ -218,10 +202,7 @@ mod tokenizer {
         let loaded = Tokenizer::from_file(&path).unwrap();
         assert_eq!(loaded.fingerprint(), TOKENIZER.fingerprint());
         assert_eq!(loaded.vocabulary(), 290);
-        assert_eq!(
-            loaded.encode(&prose()).unwrap(),
-            TOKENIZER.encode(&prose()).unwrap()
-        );
+        assert_eq!(loaded.encode(&prose()).unwrap(), TOKENIZER.encode(&prose()).unwrap());
     }
 
     #[test]
@@ -314,20 +295,14 @@ mod tokens {
         let folder = folder(&[("text/a", b"aba"), ("tokenizer.json", json)]);
         let tokenizer = Tokenizer::from_file(&folder.path().join("tokenizer.json")).unwrap();
         let file = build(&folder, &tokenizer);
-        assert_eq!(
-            (all(&file), file.vocabulary()),
-            (vec![65_536, 1, 65_536, 2], 65_537)
-        );
+        assert_eq!((all(&file), file.vocabulary()), (vec![65_536, 1, 65_536, 2], 65_537));
     }
 
     #[test]
     fn many_batches_keep_their_order_and_report_progress() {
         let long = prose().repeat(60);
         let names: Vec<String> = (0..5).map(|index| format!("text/{index}")).collect();
-        let files: Vec<_> = names
-            .iter()
-            .map(|name| (name.as_str(), long.as_bytes()))
-            .collect();
+        let files: Vec<_> = names.iter().map(|name| (name.as_str(), long.as_bytes())).collect();
         let folder = folder(&files);
         let corpus = open(&folder, &["text"]).unwrap();
         let mut heard = Vec::new();
@@ -350,17 +325,10 @@ mod tokens {
         fs::write(folder.path().join("text/a"), "after!").unwrap();
         let path = folder.path().join("tokens.bin");
         assert_eq!(
-            message(
-                &folder,
-                TokenFile::build(&corpus, &TOKENIZER, &path, &mut ignore)
-            ),
+            message(&folder, TokenFile::build(&corpus, &TOKENIZER, &path, &mut ignore)),
             "the text changed while it was being prepared; run again once nothing writes to it"
         );
-        assert_eq!(
-            fs::read_dir(folder.path()).unwrap().count(),
-            1,
-            "a file was left behind"
-        );
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "a file was left behind");
     }
 
     /// What opening says after `damage` was done to the bytes of a good file of 4 + 1 tokens.
@@ -381,14 +349,8 @@ mod tokens {
             )
         };
         assert_eq!(after(|bytes| bytes[0] ^= 1), says("it is not a token file"));
-        assert_eq!(
-            after(|bytes| bytes[8] = 9),
-            says("it has version 9, this program reads 1")
-        );
-        assert_eq!(
-            after(|bytes| bytes.truncate(20)),
-            says("20 B is too short for its header")
-        );
+        assert_eq!(after(|bytes| bytes[8] = 9), says("it has version 9, this program reads 1"));
+        assert_eq!(after(|bytes| bytes.truncate(20)), says("20 B is too short for its header"));
         assert_eq!(
             after(|bytes| bytes.truncate(68)),
             says("it holds 8 bytes of tokens where its header says 5 tokens of 2")
@@ -456,10 +418,7 @@ mod prepare {
         let folder = folder(&[("text/a", prose().as_bytes())]);
         let (first, heard) = prepare(&folder, &source(&folder));
         assert_eq!(heard, [2, 1]);
-        assert_eq!(
-            (first.documents, first.bytes),
-            (1, Bytes(prose().len() as u64))
-        );
+        assert_eq!((first.documents, first.bytes), (1, Bytes(prose().len() as u64)));
         let (again, heard) = prepare(&folder, &source(&folder));
         assert_eq!(heard, [0, 0]);
         assert_eq!(again.tokens.fingerprint(), first.tokens.fingerprint());
@@ -489,17 +448,9 @@ mod prepare {
     #[test]
     fn a_tokenizer_file_is_taken_as_it_is() {
         let folder = folder(&[("text/a", prose().as_bytes())]);
-        TOKENIZER
-            .save(&folder.path().join("tokenizer.json"))
-            .unwrap();
+        TOKENIZER.save(&folder.path().join("tokenizer.json")).unwrap();
         let path = TokenizerSource::File(pattern(&folder, "tokenizer.json"));
-        let (prepared, heard) = prepare(
-            &folder,
-            &Source {
-                tokenizer: path,
-                ..source(&folder)
-            },
-        );
+        let (prepared, heard) = prepare(&folder, &Source { tokenizer: path, ..source(&folder) });
         assert_eq!((heard, prepared.tokens.vocabulary()), ([0, 1], 290));
     }
 
@@ -513,16 +464,9 @@ mod prepare {
                 prepared.tokens.fingerprint()
             };
             let threads: Vec<_> = (0..4).map(|_| scope.spawn(prepare)).collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().unwrap())
-                .collect()
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        assert!(
-            fingerprints
-                .iter()
-                .all(|fingerprint| *fingerprint == fingerprints[0])
-        );
+        assert!(fingerprints.iter().all(|fingerprint| *fingerprint == fingerprints[0]));
         assert_eq!(cached(&folder).len(), 2, "a temporary file was left behind");
     }
 
@@ -530,19 +474,12 @@ mod prepare {
     fn the_sampler_reads_the_text_back() {
         let folder = folder(&[("text/a", prose().as_bytes())]);
         let (prepared, _) = prepare(&folder, &source(&folder));
-        let sampling = Sampling {
-            sequence: 16,
-            global_batch: 2,
-            seed: 1,
-            held_out: Sampling::HELD_OUT,
-        };
+        let sampling =
+            Sampling { sequence: 16, global_batch: 2, seed: 1, held_out: Sampling::HELD_OUT };
         let sampler = Sampler::new(prepared.tokens.tokens(), sampling).unwrap();
         let mut window = [0; 17];
         for index in 0..sampler.windows_per_epoch() {
-            prepared
-                .tokens
-                .window(sampler.train_window(index).start, &mut window)
-                .unwrap();
+            prepared.tokens.window(sampler.train_window(index).start, &mut window).unwrap();
             let text = prepared.tokenizer.decode(&window[1..16]).unwrap();
             let whole = text.trim_matches('\u{fffd}');
             assert!(prose().contains(whole), "{whole}");

@@ -52,10 +52,8 @@ impl Tokenizer {
     /// [`Error::Read`], or [`Error::Tokenizer`] where it does not parse or names no end of text.
     pub fn from_file(path: &Path) -> Result<Self, Error> {
         let json = fs::read(path).map_err(Error::read(path))?;
-        Self::from_json(json).map_err(|reason| Error::Tokenizer {
-            path: path.into(),
-            reason: reason.to_string(),
-        })
+        Self::from_json(json)
+            .map_err(|reason| Error::Tokenizer { path: path.into(), reason: reason.to_string() })
     }
 
     fn from_json(json: Vec<u8>) -> tokenizers::Result<Self> {
@@ -68,17 +66,8 @@ impl Tokenizer {
             .iter()
             .find_map(|end| inner.token_to_id(end))
             .ok_or_else(|| format!("it has none of the end-of-text tokens {}", ENDS.join(", ")))?;
-        let largest = inner
-            .get_vocab(true)
-            .into_values()
-            .max()
-            .unwrap_or(end_of_text);
-        Ok(Self {
-            inner,
-            json,
-            end_of_text,
-            vocabulary: u64::from(largest) + 1,
-        })
+        let largest = inner.get_vocab(true).into_values().max().unwrap_or(end_of_text);
+        Ok(Self { inner, json, end_of_text, vocabulary: u64::from(largest) + 1 })
     }
 
     /// Trains a byte-level BPE with Llama 3's word splitting, of exactly `vocabulary` tokens: the
@@ -91,19 +80,13 @@ impl Tokenizer {
     /// longer reads.
     pub fn train(corpus: &Corpus, vocabulary: u64) -> Result<Self, Error> {
         if vocabulary < LEAST_VOCABULARY {
-            return Err(Error::VocabularyTooSmall {
-                asked: vocabulary,
-                least: LEAST_VOCABULARY,
-            });
+            return Err(Error::VocabularyTooSmall { asked: vocabulary, least: LEAST_VOCABULARY });
         }
         let sample = sample(corpus, SAMPLE_BYTES)?;
         let tokenizer = train(&sample, vocabulary).map_err(tokenization)?;
         if tokenizer.vocabulary < vocabulary {
             let reached = tokenizer.vocabulary;
-            return Err(Error::VocabularyTooLarge {
-                asked: vocabulary,
-                reached,
-            });
+            return Err(Error::VocabularyTooLarge { asked: vocabulary, reached });
         }
         Ok(tokenizer)
     }
@@ -114,9 +97,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Write`].
     pub fn save(&self, path: &Path) -> Result<(), Error> {
-        write_atomically(path, |mut file| {
-            file.write_all(&self.json).map_err(Error::write(path))
-        })
+        write_atomically(path, |mut file| file.write_all(&self.json).map_err(Error::write(path)))
     }
 
     /// The tokens of a text, without any special token before or after.
@@ -188,11 +169,8 @@ fn train(sample: &[String], vocabulary: u64) -> tokenizers::Result<Tokenizer> {
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .build()
         .into();
-    let words = Split::new(
-        SplitPattern::Regex(WORDS.into()),
-        SplitDelimiterBehavior::Isolated,
-        false,
-    )?;
+    let words =
+        Split::new(SplitPattern::Regex(WORDS.into()), SplitDelimiterBehavior::Isolated, false)?;
     let bytes = ByteLevel::new(false, true, false);
     let mut inner = tokenizers::Tokenizer::new(BPE::default());
     inner

@@ -63,9 +63,7 @@ impl Header {
         }
         let version = u32::from_le_bytes(array(&bytes[8..12]));
         if version != VERSION {
-            return Err(format!(
-                "it has version {version}, this program reads {VERSION}"
-            ));
+            return Err(format!("it has version {version}, this program reads {VERSION}"));
         }
         Ok(Self {
             vocabulary: u64::from_le_bytes(array(&bytes[12..20])),
@@ -134,14 +132,9 @@ impl TokenFile {
             return Err(Error::damaged(path, reason));
         }
         let mut bytes = [0; Header::BYTES];
-        file.read_exact_at(&mut bytes, 0)
-            .map_err(Error::read(path))?;
+        file.read_exact_at(&mut bytes, 0).map_err(Error::read(path))?;
         let header = Header::from_bytes(&bytes).map_err(|reason| Error::damaged(path, reason))?;
-        let tokens = Self {
-            file,
-            path: path.into(),
-            header,
-        };
+        let tokens = Self { file, path: path.into(), header };
         tokens.check(length, &bytes)?;
         Ok(tokens)
     }
@@ -204,9 +197,7 @@ impl TokenFile {
     }
 
     fn read_at(&self, into: &mut [u8], at: u64) -> Result<(), Error> {
-        self.file
-            .read_exact_at(into, at)
-            .map_err(Error::read(&self.path))
+        self.file.read_exact_at(into, at).map_err(Error::read(&self.path))
     }
 
     /// How many tokens the file holds.
@@ -236,11 +227,7 @@ impl TokenFile {
 
 /// The fingerprint of the token file of a corpus under a tokenizer.
 pub fn fingerprint(corpus: &Corpus, tokenizer: &Tokenizer) -> u128 {
-    let parts = [
-        corpus.fingerprint(),
-        tokenizer.fingerprint(),
-        u128::from(VERSION),
-    ];
+    let parts = [corpus.fingerprint(), tokenizer.fingerprint(), u128::from(VERSION)];
     xxh3_128(&parts.map(u128::to_le_bytes).concat())
 }
 
@@ -254,22 +241,15 @@ struct Writer<'a> {
 
 impl<'a> Writer<'a> {
     fn new(path: &'a Path, file: &'a File, header: Header) -> Result<Self, Error> {
-        let mut writer = Self {
-            path,
-            file: BufWriter::new(file),
-            header,
-            hash: Xxh3::new(),
-        };
+        let mut writer = Self { path, file: BufWriter::new(file), header, hash: Xxh3::new() };
         writer.write(&[0; Header::BYTES])?;
         Ok(writer)
     }
 
     fn push(&mut self, tokens: &[u32]) -> Result<(), Error> {
         let word = self.header.word_bytes();
-        let bytes: Vec<u8> = tokens
-            .iter()
-            .flat_map(|token| token.to_le_bytes().into_iter().take(word))
-            .collect();
+        let bytes: Vec<u8> =
+            tokens.iter().flat_map(|token| token.to_le_bytes().into_iter().take(word)).collect();
         self.header.tokens += tokens.len() as u64;
         self.hash.update(&bytes);
         self.write(&bytes)
@@ -306,11 +286,7 @@ fn encode(
         for tokens in encode_batch(&batch, tokenizer)? {
             writer.push(&tokens)?;
         }
-        progress(Progress {
-            stage: Stage::Encoding,
-            done: seen.bytes,
-            total: corpus.bytes(),
-        });
+        progress(Progress { stage: Stage::Encoding, done: seen.bytes, total: corpus.bytes() });
     }
     // A file edited since the corpus was opened would be cached under the wrong fingerprint.
     if seen.fingerprint() != corpus.fingerprint() {

@@ -11,16 +11,10 @@ use crate::{Config, Error};
 #[serde(deny_unknown_fields)]
 struct Entry {
     /// Where the dimensions were published.
-    #[allow(
-        dead_code,
-        reason = "for the reader of the file; required, and checked by a test"
-    )]
+    #[allow(dead_code, reason = "for the reader of the file; required, and checked by a test")]
     source: String,
     /// When they were published.
-    #[allow(
-        dead_code,
-        reason = "for the reader of the file; required, and checked by a test"
-    )]
+    #[allow(dead_code, reason = "for the reader of the file; required, and checked by a test")]
     date: String,
     config: Config,
 }
@@ -37,10 +31,7 @@ static ENTRIES: LazyLock<BTreeMap<String, Entry>> = LazyLock::new(|| {
 pub fn find(name: &str) -> Result<&'static Config, Error> {
     match ENTRIES.get(name) {
         Some(entry) => Ok(&entry.config),
-        None => Err(Error::UnknownModel {
-            name: name.to_owned(),
-            nearest: nearest(name),
-        }),
+        None => Err(Error::UnknownModel { name: name.to_owned(), nearest: nearest(name) }),
     }
 }
 
@@ -99,10 +90,7 @@ mod tests {
         assert_eq!(frequencies.len(), expected.len());
         for (ours, theirs) in frequencies.iter().zip(expected) {
             let theirs = theirs.as_f64().unwrap();
-            assert!(
-                (f64::from(*ours) - theirs).abs() <= 4e-7 * theirs,
-                "{ours} {theirs}"
-            );
+            assert!((f64::from(*ours) - theirs).abs() <= 4e-7 * theirs, "{ours} {theirs}");
         }
     }
 

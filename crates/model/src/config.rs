@@ -96,10 +96,7 @@ impl Config {
             return Err(ConfigError::Zero(name));
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
-            return Err(ConfigError::HeadGroups {
-                heads: self.heads,
-                kv_heads: self.kv_heads,
-            });
+            return Err(ConfigError::HeadGroups { heads: self.heads, kv_heads: self.kv_heads });
         }
         if !self.head_dim.is_multiple_of(2) {
             return Err(ConfigError::OddHead(self.head_dim));
@@ -138,8 +135,7 @@ impl Rotary {
                 let exponent = (2 * pair) as f64 / head_dim as f64;
                 // f32 as the reference computes it, so that long sequences agree in phase.
                 let frequency = 1.0 / (self.theta as f32).powf(exponent as f32);
-                self.scaling
-                    .map_or(frequency, |scaling| scaling.apply(frequency))
+                self.scaling.map_or(frequency, |scaling| scaling.apply(frequency))
             })
             .collect()
     }
@@ -148,10 +144,7 @@ impl Rotary {
 impl Llama3Scaling {
     fn apply(&self, frequency: f32) -> f32 {
         let original = self.original_context as f32;
-        let (low, high) = (
-            self.low_frequency_factor as f32,
-            self.high_frequency_factor as f32,
-        );
+        let (low, high) = (self.low_frequency_factor as f32, self.high_frequency_factor as f32);
         let wavelength = std::f32::consts::TAU / frequency;
         let stretched = frequency / self.factor as f32;
         if wavelength > original / low {

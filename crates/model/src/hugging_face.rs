@@ -127,8 +127,7 @@ impl Object {
     }
 
     fn required<T: DeserializeOwned>(&self, key: &str) -> Result<T, Error> {
-        self.optional(key)?
-            .ok_or_else(|| self.error(key, "is missing"))
+        self.optional(key)?.ok_or_else(|| self.error(key, "is missing"))
     }
 
     fn or<T: DeserializeOwned>(&self, key: &str, default: T) -> Result<T, Error> {
@@ -150,10 +149,7 @@ impl Object {
     }
 
     fn error(&self, key: &str, problem: impl Into<String>) -> Error {
-        Error::Key {
-            key: format!("{}{key}", self.name),
-            problem: problem.into(),
-        }
+        Error::Key { key: format!("{}{key}", self.name), problem: problem.into() }
     }
 }
 
@@ -192,10 +188,7 @@ fn rotary(json: &Object) -> Result<Rotary, Error> {
         None => json.or("rope_theta", 10_000.0)?,
     };
     rope.only("partial_rotary_factor", 1.0)?;
-    Ok(Rotary {
-        theta,
-        scaling: scaling(&rope)?,
-    })
+    Ok(Rotary { theta, scaling: scaling(&rope)? })
 }
 
 fn scaling(rope: &Object) -> Result<Option<Llama3Scaling>, Error> {
@@ -315,23 +308,11 @@ mod tests {
     #[test]
     fn refuses_what_is_no_llama_and_names_the_key() {
         let refusals = [
-            (
-                serde_json::json!({"attention_bias": true}),
-                "`attention_bias` is true",
-            ),
+            (serde_json::json!({"attention_bias": true}), "`attention_bias` is true"),
             (serde_json::json!({"mlp_bias": true}), "`mlp_bias` is true"),
-            (
-                serde_json::json!({"hidden_act": "gelu"}),
-                "`hidden_act` is \"gelu\"",
-            ),
-            (
-                serde_json::json!({"model_type": "qwen3"}),
-                "`model_type` is \"qwen3\"",
-            ),
-            (
-                serde_json::json!({"model_type": null}),
-                "`model_type` is missing",
-            ),
+            (serde_json::json!({"hidden_act": "gelu"}), "`hidden_act` is \"gelu\""),
+            (serde_json::json!({"model_type": "qwen3"}), "`model_type` is \"qwen3\""),
+            (serde_json::json!({"model_type": null}), "`model_type` is missing"),
             (
                 serde_json::json!({"rope_parameters": {"rope_type": "yarn"}}),
                 "`rope_parameters.rope_type` is \"yarn\"",
@@ -346,11 +327,7 @@ mod tests {
             ),
         ];
         for (changes, message) in refusals {
-            assert!(
-                refusal(&changes).starts_with(message),
-                "{}",
-                refusal(&changes)
-            );
+            assert!(refusal(&changes).starts_with(message), "{}", refusal(&changes));
         }
     }
 
@@ -359,20 +336,11 @@ mod tests {
         let missing = refusal(&serde_json::json!({"hidden_size": null}));
         assert_eq!(missing, "`hidden_size` is missing");
         let text = refusal(&serde_json::json!({"hidden_size": "64"}));
-        assert!(
-            text.starts_with("`hidden_size` is malformed: invalid type: string"),
-            "{text}"
-        );
+        assert!(text.starts_with("`hidden_size` is malformed: invalid type: string"), "{text}");
         let negative = refusal(&serde_json::json!({"num_hidden_layers": -1}));
-        assert!(
-            negative.starts_with("`num_hidden_layers` is malformed"),
-            "{negative}"
-        );
+        assert!(negative.starts_with("`num_hidden_layers` is malformed"), "{negative}");
         let uneven = refusal(&serde_json::json!({"head_dim": null, "hidden_size": 65}));
-        assert!(
-            uneven.starts_with("`head_dim` is missing, and hidden_size = 65"),
-            "{uneven}"
-        );
+        assert!(uneven.starts_with("`head_dim` is missing, and hidden_size = 65"), "{uneven}");
         let none = refusal(&serde_json::json!({"head_dim": null, "num_attention_heads": 0}));
         assert!(none.starts_with("`heads` is 0"), "{none}");
         assert!(matches!(from_json("[]"), Err(Error::Json(_))));

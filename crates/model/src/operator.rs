@@ -90,14 +90,7 @@ impl Operator {
             Self::Product { m, n, k } => 2 * m * n * k,
             Self::RmsNorm { rows, width } => 4 * rows * width,
             Self::Rotary { rows, width } => 3 * rows * width,
-            Self::Attention {
-                sequences,
-                heads,
-                head_dim,
-                length,
-                products,
-                ..
-            } => {
+            Self::Attention { sequences, heads, head_dim, length, products, .. } => {
                 // length (length + 1) / 2 pairs, 2 FLOPs a component.
                 products * sequences * heads * head_dim * length * (length + 1)
             }
@@ -118,14 +111,9 @@ impl Operator {
             Self::Product { m, n, k } => m * k + k * n + m * n,
             Self::RmsNorm { rows, width } => 2 * rows * width + width,
             Self::Rotary { rows, width } => 2 * rows * width,
-            Self::Attention {
-                sequences,
-                heads,
-                kv_heads,
-                head_dim,
-                length,
-                products,
-            } => products * sequences * length * head_dim * (heads + kv_heads),
+            Self::Attention { sequences, heads, kv_heads, head_dim, length, products } => {
+                products * sequences * length * head_dim * (heads + kv_heads)
+            }
             Self::SwiGlu { rows, width } => 3 * rows * width,
             Self::Embedding { rows, width } => 2 * rows * width,
             Self::CrossEntropy { rows, width } => 2 * rows * width,

@@ -104,12 +104,7 @@ impl Config {
         self.roles(block)
             .into_iter()
             .map(|(role, name, shape)| {
-                let parameter = Parameter {
-                    role,
-                    name: block.prefix() + name,
-                    shape,
-                    offset,
-                };
+                let parameter = Parameter { role, name: block.prefix() + name, shape, offset };
                 offset += parameter.elements();
                 parameter
             })
@@ -139,31 +134,11 @@ impl Config {
             }
             Block::Layer(_) => vec![
                 (Role::AttentionNorm, "input_layernorm.weight", vec![hidden]),
-                (
-                    Role::Query,
-                    "self_attn.q_proj.weight",
-                    vec![self.query_width(), hidden],
-                ),
-                (
-                    Role::Key,
-                    "self_attn.k_proj.weight",
-                    vec![self.kv_width(), hidden],
-                ),
-                (
-                    Role::Value,
-                    "self_attn.v_proj.weight",
-                    vec![self.kv_width(), hidden],
-                ),
-                (
-                    Role::Output,
-                    "self_attn.o_proj.weight",
-                    vec![hidden, self.query_width()],
-                ),
-                (
-                    Role::FeedForwardNorm,
-                    "post_attention_layernorm.weight",
-                    vec![hidden],
-                ),
+                (Role::Query, "self_attn.q_proj.weight", vec![self.query_width(), hidden]),
+                (Role::Key, "self_attn.k_proj.weight", vec![self.kv_width(), hidden]),
+                (Role::Value, "self_attn.v_proj.weight", vec![self.kv_width(), hidden]),
+                (Role::Output, "self_attn.o_proj.weight", vec![hidden, self.query_width()]),
+                (Role::FeedForwardNorm, "post_attention_layernorm.weight", vec![hidden]),
                 (Role::Gate, "mlp.gate_proj.weight", vec![inner, hidden]),
                 (Role::Up, "mlp.up_proj.weight", vec![inner, hidden]),
                 (Role::Down, "mlp.down_proj.weight", vec![hidden, inner]),

@@ -147,16 +147,8 @@ impl fmt::Display for Pass {
 /// The products of a linear layer `[tokens, k] -> [tokens, n]` in one pass.
 fn linear(pass: Pass, tokens: u64, n: u64, k: u64) -> Vec<Operator> {
     let forward = Operator::Product { m: tokens, n, k };
-    let input = Operator::Product {
-        m: tokens,
-        n: k,
-        k: n,
-    };
-    let weight = Operator::Product {
-        m: n,
-        n: k,
-        k: tokens,
-    };
+    let input = Operator::Product { m: tokens, n: k, k: n };
+    let weight = Operator::Product { m: n, n: k, k: tokens };
     match pass {
         Pass::Forward => vec![forward],
         Pass::Backward => vec![input, weight],
@@ -174,15 +166,9 @@ impl Config {
         // What has no parameters has nothing to do in the weight half of a split backward.
         let unless_weight = |operator| if weight_only { vec![] } else { vec![operator] };
         match segment {
-            Segment::Embed => vec![Operator::Embedding {
-                rows,
-                width: self.hidden,
-            }],
+            Segment::Embed => vec![Operator::Embedding { rows, width: self.hidden }],
             Segment::AttentionNorm | Segment::FeedForwardNorm | Segment::FinalNorm => {
-                unless_weight(Operator::RmsNorm {
-                    rows,
-                    width: self.hidden,
-                })
+                unless_weight(Operator::RmsNorm { rows, width: self.hidden })
             }
             Segment::Qkv => {
                 let mut operators = linear(pass, rows, self.qkv_width(), self.hidden);
@@ -200,27 +186,20 @@ impl Config {
             }),
             Segment::Project => linear(pass, rows, self.hidden, self.query_width()),
             Segment::AttentionAdd | Segment::FeedForwardAdd => match pass {
-                Pass::Forward => vec![Operator::Add {
-                    elements: rows * self.hidden,
-                }],
+                Pass::Forward => vec![Operator::Add { elements: rows * self.hidden }],
                 _ => vec![], // the gradient of a sum is handed on as it is
             },
             Segment::FeedForward => {
                 let mut operators = linear(pass, rows, 2 * self.feed_forward, self.hidden);
-                operators.extend(unless_weight(Operator::SwiGlu {
-                    rows,
-                    width: self.feed_forward,
-                }));
+                operators
+                    .extend(unless_weight(Operator::SwiGlu { rows, width: self.feed_forward }));
                 operators.extend(linear(pass, rows, self.hidden, self.feed_forward));
                 operators
             }
             Segment::Logits => linear(pass, rows, self.vocabulary, self.hidden),
             Segment::Loss => match pass {
                 Pass::Forward => {
-                    vec![Operator::CrossEntropy {
-                        rows,
-                        width: self.vocabulary,
-                    }]
+                    vec![Operator::CrossEntropy { rows, width: self.vocabulary }]
                 }
                 _ => vec![], // the forward pass leaves the gradient in place of the logits
             },
@@ -232,19 +211,13 @@ impl Config {
     /// of model FLOPs utilization.
     #[must_use]
     pub fn training_flops_per_token(&self, sequence: u64) -> Flops {
-        let shape = Shape {
-            sequences: 1,
-            sequence,
-        };
+        let shape = Shape { sequences: 1, sequence };
         let forward: Flops = self
             .blocks()
             .flat_map(Segment::of)
             .flat_map(|segment| self.operators(*segment, Pass::Forward, &shape))
             .filter(|operator| {
-                matches!(
-                    operator,
-                    Operator::Product { .. } | Operator::Attention { .. }
-                )
+                matches!(operator, Operator::Product { .. } | Operator::Attention { .. })
             })
             .map(|operator| operator.flops())
             .sum();

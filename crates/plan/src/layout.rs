@@ -133,42 +133,18 @@ impl PartialLayout {
     ) -> Result<Layout, LayoutError> {
         let (tensor, context) = (self.tensor.unwrap_or(1), self.context.unwrap_or(1));
         let pipeline = self.pipeline.unwrap_or(1);
-        let named = [
-            ("tensor", tensor),
-            ("context", context),
-            ("pipeline", pipeline),
-        ];
+        let named = [("tensor", tensor), ("context", context), ("pipeline", pipeline)];
         if let Some((name, _)) = named.into_iter().find(|(_, degree)| *degree == 0) {
             return Err(LayoutError::Zero(name));
         }
         let model_ranks = tensor.saturating_mul(context).saturating_mul(pipeline);
         if !ranks.is_multiple_of(model_ranks) {
-            return Err(LayoutError::Ranks {
-                tensor,
-                context,
-                pipeline,
-                ranks,
-            });
+            return Err(LayoutError::Ranks { tensor, context, pipeline, ranks });
         }
-        let mesh = Mesh {
-            tensor,
-            context,
-            data: ranks / model_ranks,
-            pipeline,
-        };
-        let micro_batch = self
-            .micro_batch
-            .unwrap_or_else(|| default_micro_batch(&mesh, batch));
-        let default_shard = if mesh.data > 1 {
-            Shard::Optimizer
-        } else {
-            Shard::None
-        };
-        let layout = Layout {
-            mesh,
-            micro_batch,
-            shard: self.shard.unwrap_or(default_shard),
-        };
+        let mesh = Mesh { tensor, context, data: ranks / model_ranks, pipeline };
+        let micro_batch = self.micro_batch.unwrap_or_else(|| default_micro_batch(&mesh, batch));
+        let default_shard = if mesh.data > 1 { Shard::Optimizer } else { Shard::None };
+        let layout = Layout { mesh, micro_batch, shard: self.shard.unwrap_or(default_shard) };
         layout.check(config, batch)?;
         Ok(layout)
     }
@@ -176,11 +152,7 @@ impl PartialLayout {
 
 fn default_micro_batch(mesh: &Mesh, batch: &Batch) -> u64 {
     let per_rank = batch.global_batch / u64::from(mesh.data);
-    let wanted = if mesh.pipeline > 1 {
-        4 * u64::from(mesh.pipeline)
-    } else {
-        1
-    };
+    let wanted = if mesh.pipeline > 1 { 4 * u64::from(mesh.pipeline) } else { 1 };
     divisors(per_rank.max(1))
         .filter(|size| *size <= 4 && per_rank / size >= wanted.min(per_rank))
         .max()
@@ -191,11 +163,7 @@ impl Layout {
     /// One rank that does everything, in the same microbatches.
     #[must_use]
     pub fn one_rank(micro_batch: u64) -> Self {
-        Self {
-            mesh: Mesh::ONE,
-            micro_batch,
-            shard: Shard::None,
-        }
+        Self { mesh: Mesh::ONE, micro_batch, shard: Shard::None }
     }
 
     /// Refuses what cannot be divided.
@@ -203,26 +171,15 @@ impl Layout {
     /// # Errors
     /// See [`LayoutError`].
     pub fn check(&self, config: &Config, batch: &Batch) -> Result<(), LayoutError> {
-        let Mesh {
-            tensor,
-            context,
-            data,
-            pipeline,
-        } = self.mesh;
+        let Mesh { tensor, context, data, pipeline } = self.mesh;
         for (axis, degree) in [("tensor", tensor), ("context", context)] {
             if degree > 1 {
                 return Err(LayoutError::Unsupported { axis, degree });
             }
         }
         if !config.layers.is_multiple_of(pipeline) {
-            let choices = divisors(u64::from(config.layers))
-                .map(|d| d as u32)
-                .collect();
-            return Err(LayoutError::Layers {
-                pipeline,
-                layers: config.layers,
-                choices,
-            });
+            let choices = divisors(u64::from(config.layers)).map(|d| d as u32).collect();
+            return Err(LayoutError::Layers { pipeline, layers: config.layers, choices });
         }
         let sizes = [
             ("micro_batch", self.micro_batch),
@@ -252,10 +209,7 @@ impl Layout {
     /// The size of a microbatch.
     #[must_use]
     pub fn shape(&self, batch: &Batch) -> Shape {
-        Shape {
-            sequences: self.micro_batch,
-            sequence: batch.sequence,
-        }
+        Shape { sequences: self.micro_batch, sequence: batch.sequence }
     }
 
     /// The layers of a stage.
@@ -279,16 +233,6 @@ impl Layout {
             blocks.push(Block::Head);
         }
         blocks
-    }
-
-    /// The positions within a step's batch of a microbatch of the data-parallel rank at
-    /// `data`: together the ranks and microbatches cover `0..global_batch` once, in an order that
-    /// does not depend on the layout.
-    #[must_use]
-    pub fn positions(&self, batch: &Batch, data: u32, microbatch: u32) -> Range<u64> {
-        let per_rank = batch.global_batch / u64::from(self.mesh.data);
-        let first = u64::from(data) * per_rank + u64::from(microbatch) * self.micro_batch;
-        first..first + self.micro_batch
     }
 
     /// The stage of `rank`.

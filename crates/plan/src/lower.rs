@@ -89,10 +89,7 @@ fn assemble(
         tied_embeddings: config.tied_embeddings,
         classes,
         segments,
-        blocks: config
-            .blocks()
-            .map(|block| (block, config.block_elements(block)))
-            .collect(),
+        blocks: config.blocks().map(|block| (block, config.block_elements(block))).collect(),
     }
 }
 
@@ -149,10 +146,7 @@ impl<'a> Lowering<'a> {
             sending: VecDeque::new(),
             reducing: VecDeque::new(),
         };
-        lowering.visits = turns
-            .iter()
-            .flat_map(|turn| lowering.visits_of(*turn))
-            .collect();
+        lowering.visits = turns.iter().flat_map(|turn| lowering.visits_of(*turn)).collect();
         lowering
     }
 
@@ -165,14 +159,7 @@ impl<'a> Lowering<'a> {
         if pass != Pass::Forward {
             blocks.reverse();
         }
-        blocks
-            .into_iter()
-            .map(|block| Visit {
-                pass,
-                microbatch,
-                block,
-            })
-            .collect()
+        blocks.into_iter().map(|block| Visit { pass, microbatch, block }).collect()
     }
 
     fn last_stage(&self) -> bool {
@@ -196,12 +183,7 @@ impl<'a> Lowering<'a> {
     fn post(&mut self, action: Action, axis: Axis, buffer: Buffer, elements: u64) -> Ticket {
         let ticket = Ticket(self.tickets);
         self.tickets += 1;
-        let transfer = Transfer {
-            action,
-            axis,
-            buffer,
-            elements,
-        };
+        let transfer = Transfer { action, axis, buffer, elements };
         self.list.push(Instruction::Post { ticket, transfer });
         ticket
     }
@@ -222,10 +204,7 @@ impl<'a> Lowering<'a> {
             }
             Pass::Backward if !self.last_stage() => {
                 let value = Value::Stream(layers.end);
-                Some((
-                    self.stage + 1,
-                    Buffer::ActivationGradient { value, microbatch },
-                ))
+                Some((self.stage + 1, Buffer::ActivationGradient { value, microbatch }))
             }
             _ => None,
         }
@@ -241,10 +220,7 @@ impl<'a> Lowering<'a> {
             }
             Pass::Backward if self.stage > 0 => {
                 let value = Value::Stream(layers.start);
-                Some((
-                    self.stage - 1,
-                    Buffer::ActivationGradient { value, microbatch },
-                ))
+                Some((self.stage - 1, Buffer::ActivationGradient { value, microbatch }))
             }
             _ => None,
         }
@@ -263,10 +239,7 @@ impl<'a> Lowering<'a> {
     }
 
     fn wait_receive(&mut self, turn: Turn) {
-        if self
-            .receiving
-            .front()
-            .is_some_and(|(posted, _)| *posted == turn)
+        if self.receiving.front().is_some_and(|(posted, _)| *posted == turn)
             && let Some((_, ticket)) = self.receiving.pop_front()
         {
             self.wait(ticket);
@@ -278,12 +251,7 @@ impl<'a> Lowering<'a> {
             return;
         };
         self.drain_sends(PENDING_SENDS - 1);
-        let ticket = self.post(
-            Action::Send { to },
-            Axis::Pipeline,
-            buffer,
-            self.stream_elements,
-        );
+        let ticket = self.post(Action::Send { to }, Axis::Pipeline, buffer, self.stream_elements);
         self.sending.push_back(ticket);
     }
 
@@ -342,25 +310,14 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    fn compute(
-        &mut self,
-        Visit {
-            pass,
-            microbatch,
-            block,
-        }: Visit,
-    ) {
+    fn compute(&mut self, Visit { pass, microbatch, block }: Visit) {
         let layer = match block {
             Block::Embedding => 0,
             Block::Layer(layer) => layer,
             Block::Head => self.config.layers,
         };
-        let instruction = |segment: &Segment| Instruction::Compute {
-            segment: *segment,
-            pass,
-            layer,
-            microbatch,
-        };
+        let instruction =
+            |segment: &Segment| Instruction::Compute { segment: *segment, pass, layer, microbatch };
         let segments = Segment::of(block);
         match pass {
             Pass::Forward => self.list.extend(segments.iter().map(instruction)),
@@ -394,11 +351,7 @@ impl<'a> Lowering<'a> {
                 self.drain_reductions(PENDING_REDUCTIONS - 1);
             }
             let sharded = shards(self.layout, Shard::Optimizer);
-            let kind = if sharded {
-                Kind::ReduceScatter
-            } else {
-                Kind::AllReduce
-            };
+            let kind = if sharded { Kind::ReduceScatter } else { Kind::AllReduce };
             let elements = self.config.block_elements(block);
             let action = Action::Collective(kind);
             let ticket = self.post(action, Axis::Data, Buffer::Gradients(block), elements);
@@ -437,16 +390,9 @@ impl<'a> Lowering<'a> {
         // Both stages hold a tied embedding; the norm counts it once.
         let counted = |block: &&Block| **block != Block::Embedding || self.stage == 0;
         let sums: Vec<Block> = blocks.iter().filter(counted).copied().collect();
-        self.list.extend(
-            sums.into_iter()
-                .map(|block| Instruction::SquareSum { block }),
-        );
+        self.list.extend(sums.into_iter().map(|block| Instruction::SquareSum { block }));
         self.share_statistics();
-        self.list.extend(
-            blocks
-                .into_iter()
-                .map(|block| Instruction::Update { block }),
-        );
+        self.list.extend(blocks.into_iter().map(|block| Instruction::Update { block }));
     }
 
     /// A tied embedding on two stages gets gradients from both.
@@ -455,15 +401,8 @@ impl<'a> Lowering<'a> {
         if !self.config.tied_embeddings || self.layout.mesh.pipeline == 1 || !ends {
             return;
         }
-        let degree = if shards(self.layout, Shard::Optimizer) {
-            self.layout.mesh.data
-        } else {
-            1
-        };
-        let elements = self
-            .config
-            .block_elements(Block::Embedding)
-            .div_ceil(u64::from(degree));
+        let degree = if shards(self.layout, Shard::Optimizer) { self.layout.mesh.data } else { 1 };
+        let elements = self.config.block_elements(Block::Embedding).div_ceil(u64::from(degree));
         let action = Action::Collective(Kind::AllReduce);
         let buffer = Buffer::ReducedGradients(Block::Embedding);
         let ticket = self.post(action, Axis::Tied, buffer, elements);

@@ -45,19 +45,16 @@ impl Value {
             Segment::Qkv => (vec![Self::AttentionNormed(layer)], Self::Qkv(layer)),
             Segment::Attend => (vec![Self::Qkv(layer)], Self::Attended(layer)),
             Segment::Project => (vec![Self::Attended(layer)], Self::AttentionDelta(layer)),
-            Segment::AttentionAdd => (
-                vec![Self::Stream(layer), Self::AttentionDelta(layer)],
-                Self::Middle(layer),
-            ),
+            Segment::AttentionAdd => {
+                (vec![Self::Stream(layer), Self::AttentionDelta(layer)], Self::Middle(layer))
+            }
             Segment::FeedForwardNorm => (vec![Self::Middle(layer)], Self::FeedForwardNormed(layer)),
-            Segment::FeedForward => (
-                vec![Self::FeedForwardNormed(layer)],
-                Self::FeedForwardDelta(layer),
-            ),
-            Segment::FeedForwardAdd => (
-                vec![Self::Middle(layer), Self::FeedForwardDelta(layer)],
-                Self::Stream(layer + 1),
-            ),
+            Segment::FeedForward => {
+                (vec![Self::FeedForwardNormed(layer)], Self::FeedForwardDelta(layer))
+            }
+            Segment::FeedForwardAdd => {
+                (vec![Self::Middle(layer), Self::FeedForwardDelta(layer)], Self::Stream(layer + 1))
+            }
             Segment::FinalNorm => (vec![Self::Stream(layer)], Self::FinalNormed),
             Segment::Logits => (vec![Self::FinalNormed], Self::Logits),
             Segment::Loss => (vec![Self::Logits], Self::Loss),

@@ -13,6 +13,7 @@ mod trace;
 mod verify;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use model::{Block, Operator, Pass, Segment, Shape};
 use units::{Bytes, Flops, Rank};
@@ -72,11 +73,7 @@ impl Program {
     /// Elements of `block` that one rank updates.
     #[must_use]
     pub fn updated_elements(&self, block: Block) -> u64 {
-        let degree = if self.optimizer_sharded {
-            self.mesh.degree(Axis::Data)
-        } else {
-            1
-        };
+        let degree = if self.optimizer_sharded { self.mesh.degree(Axis::Data) } else { 1 };
         self.blocks[&block].div_ceil(u64::from(degree))
     }
 
@@ -86,20 +83,14 @@ impl Program {
         match *instruction {
             Instruction::Compute { segment, pass, .. } => self.segments[&(segment, pass)].clone(),
             Instruction::Accumulate { block } => {
-                vec![Operator::Add {
-                    elements: self.updated_elements(block),
-                }]
+                vec![Operator::Add { elements: self.updated_elements(block) }]
             }
             Instruction::SquareSum { block } => {
                 let degree = u64::from(self.mesh.degree(Axis::Data));
-                vec![Operator::SquareSum {
-                    elements: self.blocks[&block].div_ceil(degree),
-                }]
+                vec![Operator::SquareSum { elements: self.blocks[&block].div_ceil(degree) }]
             }
             Instruction::Update { block } => {
-                vec![Operator::AdamW {
-                    elements: self.updated_elements(block),
-                }]
+                vec![Operator::AdamW { elements: self.updated_elements(block) }]
             }
             Instruction::Release { .. } | Instruction::Post { .. } | Instruction::Wait { .. } => {
                 vec![]
@@ -107,14 +98,42 @@ impl Program {
         }
     }
 
+    /// Sequences in a step, over all ranks.
+    #[must_use]
+    pub fn global_batch(&self) -> u64 {
+        u64::from(self.mesh.data) * u64::from(self.microbatches) * self.shape.sequences
+    }
+
+    /// Tokens in a step, over all ranks.
+    #[must_use]
+    pub fn global_tokens(&self) -> u64 {
+        self.global_batch() * self.shape.sequence
+    }
+
+    /// The positions within a step's batch that a microbatch of `rank` takes. Together the ranks
+    /// of a data axis and their microbatches cover `0..global_batch` once, in an order that does
+    /// not depend on the layout.
+    #[must_use]
+    pub fn positions(&self, rank: Rank, microbatch: u32) -> Range<u64> {
+        let data = u64::from(self.mesh.coordinate(rank, Axis::Data));
+        let index = data * u64::from(self.microbatches) + u64::from(microbatch);
+        index * self.shape.sequences..(index + 1) * self.shape.sequences
+    }
+
+    /// The blocks that `rank` updates: those it holds.
+    #[must_use]
+    pub fn held_blocks(&self, rank: Rank) -> Vec<Block> {
+        let updated = |instruction: &Instruction| match instruction {
+            Instruction::Update { block } => Some(*block),
+            _ => None,
+        };
+        self.instructions(rank).iter().filter_map(updated).collect()
+    }
+
     /// FLOPs of one class in one step.
     #[must_use]
     pub fn flops(&self, class: usize) -> Flops {
-        self.classes[class]
-            .iter()
-            .flat_map(|i| self.operators(i))
-            .map(|o| o.flops())
-            .sum()
+        self.classes[class].iter().flat_map(|i| self.operators(i)).map(|o| o.flops()).sum()
     }
 
     /// Bytes a rank of one class hands to transfers in one step.
@@ -132,14 +151,9 @@ impl Program {
     /// The transfer that `ticket` names in the list of `rank`.
     #[must_use]
     pub fn transfer(&self, rank: Rank, ticket: Ticket) -> Option<&Transfer> {
-        self.instructions(rank)
-            .iter()
-            .find_map(|instruction| match instruction {
-                Instruction::Post {
-                    ticket: posted,
-                    transfer,
-                } if *posted == ticket => Some(transfer),
-                _ => None,
-            })
+        self.instructions(rank).iter().find_map(|instruction| match instruction {
+            Instruction::Post { ticket: posted, transfer } if *posted == ticket => Some(transfer),
+            _ => None,
+        })
     }
 }

@@ -37,11 +37,7 @@ impl Meetings {
     /// Nothing posted yet.
     #[must_use]
     pub fn new(mesh: Mesh) -> Self {
-        Self {
-            mesh,
-            posted: BTreeMap::new(),
-            open: BTreeMap::new(),
-        }
+        Self { mesh, posted: BTreeMap::new(), open: BTreeMap::new() }
     }
 
     fn place(&self, party: &Party) -> (Place, usize) {
@@ -49,30 +45,14 @@ impl Meetings {
         match party.transfer.action {
             Action::Collective(_) => {
                 let group = self.mesh.group(rank, axis);
-                (
-                    Place::Group {
-                        axis,
-                        leader: group[0],
-                    },
-                    group.len(),
-                )
+                (Place::Group { axis, leader: group[0] }, group.len())
             }
-            Action::Send { to } => (
-                Place::Pair {
-                    axis,
-                    from: rank,
-                    to: self.mesh.peer(rank, axis, to),
-                },
-                2,
-            ),
-            Action::Receive { from } => (
-                Place::Pair {
-                    axis,
-                    from: self.mesh.peer(rank, axis, from),
-                    to: rank,
-                },
-                2,
-            ),
+            Action::Send { to } => {
+                (Place::Pair { axis, from: rank, to: self.mesh.peer(rank, axis, to) }, 2)
+            }
+            Action::Receive { from } => {
+                (Place::Pair { axis, from: self.mesh.peer(rank, axis, from), to: rank }, 2)
+            }
         }
     }
 

@@ -52,12 +52,7 @@ pub struct Mesh {
 
 impl Mesh {
     /// A single rank.
-    pub const ONE: Self = Self {
-        tensor: 1,
-        context: 1,
-        data: 1,
-        pipeline: 1,
-    };
+    pub const ONE: Self = Self { tensor: 1, context: 1, data: 1, pipeline: 1 };
 
     /// Ranks in all.
     #[must_use]
@@ -103,9 +98,7 @@ impl Mesh {
             Axis::Tied => rank.0 % self.stride(Axis::Pipeline),
             _ => rank.0 - self.coordinate(rank, axis) * stride,
         };
-        (0..self.degree(axis))
-            .map(|place| Rank(first + place * stride))
-            .collect()
+        (0..self.degree(axis)).map(|place| Rank(first + place * stride)).collect()
     }
 
     /// The rank at `coordinate` along `axis` in the group of `rank`.
@@ -123,11 +116,7 @@ impl fmt::Display for Mesh {
             .filter(|axis| self.degree(*axis) > 1)
             .map(|axis| format!("{axis} {}", self.degree(axis)))
             .collect();
-        if parts.is_empty() {
-            f.write_str("1 rank")
-        } else {
-            f.write_str(&parts.join(" x "))
-        }
+        if parts.is_empty() { f.write_str("1 rank") } else { f.write_str(&parts.join(" x ")) }
     }
 }
 
@@ -137,19 +126,8 @@ mod tests {
 
     #[test]
     fn every_rank_is_where_its_group_says() {
-        let mesh = Mesh {
-            tensor: 2,
-            context: 3,
-            data: 2,
-            pipeline: 4,
-        };
-        let axes = [
-            Axis::Tensor,
-            Axis::Context,
-            Axis::Data,
-            Axis::Pipeline,
-            Axis::World,
-        ];
+        let mesh = Mesh { tensor: 2, context: 3, data: 2, pipeline: 4 };
+        let axes = [Axis::Tensor, Axis::Context, Axis::Data, Axis::Pipeline, Axis::World];
         for rank in (0..mesh.ranks()).map(Rank) {
             for axis in axes {
                 let group = mesh.group(rank, axis);
@@ -161,12 +139,7 @@ mod tests {
 
     #[test]
     fn the_tied_group_is_the_first_and_the_last_stage() {
-        let mesh = Mesh {
-            tensor: 1,
-            context: 1,
-            data: 2,
-            pipeline: 4,
-        };
+        let mesh = Mesh { tensor: 1, context: 1, data: 2, pipeline: 4 };
         assert_eq!(mesh.group(Rank(1), Axis::Tied), [Rank(1), Rank(7)]);
         assert_eq!(mesh.group(Rank(7), Axis::Tied), [Rank(1), Rank(7)]);
         assert_eq!(mesh.coordinate(Rank(7), Axis::Tied), 1);

@@ -54,12 +54,7 @@ impl fmt::Display for Transfer {
 impl fmt::Display for Instruction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Compute {
-                segment,
-                pass,
-                layer,
-                microbatch,
-            } => {
+            Self::Compute { segment, pass, layer, microbatch } => {
                 write!(f, "{pass} layer{layer} mb{microbatch}: {segment}")
             }
             Self::Accumulate { block } => write!(f, "accumulate {block}"),
@@ -75,12 +70,7 @@ impl fmt::Display for Instruction {
 /// What a run of compute instructions on one line has in common.
 fn run_key(instruction: &Instruction) -> Option<(Pass, u32, u32)> {
     match *instruction {
-        Instruction::Compute {
-            pass,
-            layer,
-            microbatch,
-            ..
-        } => Some((pass, layer, microbatch)),
+        Instruction::Compute { pass, layer, microbatch, .. } => Some((pass, layer, microbatch)),
         _ => None,
     }
 }

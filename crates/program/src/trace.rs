@@ -42,10 +42,7 @@ impl Trace {
     /// When the last span ended.
     #[must_use]
     pub fn duration(&self) -> Seconds {
-        self.spans
-            .iter()
-            .map(|span| span.end)
-            .fold(Seconds::ZERO, Seconds::max)
+        self.spans.iter().map(|span| span.end).fold(Seconds::ZERO, Seconds::max)
     }
 
     /// Time that `rank` spent in `lane`.

@@ -65,9 +65,8 @@ impl Program {
 
     /// Runs every rank with transfers that complete as soon as all parties have posted.
     fn check_meetings(&self) -> Result<(), VerifyError> {
-        let mut executors: Vec<Executor<'_>> = (0..self.mesh.ranks())
-            .map(|rank| Executor::new(self, Rank(rank)))
-            .collect();
+        let mut executors: Vec<Executor<'_>> =
+            (0..self.mesh.ranks()).map(|rank| Executor::new(self, Rank(rank))).collect();
         let mut meetings = Meetings::new(self.mesh);
         let mut runnable: BTreeSet<Rank> = (0..self.mesh.ranks()).map(Rank).collect();
         while let Some(rank) = runnable.pop_first() {
@@ -76,11 +75,7 @@ impl Program {
                 let Instruction::Post { ticket, transfer } = *instruction else {
                     continue;
                 };
-                let party = Party {
-                    rank,
-                    ticket,
-                    transfer,
-                };
+                let party = Party { rank, ticket, transfer };
                 for met in met(&mut meetings, party)? {
                     executors[met.rank.index()].completed(met.ticket);
                     runnable.insert(met.rank);
@@ -98,15 +93,9 @@ impl Program {
             })
             .collect();
         if !blocked.is_empty() {
-            return Err(VerifyError::Deadlock {
-                in_flight: self.in_flight,
-                blocked,
-            });
+            return Err(VerifyError::Deadlock { in_flight: self.in_flight, blocked });
         }
-        assert!(
-            meetings.unmet().next().is_none(),
-            "every post is waited for, so all have met"
-        );
+        assert!(meetings.unmet().next().is_none(), "every post is waited for, so all have met");
         Ok(())
     }
 }
@@ -169,26 +158,19 @@ impl<'p> Dataflow<'p> {
             trains: list.iter().any(|i| matches!(i, Instruction::Update { .. })),
         };
         for (index, instruction) in list.iter().enumerate() {
-            state
-                .step(instruction)
-                .map_err(|reason| VerifyError::Dataflow {
-                    class,
-                    index,
-                    instruction: instruction.to_string(),
-                    reason,
-                })?;
+            state.step(instruction).map_err(|reason| VerifyError::Dataflow {
+                class,
+                index,
+                instruction: instruction.to_string(),
+                reason,
+            })?;
         }
         state.finish()
     }
 
     fn step(&mut self, instruction: &Instruction) -> Result<(), String> {
         match *instruction {
-            Instruction::Compute {
-                segment,
-                pass,
-                layer,
-                microbatch,
-            } => {
+            Instruction::Compute { segment, pass, layer, microbatch } => {
                 self.need_parameters(segment, layer)?;
                 match pass {
                     Pass::Forward => self.forward(segment, layer, microbatch),
@@ -233,10 +215,7 @@ impl<'p> Dataflow<'p> {
     }
 
     fn need_reduced(&self, block: Block) -> Result<(), String> {
-        let moving = self
-            .posted
-            .values()
-            .any(|buffer| *buffer == Buffer::Gradients(block));
+        let moving = self.posted.values().any(|buffer| *buffer == Buffer::Gradients(block));
         if moving {
             return Err(format!("the gradients of {block} are still being reduced"));
         }
@@ -252,10 +231,7 @@ impl<'p> Dataflow<'p> {
             self.need(Buffer::Activation { value, microbatch })?;
         }
         self.open.insert((segment, layer, microbatch));
-        let written = Buffer::Activation {
-            value: output,
-            microbatch,
-        };
+        let written = Buffer::Activation { value: output, microbatch };
         fresh(self.values.insert(written), "the value is already there")
     }
 
@@ -270,14 +246,11 @@ impl<'p> Dataflow<'p> {
             self.need(gradient)?;
             self.values.remove(&gradient);
         }
-        self.values
-            .remove(&Buffer::Activation { value, microbatch });
+        self.values.remove(&Buffer::Activation { value, microbatch });
         for value in inputs {
-            self.values
-                .insert(Buffer::ActivationGradient { value, microbatch });
+            self.values.insert(Buffer::ActivationGradient { value, microbatch });
         }
-        self.unreduced
-            .extend(self.program.blocks_used(segment, layer));
+        self.unreduced.extend(self.program.blocks_used(segment, layer));
         Ok(())
     }
 
@@ -296,17 +269,11 @@ impl<'p> Dataflow<'p> {
         if let Buffer::Gradients(block) = buffer {
             self.unreduced.remove(&block);
         }
-        fresh(
-            self.posted.insert(ticket, buffer).is_none(),
-            "the ticket is in use",
-        )
+        fresh(self.posted.insert(ticket, buffer).is_none(), "the ticket is in use")
     }
 
     fn wait(&mut self, ticket: Ticket) -> Result<(), String> {
-        let buffer = self
-            .posted
-            .remove(&ticket)
-            .ok_or("the ticket was not posted")?;
+        let buffer = self.posted.remove(&ticket).ok_or("the ticket was not posted")?;
         match buffer {
             Buffer::Parameters(block) => {
                 self.resident.insert(block);
@@ -321,28 +288,17 @@ impl<'p> Dataflow<'p> {
     }
 
     fn finish(self) -> Result<(), VerifyError> {
-        let unfinished = |reason| {
-            Err(VerifyError::Unfinished {
-                class: self.class,
-                reason,
-            })
-        };
+        let unfinished = |reason| Err(VerifyError::Unfinished { class: self.class, reason });
         if let Some((ticket, buffer)) = self.posted.first_key_value() {
             return unfinished(format!("the transfer {ticket} of {buffer} not waited for"));
         }
         if let Some((segment, layer, microbatch)) = self.open.first().filter(|_| self.trains) {
-            return unfinished(format!(
-                "no backward for {segment} layer{layer} mb{microbatch}"
-            ));
+            return unfinished(format!("no backward for {segment} layer{layer} mb{microbatch}"));
         }
         Ok(())
     }
 }
 
 fn fresh(is: bool, otherwise: &str) -> Result<(), String> {
-    if is {
-        Ok(())
-    } else {
-        Err(otherwise.to_owned())
-    }
+    if is { Ok(()) } else { Err(otherwise.to_owned()) }
 }

@@ -71,40 +71,24 @@ impl Script {
     /// A send and its receive, in the words of a collective.
     fn pair() -> Self {
         let send = Step::Send { to: 1, chunk: 0 };
-        let receive = Step::Receive {
-            from: 0,
-            chunk: 0,
-            action: collective::Action::Copy,
-        };
-        Self {
-            steps: vec![vec![send], vec![receive]],
-            in_flight: 1,
-            chunks: 1,
-        }
+        let receive = Step::Receive { from: 0, chunk: 0, action: collective::Action::Copy };
+        Self { steps: vec![vec![send], vec![receive]], in_flight: 1, chunks: 1 }
     }
 
     fn collective(kind: Kind, ranks: u32) -> Self {
         let schedule = collective::ring(kind, ranks);
-        Self {
-            in_flight: schedule.in_flight,
-            steps: schedule.steps,
-            chunks: ranks,
-        }
+        Self { in_flight: schedule.in_flight, steps: schedule.steps, chunks: ranks }
     }
 
     /// What the receiver does with the message of a sender's step: the n-th send from one member
     /// to another is the n-th receive there.
     fn action(&self, sender: u32, step: usize, receiver: u32) -> collective::Action {
         let sends = self.steps[sender as usize][..step].iter();
-        let nth = sends
-            .filter(|s| s.is_send() && s.peer() == receiver)
-            .count();
-        let mut receives = self.steps[receiver as usize]
-            .iter()
-            .filter_map(|step| match step {
-                Step::Receive { from, action, .. } if *from == sender => Some(*action),
-                _ => None,
-            });
+        let nth = sends.filter(|s| s.is_send() && s.peer() == receiver).count();
+        let mut receives = self.steps[receiver as usize].iter().filter_map(|step| match step {
+            Step::Receive { from, action, .. } if *from == sender => Some(*action),
+            _ => None,
+        });
         let action = receives.nth(nth);
         action.unwrap_or_else(|| panic!("send {nth} of {sender} to {receiver} has no receive"))
     }
@@ -130,9 +114,7 @@ impl Exchange {
         let place = ranks.iter().position(|rank| *rank == party.rank);
         let place = place.unwrap_or_else(|| panic!("{} is not in its own group", party.rank));
         let operation = self.operation(&party, ranks);
-        let Operation {
-            script, members, ..
-        } = &mut self.operations[operation];
+        let Operation { script, members, .. } = &mut self.operations[operation];
         let executor = Executor::new(&script.steps[place], script.in_flight);
         members[place].posted = Some((executor, party.ticket));
         self.go_on(operation, place as u32);
@@ -196,8 +178,7 @@ impl Exchange {
             }
         }
         if executor.is_done() {
-            self.finished
-                .push_back((operation.ranks[place as usize], *ticket));
+            self.finished.push_back((operation.ranks[place as usize], *ticket));
             // Nothing is sent to, or expected of, a member that is done.
             *member = Member::default();
         }

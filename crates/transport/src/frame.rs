@@ -34,15 +34,8 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    pub(crate) const GOODBYE: Self = Self {
-        key: Key {
-            kind: Kind::Goodbye,
-            group: 0,
-            sequence: 0,
-        },
-        chunk: 0,
-        bytes: 0,
-    };
+    pub(crate) const GOODBYE: Self =
+        Self { key: Key { kind: Kind::Goodbye, group: 0, sequence: 0 }, chunk: 0, bytes: 0 };
 
     /// The header on the wire: little-endian kind, chunk, group, sequence, bytes.
     pub(crate) fn encode(self) -> [u8; HEADER_BYTES] {
@@ -65,20 +58,10 @@ impl Header {
         };
         let bytes = u64_at(wire, 24);
         if bytes > limit || bytes % 4 != 0 || (kind == Kind::Goodbye && bytes != 0) {
-            return Err(format!(
-                "it sent a {kind:?} frame of {bytes} bytes (limit {limit})"
-            ));
+            return Err(format!("it sent a {kind:?} frame of {bytes} bytes (limit {limit})"));
         }
-        let key = Key {
-            kind,
-            group: u64_at(wire, 8),
-            sequence: u64_at(wire, 16),
-        };
-        Ok(Self {
-            key,
-            chunk: u32_at(wire, 4),
-            bytes,
-        })
+        let key = Key { kind, group: u64_at(wire, 8), sequence: u64_at(wire, 16) };
+        Ok(Self { key, chunk: u32_at(wire, 4), bytes })
     }
 }
 

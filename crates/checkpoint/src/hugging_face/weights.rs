@@ -40,9 +40,7 @@ impl Weights {
         } else if folder.join(INDEX).exists() {
             Self::open_shards(folder)
         } else {
-            Err(Error::NoWeights {
-                folder: folder.to_owned(),
-            })
+            Err(Error::NoWeights { folder: folder.to_owned() })
         }
     }
 
@@ -59,27 +57,19 @@ impl Weights {
     fn open_shards(folder: &Path) -> Result<Self, Error> {
         let path = folder.join(INDEX);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let malformed = |problem| Error::Index {
-            path: path.clone(),
-            problem,
-        };
+        let malformed = |problem| Error::Index { path: path.clone(), problem };
         let index: Index = serde_json::from_str(&text)
             .map_err(|error| malformed(format!("not an index of shards: {error}")))?;
         let mut shards = BTreeMap::new();
-        let mut weights = Self {
-            folder: folder.to_owned(),
-            files: vec![],
-            tensors: BTreeMap::new(),
-        };
+        let mut weights =
+            Self { folder: folder.to_owned(), files: vec![], tensors: BTreeMap::new() };
         for (tensor, shard) in index.weight_map {
             if !shards.contains_key(&shard) {
                 if !folder.join(&shard).exists() {
                     let problem = format!("shard {shard} is not in the folder; download it too");
                     return Err(malformed(problem));
                 }
-                weights
-                    .files
-                    .push(SafetensorsFile::open(&folder.join(&shard))?);
+                weights.files.push(SafetensorsFile::open(&folder.join(&shard))?);
                 shards.insert(shard.clone(), weights.files.len() - 1);
             }
             let file = shards[&shard];
@@ -106,17 +96,11 @@ impl Weights {
                 left.remove(&parameter.name);
             }
         }
-        let tensors: Vec<_> = left
-            .into_keys()
-            .filter(|name| !is_redundant(name, config))
-            .collect();
+        let tensors: Vec<_> = left.into_keys().filter(|name| !is_redundant(name, config)).collect();
         if tensors.is_empty() {
             return Ok(());
         }
-        Err(Error::Unexpected {
-            folder: self.folder.clone(),
-            tensors,
-        })
+        Err(Error::Unexpected { folder: self.folder.clone(), tensors })
     }
 
     /// Reads the parameters of `block` into its flat buffer, as fp32.

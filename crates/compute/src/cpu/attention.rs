@@ -89,14 +89,7 @@ pub fn forward(qkv: &[f32], dims: &AttentionDims, y: &mut [f32], log_sums: &mut 
             let scores = &mut scores[..queries * keys];
             let q = dims.rows(qkv, head.query, first, queries);
             let k = dims.rows(qkv, head.key, 0, keys).transposed();
-            multiply(
-                q,
-                k,
-                dims.scale(),
-                MatrixMut::rows(scores, queries, keys),
-                false,
-                1,
-            );
+            multiply(q, k, dims.scale(), MatrixMut::rows(scores, queries, keys), false, 1);
             for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
                 let log_sum = kernels::softmax_prefix(scores, first + row + 1);
                 log_sums[head.log_sum + first + row] = log_sum;
@@ -134,22 +127,8 @@ pub fn backward(
             let k = dims.rows(qkv, head.key, 0, keys);
             let v = dims.rows(qkv, head.value, 0, keys);
             let dy = dims.outputs(dy, &head, first, queries);
-            multiply(
-                q,
-                k.transposed(),
-                dims.scale(),
-                MatrixMut::rows(p, queries, keys),
-                false,
-                1,
-            );
-            multiply(
-                dy,
-                v.transposed(),
-                1.0,
-                MatrixMut::rows(ds, queries, keys),
-                false,
-                1,
-            );
+            multiply(q, k.transposed(), dims.scale(), MatrixMut::rows(p, queries, keys), false, 1);
+            multiply(dy, v.transposed(), 1.0, MatrixMut::rows(ds, queries, keys), false, 1);
             for row in 0..queries {
                 let range = row * keys..(row + 1) * keys;
                 let saved = (log_sums[head.log_sum + first + row], deltas[first + row]);
@@ -157,14 +136,7 @@ pub fn backward(
                 kernels::softmax_backward(&mut p[range.clone()], &mut ds[range], seen, saved);
             }
             let p = Matrix::rows(p, queries, keys).transposed();
-            multiply(
-                p,
-                dy,
-                1.0,
-                dims.rows_mut(dqkv, head.value, 0, keys),
-                true,
-                1,
-            );
+            multiply(p, dy, 1.0, dims.rows_mut(dqkv, head.value, 0, keys), true, 1);
             let ds = Matrix::rows(ds, queries, keys);
             let dq = dims.rows_mut(dqkv, head.query, first, queries);
             multiply(ds, k, dims.scale(), dq, true, 1);

@@ -57,12 +57,7 @@ fn sum_pairs(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
 
 #[inline(always)]
 fn max_of(values: &[f32]) -> f32 {
-    fold_pairs(
-        (values, values),
-        f32::NEG_INFINITY,
-        |max, a, _| max.max(a),
-        f32::max,
-    )
+    fold_pairs((values, values), f32::NEG_INFINITY, |max, a, _| max.max(a), f32::max)
 }
 
 #[inline(always)]
@@ -71,27 +66,17 @@ fn sum_of(values: &[f32]) -> f32 {
 }
 
 /// Rounds to the nearest bf16, ties to even.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn round_to_bf16(values: &mut [f32]) {
     for value in values {
         let bits = value.to_bits();
         let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000;
-        *value = if value.is_nan() {
-            f32::NAN
-        } else {
-            f32::from_bits(rounded)
-        };
+        *value = if value.is_nan() { f32::NAN } else { f32::from_bits(rounded) };
     }
 }
 
 /// `into += other`.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn add(into: &mut [f32], other: &[f32]) {
     for (into, other) in into.iter_mut().zip(other) {
         *into += other;
@@ -99,32 +84,20 @@ pub fn add(into: &mut [f32], other: &[f32]) {
 }
 
 /// `a . b`.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum_pairs(a, b, |a, b| a * b)
 }
 
 /// Sum of squares, in f64 over runs short enough for fp32 partial sums.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn square_sum(values: &[f32]) -> f64 {
-    values
-        .chunks(4096)
-        .map(|run| f64::from(sum_pairs(run, run, |a, _| a * a)))
-        .sum()
+    values.chunks(4096).map(|run| f64::from(sum_pairs(run, run, |a, _| a * a))).sum()
 }
 
 /// `y = x * inverse * scale` by rows, with `inverse = 1 / sqrt(mean(x^2) + epsilon)` kept
 /// (Zhang & Sennrich 2019, eq. 4).
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn rms_norm(x: &[f32], scale: &[f32], epsilon: f32, y: &mut [f32], inverse: &mut [f32]) {
     let width = scale.len();
     let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width));
@@ -139,10 +112,7 @@ pub fn rms_norm(x: &[f32], scale: &[f32], epsilon: f32, y: &mut [f32], inverse: 
 
 /// With `g = dy * scale`: `dx += inverse * g - x * inverse^3 * mean(g * x)`, and
 /// `dscale += dy * x * inverse` over rows.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn rms_norm_backward(
     dy: &[f32],
     (x, inverse): (&[f32], &[f32]),
@@ -169,10 +139,7 @@ pub fn rms_norm_backward(
 
 /// Turns the pairs `(i, i + half)` of every head in a row by the row's angles; backwards when
 /// `inverse`.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn rotate(row: &mut [f32], (cos, sin): (&[f32], &[f32]), inverse: bool) {
     let half = cos.len();
     let sign = if inverse { -1.0 } else { 1.0 };
@@ -187,10 +154,7 @@ pub fn rotate(row: &mut [f32], (cos, sin): (&[f32], &[f32]), inverse: bool) {
 }
 
 /// Softmax over the first `seen` scores of a row, zero beyond; returns their log-sum-exp.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn softmax_prefix(scores: &mut [f32], seen: usize) -> f32 {
     let (scores, hidden) = scores.split_at_mut(seen);
     hidden.fill(0.0);
@@ -208,10 +172,7 @@ pub fn softmax_prefix(scores: &mut [f32], seen: usize) -> f32 {
 
 /// From scores and the gradient of the weights: weights into `scores`, the gradient of the scores
 /// into `gradients`, zero beyond the first `seen`.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn softmax_backward(
     scores: &mut [f32],
     gradients: &mut [f32],
@@ -229,15 +190,9 @@ pub fn softmax_backward(
 }
 
 /// `silu(gate) * up` of rows `[gate | up]` (Shazeer 2020, eq. 6).
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn swiglu(gate_up: &[f32], width: usize, y: &mut [f32]) {
-    for (gate_up, y) in gate_up
-        .chunks_exact(2 * width)
-        .zip(y.chunks_exact_mut(width))
-    {
+    for (gate_up, y) in gate_up.chunks_exact(2 * width).zip(y.chunks_exact_mut(width)) {
         let (gate, up) = gate_up.split_at(width);
         for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
             *y = gate * up / (1.0 + exp(-gate));
@@ -246,14 +201,9 @@ pub fn swiglu(gate_up: &[f32], width: usize, y: &mut [f32]) {
 }
 
 /// With `s = sigmoid(gate)`: `dup = dy * gate * s`, `dgate = dy * up * s * (1 + gate * (1 - s))`.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn swiglu_backward(dy: &[f32], gate_up: &[f32], width: usize, dgate_up: &mut [f32]) {
-    let rows = gate_up
-        .chunks_exact(2 * width)
-        .zip(dgate_up.chunks_exact_mut(2 * width));
+    let rows = gate_up.chunks_exact(2 * width).zip(dgate_up.chunks_exact_mut(2 * width));
     for ((gate_up, dgate_up), dy) in rows.zip(dy.chunks_exact(width)) {
         let (gate, up) = gate_up.split_at(width);
         let (dgate, dup) = dgate_up.split_at_mut(width);
@@ -267,10 +217,7 @@ pub fn swiglu_backward(dy: &[f32], gate_up: &[f32], width: usize, dgate_up: &mut
 
 /// The cross-entropy of one row of logits with `target`; the row becomes its gradient times
 /// `gradient_scale`.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn cross_entropy(row: &mut [f32], target: usize, gradient_scale: f32) -> f64 {
     let max = max_of(row);
     let target_logit = row[target];
@@ -287,25 +234,15 @@ pub fn cross_entropy(row: &mut [f32], target: usize, gradient_scale: f32) -> f64
 }
 
 /// See [`AdamW`].
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl",
-    "x86_64+avx2+fma"
-))]
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn adamw(
     settings: &AdamW,
     parameters: &mut [f32],
     [mean, square]: [&mut [f32]; 2],
     gradient: &[f32],
 ) {
-    let AdamW {
-        learning_rate,
-        beta1,
-        beta2,
-        epsilon,
-        weight_decay,
-        gradient_scale,
-        update,
-    } = *settings;
+    let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay, gradient_scale, update } =
+        *settings;
     // Bias corrections in f64, as torch computes them.
     let correction = |beta: f32| 1.0 - f64::from(beta).powf(update as f64);
     let step = (f64::from(learning_rate) / correction(beta1)) as f32;

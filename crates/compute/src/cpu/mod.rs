@@ -30,11 +30,7 @@ impl Cpu {
     /// A device of `threads` threads that rounds to `precision`.
     #[must_use]
     pub fn new(threads: usize, precision: Precision) -> Self {
-        Self {
-            pool: Rc::default(),
-            threads,
-            precision,
-        }
+        Self { pool: Rc::default(), threads, precision }
     }
 
     /// A tensor of unspecified contents.
@@ -146,14 +142,7 @@ impl Operators for Cpu {
         let ProductDims { r, k, n } = dims;
         let dy = Matrix::rows(dy.values(), r, n).transposed();
         let dw = MatrixMut::rows(at_mut(dw, n * k), n, k);
-        multiply(
-            dy,
-            Matrix::rows(x.values(), r, k),
-            1.0,
-            dw,
-            true,
-            self.threads,
-        );
+        multiply(dy, Matrix::rows(x.values(), r, k), 1.0, dw, true, self.threads);
     }
 
     fn rms_norm(
@@ -299,10 +288,7 @@ impl Operators for Cpu {
         kernels::adamw(
             settings,
             &mut parameters.values_mut()[range.clone()],
-            [
-                &mut mean.values_mut()[range.clone()],
-                &mut square.values_mut()[range.clone()],
-            ],
+            [&mut mean.values_mut()[range.clone()], &mut square.values_mut()[range.clone()]],
             &gradient.values()[range],
         );
     }

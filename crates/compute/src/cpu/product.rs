@@ -29,13 +29,7 @@ impl<'a> Matrix<'a> {
 
     /// Row-major, rows `row_stride` apart.
     pub fn strided(values: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
-        Self {
-            values,
-            rows,
-            columns,
-            row_stride,
-            column_stride: 1,
-        }
+        Self { values, rows, columns, row_stride, column_stride: 1 }
     }
 
     /// The same elements with rows and columns exchanged.
@@ -66,12 +60,7 @@ impl<'a> MatrixMut<'a> {
 
     /// Row-major, rows `row_stride` apart.
     pub fn strided(values: &'a mut [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
-        Self {
-            values,
-            rows,
-            columns,
-            row_stride,
-        }
+        Self { values, rows, columns, row_stride }
     }
 }
 
@@ -88,29 +77,11 @@ pub fn multiply(
     accumulate: bool,
     threads: usize,
 ) {
-    assert_eq!(
-        (a.rows, b.columns, a.columns),
-        (c.rows, c.columns, b.rows),
-        "dimensions agree"
-    );
-    assert!(
-        a.in_bounds() && b.in_bounds(),
-        "operands lie within their buffers"
-    );
-    assert!(
-        c.columns <= c.row_stride || c.rows <= 1,
-        "rows of the result do not overlap"
-    );
-    assert!(in_bounds(
-        c.values.len(),
-        (c.rows, c.row_stride),
-        (c.columns, 1)
-    ));
-    let parallelism = if threads > 1 {
-        Parallelism::Rayon(threads)
-    } else {
-        Parallelism::None
-    };
+    assert_eq!((a.rows, b.columns, a.columns), (c.rows, c.columns, b.rows), "dimensions agree");
+    assert!(a.in_bounds() && b.in_bounds(), "operands lie within their buffers");
+    assert!(c.columns <= c.row_stride || c.rows <= 1, "rows of the result do not overlap");
+    assert!(in_bounds(c.values.len(), (c.rows, c.row_stride), (c.columns, 1)));
+    let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
     #[expect(unsafe_code, reason = "the crate's product takes pointers")]
     // SAFETY: the assertions above keep every element that the strides reach within its slice,
     // the result's elements are distinct, and the borrows keep it apart from the operands.

@@ -19,11 +19,7 @@ impl Pool {
     /// Keeps a buffer for the next taker of its length.
     pub fn give(&self, buffer: Vec<f32>) {
         if !buffer.is_empty() {
-            self.0
-                .borrow_mut()
-                .entry(buffer.len())
-                .or_default()
-                .push(buffer);
+            self.0.borrow_mut().entry(buffer.len()).or_default().push(buffer);
         }
     }
 }
@@ -38,10 +34,7 @@ impl Clone for Pooled {
     fn clone(&self) -> Self {
         let mut values = self.pool.take(self.values.len());
         values.copy_from_slice(&self.values);
-        Self {
-            values,
-            pool: Rc::clone(&self.pool),
-        }
+        Self { values, pool: Rc::clone(&self.pool) }
     }
 }
 
@@ -57,10 +50,7 @@ pub struct Tensor(Rc<Pooled>);
 
 impl Tensor {
     pub(super) fn new(values: Vec<f32>, pool: &Rc<Pool>) -> Self {
-        Self(Rc::new(Pooled {
-            values,
-            pool: Rc::clone(pool),
-        }))
+        Self(Rc::new(Pooled { values, pool: Rc::clone(pool) }))
     }
 
     pub(super) fn values(&self) -> &[f32] {

@@ -16,25 +16,21 @@ impl<O: Operators> Stage<O> {
             Buffer::Parameters(block) => self.take_parameters(block),
             Buffer::Gradients(block) => {
                 let gradients = self.state(block).gradients.take();
-                self.operators
-                    .download(gradients.expect("a backward pass came before"))
+                self.operators.download(gradients.expect("a backward pass came before"))
             }
             Buffer::ReducedGradients(block) => {
                 let state = self.state(block);
                 state.settle();
                 let reduced = state.reduced.take();
-                self.operators
-                    .download(reduced.expect("gradients are reduced"))
+                self.operators.download(reduced.expect("gradients are reduced"))
             }
             Buffer::Activation { value, microbatch } => {
                 let value = self.values.remove(&(microbatch, value));
-                self.operators
-                    .download(value.expect("the value is computed"))
+                self.operators.download(value.expect("the value is computed"))
             }
             Buffer::ActivationGradient { value, microbatch } => {
                 let gradient = self.gradients.remove(&(microbatch, value));
-                self.operators
-                    .download(gradient.expect("the gradient is computed"))
+                self.operators.download(gradient.expect("the gradient is computed"))
             }
             Buffer::Statistics => self.take_statistics(),
         }
@@ -77,11 +73,7 @@ impl<O: Operators> Stage<O> {
         let operators = self.operators.clone();
         let sharded = self.program.sharded;
         let state = self.state(block);
-        let held = if sharded {
-            state.own.clone()
-        } else {
-            0..state.elements
-        };
+        let held = if sharded { state.own.clone() } else { 0..state.elements };
         let copy = operators.slice(&state.master, 0..held.len());
         (held, operators.download(copy))
     }

@@ -52,8 +52,7 @@ impl<O: Operators> Stage<O> {
             }
             Segment::Project => {
                 let delta = self.product((mb, Value::Attended(layer)), segment, layer);
-                self.values
-                    .insert((mb, Value::AttentionDelta(layer)), delta);
+                self.values.insert((mb, Value::AttentionDelta(layer)), delta);
             }
             Segment::AttentionAdd | Segment::FeedForwardAdd => {
                 let (stream, delta, sum) = addition(segment, layer);
@@ -63,15 +62,11 @@ impl<O: Operators> Stage<O> {
             }
             Segment::FeedForward => {
                 let gate_up = self.product((mb, Value::FeedForwardNormed(layer)), segment, layer);
-                let inner = self
-                    .operators
-                    .swiglu(&gate_up, self.config.feed_forward as usize);
+                let inner = self.operators.swiglu(&gate_up, self.config.feed_forward as usize);
                 let w = self.window(Block::Layer(layer), Role::Down);
                 let delta = self.operators.product(&inner, w, self.down_dims());
-                self.values
-                    .insert((mb, Value::FeedForwardDelta(layer)), delta);
-                self.saved
-                    .insert((mb, Value::FeedForwardDelta(layer)), gate_up);
+                self.values.insert((mb, Value::FeedForwardDelta(layer)), delta);
+                self.saved.insert((mb, Value::FeedForwardDelta(layer)), gate_up);
             }
             Segment::Logits => {
                 let logits = self.product((mb, Value::FinalNormed), segment, layer);
@@ -82,9 +77,7 @@ impl<O: Operators> Stage<O> {
                 let targets = &self.microbatches[mb as usize].targets;
                 let words = self.config.vocabulary as usize;
                 let weight = 1.0 / self.program.global_tokens;
-                let loss = self
-                    .operators
-                    .cross_entropy(&mut logits, targets, words, weight as f32);
+                let loss = self.operators.cross_entropy(&mut logits, targets, words, weight as f32);
                 self.share[1] += loss * weight;
                 self.gradients.insert((mb, Value::Logits), logits);
             }
@@ -123,9 +116,7 @@ impl<O: Operators> Stage<O> {
                 let log_sums = take(&mut self.saved, (mb, Value::Attended(layer)));
                 let qkv = take(&mut self.values, (mb, Value::Qkv(layer)));
                 let dims = &self.program.attention;
-                let dqkv = self
-                    .operators
-                    .attention_backward(&dy, &qkv, (&y, &log_sums), dims);
+                let dqkv = self.operators.attention_backward(&dy, &qkv, (&y, &log_sums), dims);
                 self.gradients.insert((mb, Value::Qkv(layer)), dqkv);
             }
             Segment::Qkv => {
@@ -154,10 +145,7 @@ impl<O: Operators> Stage<O> {
         let mut dx = passing.unwrap_or_else(|| self.operators.zeros(rows));
         let scale_of = self.weights(block).clone();
         let (operators, dscale) = self.gradient(block, role);
-        let scale = Window {
-            flat: &scale_of,
-            start: dscale.start,
-        };
+        let scale = Window { flat: &scale_of, start: dscale.start };
         operators.rms_norm_backward(&dy, (&x, &inverse), scale, width, &mut dx, dscale);
         self.gradients.insert((mb, input), dx);
     }
@@ -180,8 +168,7 @@ impl<O: Operators> Stage<O> {
     /// The product at the start of `segment`: of the value at `input` with the segment's weights.
     fn product(&self, input: (u32, Value), segment: Segment, layer: u32) -> O::Tensor {
         let (block, role, dims) = self.linear(segment, layer);
-        self.operators
-            .product(&self.values[&input], self.window(block, role), dims)
+        self.operators.product(&self.values[&input], self.window(block, role), dims)
     }
 
     /// Both gradients of [`Self::product`]; frees its input.
@@ -204,71 +191,41 @@ impl<O: Operators> Stage<O> {
     /// The weights of the product at the start of a segment: adjacent parameters count as one.
     fn linear(&self, segment: Segment, layer: u32) -> (Block, Role, ProductDims) {
         let (r, hidden) = (self.program.tokens, self.config.hidden as usize);
-        let dims = |k, n: u64| ProductDims {
-            r,
-            k,
-            n: n as usize,
-        };
+        let dims = |k, n: u64| ProductDims { r, k, n: n as usize };
         let block = Block::Layer(layer);
         match segment {
             Segment::Qkv => (block, Role::Query, dims(hidden, self.config.qkv_width())),
-            Segment::Project => (
-                block,
-                Role::Output,
-                dims(self.config.query_width() as usize, self.config.hidden),
-            ),
-            Segment::FeedForward => (
-                block,
-                Role::Gate,
-                dims(hidden, 2 * self.config.feed_forward),
-            ),
-            Segment::Logits if self.config.tied_embeddings => (
-                Block::Embedding,
-                Role::Embedding,
-                dims(hidden, self.config.vocabulary),
-            ),
-            Segment::Logits => (
-                Block::Head,
-                Role::Head,
-                dims(hidden, self.config.vocabulary),
-            ),
+            Segment::Project => {
+                (block, Role::Output, dims(self.config.query_width() as usize, self.config.hidden))
+            }
+            Segment::FeedForward => (block, Role::Gate, dims(hidden, 2 * self.config.feed_forward)),
+            Segment::Logits if self.config.tied_embeddings => {
+                (Block::Embedding, Role::Embedding, dims(hidden, self.config.vocabulary))
+            }
+            Segment::Logits => (Block::Head, Role::Head, dims(hidden, self.config.vocabulary)),
             _ => unreachable!("{segment} starts with no product"),
         }
     }
 
     fn down_dims(&self) -> ProductDims {
-        let (k, n) = (
-            self.config.feed_forward as usize,
-            self.config.hidden as usize,
-        );
-        ProductDims {
-            r: self.program.tokens,
-            k,
-            n,
-        }
+        let (k, n) = (self.config.feed_forward as usize, self.config.hidden as usize);
+        ProductDims { r: self.program.tokens, k, n }
     }
 
     fn rotate(&self, qkv: &mut O::Tensor, inverse: bool) {
         let [cos, sin] = &self.rotation;
         let rotation = Rotation { cos, sin };
-        self.operators
-            .rotary(qkv, rotation, &self.program.attention, inverse);
+        self.operators.rotary(qkv, rotation, &self.program.attention, inverse);
     }
 
     fn weights(&self, block: Block) -> &O::Tensor {
-        let gathered = self
-            .blocks
-            .get(&block)
-            .and_then(|state| state.gathered.as_ref());
+        let gathered = self.blocks.get(&block).and_then(|state| state.gathered.as_ref());
         gathered.expect("the program gathers a block before it is used")
     }
 
     fn window(&self, block: Block, role: Role) -> Window<'_, O::Tensor> {
         let start = self.blocks[&block].offset(role);
-        Window {
-            flat: self.weights(block),
-            start,
-        }
+        Window { flat: self.weights(block), start }
     }
 
     /// Where the gradient of a parameter is summed.
@@ -277,16 +234,13 @@ impl<O: Operators> Stage<O> {
         let state: &mut BlockState<O::Tensor> = self.state(block);
         let start = state.offset(role);
         let elements = state.elements;
-        let flat = state
-            .gradients
-            .get_or_insert_with(|| operators.zeros(elements));
+        let flat = state.gradients.get_or_insert_with(|| operators.zeros(elements));
         (operators, WindowMut { flat, start })
     }
 }
 
 fn take<K: Ord, T>(from: &mut std::collections::BTreeMap<K, T>, key: K) -> T {
-    from.remove(&key)
-        .expect("the verifier has seen this value written")
+    from.remove(&key).expect("the verifier has seen this value written")
 }
 
 /// A norm's input, output and scale.
@@ -304,28 +258,15 @@ fn norm(segment: Segment, layer: u32) -> (Value, Value, Block, Role) {
             Block::Layer(layer),
             Role::FeedForwardNorm,
         ),
-        _ => (
-            Value::Stream(layer),
-            Value::FinalNormed,
-            Block::Head,
-            Role::FinalNorm,
-        ),
+        _ => (Value::Stream(layer), Value::FinalNormed, Block::Head, Role::FinalNorm),
     }
 }
 
 /// A residual addition's two inputs and its sum.
 fn addition(segment: Segment, layer: u32) -> (Value, Value, Value) {
     if segment == Segment::AttentionAdd {
-        (
-            Value::Stream(layer),
-            Value::AttentionDelta(layer),
-            Value::Middle(layer),
-        )
+        (Value::Stream(layer), Value::AttentionDelta(layer), Value::Middle(layer))
     } else {
-        (
-            Value::Middle(layer),
-            Value::FeedForwardDelta(layer),
-            Value::Stream(layer + 1),
-        )
+        (Value::Middle(layer), Value::FeedForwardDelta(layer), Value::Stream(layer + 1))
     }
 }

@@ -1,0 +1,65 @@
+//! What can go wrong while training.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+use units::Rank;
+
+/// An error of the environment, the network, the data or the disk.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The variables that say which rank this is contradict each other.
+    #[error("{variable}: {reason}")]
+    Identity {
+        /// The variable.
+        variable: &'static str,
+        /// What is wrong with it, and what to do.
+        reason: String,
+    },
+    /// Communication failed.
+    #[error("{rank}: {source}")]
+    Communication {
+        /// Who noticed.
+        rank: Rank,
+        /// What happened.
+        source: transport::Error,
+    },
+    /// The data cannot be read.
+    #[error(transparent)]
+    Data(#[from] data::Error),
+    /// A model cannot be read or written.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    /// A rank has other data than rank 0.
+    #[error(
+        "{rank} reads other tokens than rank 0: `{path}` differs; every host needs the same text and tokenizer"
+    )]
+    OtherData {
+        /// Which rank.
+        rank: Rank,
+        /// Its token file.
+        path: PathBuf,
+    },
+    /// The loss is no longer a number.
+    #[error(
+        "step {step}: the loss is {loss}, the gradient norm {gradient_norm}; stopped before the update is kept. Lower [training] learning_rate or raise warmup_steps"
+    )]
+    Diverged {
+        /// Which step.
+        step: u64,
+        /// The loss.
+        loss: f64,
+        /// The global gradient norm.
+        gradient_norm: f64,
+    },
+    /// A rank's process could not be started or ended badly.
+    #[error("{rank}: {reason}")]
+    Process {
+        /// Which rank.
+        rank: Rank,
+        /// What happened, with its own last words.
+        reason: String,
+        /// Its exit code, if it had one.
+        code: Option<i32>,
+    },
+}

@@ -1,0 +1,96 @@
+//! A trained model as a Hugging Face folder.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use checkpoint::hugging_face::{Dtype, Writer};
+use collective::Kind;
+use compute::Operators;
+use model::{Block, Config};
+use program::{Axis, Program};
+use transport::{Action, Operation};
+
+use crate::{Error, Worker};
+
+/// Writes the model the ranks hold to `folder`. Each pipeline stage writes its own file, so no
+/// rank ever holds more than its stage; the folder must be one that all hosts share.
+///
+/// # Errors
+/// When communication or the disk fails.
+pub fn export<O: Operators>(
+    worker: &mut Worker<O>,
+    program: &Program,
+    config: &Config,
+    folder: &Path,
+) -> Result<(), Error> {
+    let rank = worker.rank();
+    let mesh = &program.mesh;
+    let stage = mesh.coordinate(rank, Axis::Pipeline);
+    let writes = mesh.group(rank, Axis::Data)[0] == rank;
+    let writer = Writer::new(folder, config, Dtype::F32)?;
+    let blocks = exported(program, stage);
+    let mut whole = Vec::new();
+    for block in &blocks {
+        whole.push(gather(worker, program, *block)?);
+    }
+    if writes {
+        let named: Vec<(Block, &[f32])> =
+            blocks.iter().copied().zip(whole.iter().map(Vec::as_slice)).collect();
+        writer.write_shard(stage as usize, mesh.pipeline as usize, &named)?;
+    }
+    barrier(worker)?;
+    if rank.0 == 0 {
+        let shards: Vec<Vec<Block>> =
+            (0..mesh.pipeline).map(|stage| exported(program, stage)).collect();
+        if shards.len() > 1 {
+            writer.write_index(&shards)?;
+        }
+        writer.write_config()?;
+    }
+    barrier(worker)
+}
+
+/// The blocks a stage writes: a tied embedding once.
+fn exported(program: &Program, stage: u32) -> Vec<Block> {
+    let first = program.mesh.peer(units::Rank(0), Axis::Pipeline, stage);
+    let mut blocks = program.held_blocks(first);
+    if stage > 0 {
+        blocks.retain(|block| *block != Block::Embedding);
+    }
+    blocks
+}
+
+/// All fp32 parameters of a block, from the chunks of the data axis.
+fn gather<O: Operators>(
+    worker: &mut Worker<O>,
+    program: &Program,
+    block: Block,
+) -> Result<Vec<f32>, Error> {
+    let (held, values) = worker.stage().master(block);
+    let elements = program.blocks[&block] as usize;
+    if held.len() == elements {
+        return Ok(values);
+    }
+    let mut buffer = vec![0.0; elements];
+    buffer[held].copy_from_slice(&values);
+    let rank = worker.rank();
+    let (communicator, group) = worker.communication(Axis::Data);
+    let schedule = collective::ring(Kind::AllGather, group.ranks.len() as u32);
+    let operation = Operation {
+        group: group.clone(),
+        action: Action::Collective(Arc::new(schedule)),
+        buffer,
+        label: format!("export of {block}").into(),
+    };
+    communicator
+        .post(operation)
+        .and_then(|ticket| communicator.wait(ticket))
+        .map(|done| done.buffer)
+        .map_err(|source| Error::Communication { rank, source })
+}
+
+fn barrier<O: Operators>(worker: &mut Worker<O>) -> Result<(), Error> {
+    let rank = worker.rank();
+    let (communicator, world) = worker.communication(Axis::World);
+    communicator.barrier(world).map_err(|source| Error::Communication { rank, source })
+}

@@ -1,0 +1,132 @@
+//! Starts the ranks of a job as processes of this host.
+
+use std::io::Read;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+
+use units::Rank;
+
+use crate::{Error, Identity, Launcher};
+
+/// Set for rank 0: its standard input is the socket it listens on, so that no other process can
+/// take the port in between.
+const LISTENER: &str = "PHALANX_LISTENER";
+
+/// Starts `ranks` processes by `command` (given each rank) and waits for all of them. When one
+/// fails the others are stopped.
+///
+/// # Errors
+/// The first failure, with the failed rank's own last words.
+pub fn launch(ranks: u32, threads: usize, command: impl Fn() -> Command) -> Result<(), Error> {
+    let failed = |rank, error: std::io::Error| Error::Process {
+        rank,
+        reason: format!("could not be started: {error}"),
+        code: None,
+    };
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+    let listener = listener.map_err(|error| failed(Rank(0), error))?;
+    let address = listener.local_addr().map_err(|error| failed(Rank(0), error))?;
+    let mut children = Children(Vec::new());
+    let mut listener = Some(listener);
+    for rank in (0..ranks).map(Rank) {
+        let identity = Identity {
+            rank,
+            ranks,
+            local_rank: rank.0,
+            master: address,
+            launcher: Launcher::Torchrun,
+        };
+        let mut command = command();
+        speak(&mut command, &identity, threads);
+        match listener.take() {
+            Some(listener) => {
+                command.env(LISTENER, "stdin").stdin(Stdio::from(OwnedFd::from(listener)));
+            }
+            None => {
+                command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+            }
+        }
+        children.0.push(command.spawn().map_err(|error| failed(rank, error))?);
+    }
+    children.wait()
+}
+
+/// The listener that [`launch`] handed to rank 0.
+#[must_use]
+pub fn handed_listener(environment: &dyn Fn(&str) -> Option<String>) -> Option<TcpListener> {
+    environment(LISTENER)?;
+    let stdin: OwnedFd = std::io::stdin().as_fd().try_clone_to_owned().ok()?;
+    Some(TcpListener::from(stdin))
+}
+
+/// Says who it is to a process, as torchrun would.
+fn speak(command: &mut Command, identity: &Identity, threads: usize) {
+    let SocketAddr::V4(master) = identity.master else {
+        unreachable!("local ranks meet on the IPv4 loopback");
+    };
+    command
+        .env("RANK", identity.rank.0.to_string())
+        .env("WORLD_SIZE", identity.ranks.to_string())
+        .env("LOCAL_RANK", identity.local_rank.to_string())
+        .env("LOCAL_WORLD_SIZE", identity.ranks.to_string())
+        .env("MASTER_ADDR", master.ip().to_string())
+        .env("MASTER_PORT", master.port().to_string())
+        .env("RAYON_NUM_THREADS", threads.to_string())
+        .env_remove("TORCHELASTIC_USE_AGENT_STORE");
+}
+
+/// Processes that do not outlive their launcher's interest in them.
+struct Children(Vec<Child>);
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            // One that has ended already cannot be stopped, which is as good.
+            drop(child.kill());
+            drop(child.wait());
+        }
+    }
+}
+
+impl Children {
+    /// Waits for all, in the order in which they end.
+    fn wait(&mut self) -> Result<(), Error> {
+        let (ended, ends) = mpsc::channel();
+        let mut words: Vec<_> = self.0.iter_mut().map(|child| child.stderr.take()).collect();
+        // A rank's standard error ends with the rank: reading it waits for the process.
+        for (rank, stderr) in words.iter_mut().enumerate() {
+            let (ended, stderr) = (ended.clone(), stderr.take());
+            std::thread::spawn(move || {
+                let mut text = String::new();
+                if let Some(mut stderr) = stderr {
+                    drop(stderr.read_to_string(&mut text));
+                }
+                drop(ended.send((rank, text)));
+            });
+        }
+        drop(ended);
+        let mut failures: Vec<Error> = Vec::new();
+        for (rank, text) in ends {
+            let status = self.0[rank].wait();
+            let code = status.as_ref().ok().and_then(std::process::ExitStatus::code);
+            if code != Some(0) {
+                let reason = match (status, text.trim()) {
+                    (Err(error), _) => error.to_string(),
+                    (Ok(status), "") => status.to_string(),
+                    (Ok(_), text) => text.to_owned(),
+                };
+                failures.push(Error::Process { rank: Rank(rank as u32), reason, code });
+                self.stop_others();
+            }
+        }
+        failures.into_iter().next().map_or(Ok(()), Err)
+    }
+
+    fn stop_others(&mut self) {
+        for child in &mut self.0 {
+            drop(child.kill());
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! How fast this machine is: a baseline of one rank alone, the time of every segment while all
+//! ranks compute, and what a byte costs between two processes.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Instant;
+
+use collective::Kind;
+use compute::{Microbatch, Operators, ProductDims, Stage, Window};
+use model::{Pass, Segment};
+use program::{Instruction, Lane, Program};
+use rustix::time::ClockId;
+use serde::{Deserialize, Serialize};
+use transport::{Action, Communicator, Group, InProcess, Limits, Operation};
+use units::{Bytes, BytesPerSecond, Flops, FlopsPerSecond, Rank, Seconds};
+
+use crate::Error;
+use crate::worker::{Clock, Device, Worker, seconds};
+
+/// How long each of the two timed phases goes on at least, and its least number of steps.
+const PHASE: (Seconds, usize) = (Seconds(2.0), 3);
+/// Messages of the latency measurement, and the size of the ones that measure bandwidth.
+const PINGS: usize = 200;
+const LARGE_ELEMENTS: usize = 4 << 20;
+const LARGE_REPEATS: usize = 4;
+
+/// What was measured. Times of segments and elements are of one rank on its own threads.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Measurements {
+    /// Median step time of one rank alone, with the other ranks idle.
+    pub baseline_step: Seconds,
+    /// Tokens of that step.
+    pub baseline_tokens: u64,
+    /// Best rate of a large product on one rank.
+    pub peak: FlopsPerSecond,
+    /// Median time of each segment and pass for one microbatch.
+    pub segments: Vec<(Segment, Pass, Seconds)>,
+    /// Time to square and sum one gradient element.
+    pub square_sum: Seconds,
+    /// Time to update one parameter.
+    pub update: Seconds,
+    /// Between two processes; `None` with one rank.
+    pub link: Option<LinkTimes>,
+}
+
+/// What a message costs between two processes of this host.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct LinkTimes {
+    /// From posting a small message to its arrival.
+    pub latency: Seconds,
+    /// Of one stream.
+    pub bandwidth: BytesPerSecond,
+    /// Processor time of the sender for one byte.
+    pub send_cpu: Seconds,
+    /// Processor time of the receiver for one byte.
+    pub receive_cpu: Seconds,
+    /// Processor time to reduce one byte on top of receiving it.
+    pub reduce_cpu: Seconds,
+}
+
+/// Measures this machine with the model at hand; every rank of the job calls it. `baseline` is a
+/// program of one rank.
+///
+/// # Errors
+/// When communication fails.
+pub fn measure<O: Operators>(
+    device: &Device<O>,
+    baseline: &Program,
+    microbatches: &[Microbatch],
+    communicator: &mut Communicator,
+    threads: usize,
+) -> Result<Measurements, Error> {
+    let rank = communicator.rank();
+    let failed = |source| Error::Communication { rank, source };
+    let world = world(communicator);
+    let mut alone = Vec::new();
+    if rank == Rank(0) {
+        alone = phase(device, baseline, microbatches, Clock::Wall)?.0;
+    }
+    communicator.barrier(&world).map_err(failed)?;
+    // With several threads a segment's processor time is not one thread's.
+    let clock = if threads == 1 { Clock::Processor } else { Clock::Wall };
+    let mut own = phase(device, baseline, microbatches, clock)?.1;
+    if rank == Rank(0) {
+        own.baseline_step = median(alone);
+    }
+    own.link = link(communicator, &world).map_err(failed)?;
+    share(communicator, &world, &own).map_err(failed)
+}
+
+fn world(communicator: &Communicator) -> Group {
+    let ranks: Vec<Rank> = (0..communicator.ranks()).map(Rank).collect();
+    Group { id: 0, ranks: ranks.into() }
+}
+
+/// Steps of one rank on its own for [`PHASE`], after one that does not count: each step's wall
+/// time, and the median time of each kind of work by `clock`.
+fn phase<O: Operators>(
+    device: &Device<O>,
+    program: &Program,
+    microbatches: &[Microbatch],
+    clock: Clock,
+) -> Result<(Vec<Seconds>, Measurements), Error> {
+    let transport = InProcess::mesh(1).remove(0);
+    let communicator = Communicator::new(Box::new(transport), Limits::default())
+        .map_err(|source| Error::Communication { rank: Rank(0), source })?;
+    let config = device.config.clone();
+    let mut worker = Worker::new(device.clone(), program, communicator, |block, values| {
+        Stage::<O>::fresh(&config, 0, block, values);
+        Ok::<(), Infallible>(())
+    })
+    .unwrap_or_else(|never| match never {});
+    let (mut steps, mut spans) = (Vec::new(), Vec::new());
+    worker.execute(program, microbatches.to_vec(), 0.0, clock)?;
+    let begin = Instant::now();
+    while steps.len() < PHASE.1 || begin.elapsed().as_secs_f64() < PHASE.0.0 {
+        let start = Instant::now();
+        spans.extend(worker.execute(program, microbatches.to_vec(), 0.0, clock)?);
+        steps.push(Seconds(start.elapsed().as_secs_f64()));
+    }
+    let peak = peak(&device.operators);
+    let mut kinds: BTreeMap<Work, Vec<Seconds>> = BTreeMap::new();
+    for span in spans.iter().filter(|span| span.lane == Lane::Compute) {
+        let instruction = &program.instructions(Rank(0))[span.instruction as usize];
+        if let Some((kind, units)) = kind_of(program, instruction) {
+            kinds.entry(kind).or_default().push((span.end - span.start) * (1.0 / units));
+        }
+    }
+    let mut medians: BTreeMap<Work, Seconds> =
+        kinds.into_iter().map(|(kind, times)| (kind, median(times))).collect();
+    let measured = Measurements {
+        baseline_step: Seconds::ZERO,
+        baseline_tokens: program.global_tokens(),
+        peak,
+        square_sum: medians.remove(&Work::SquareSum).unwrap_or_default(),
+        update: medians.remove(&Work::Update).unwrap_or_default(),
+        segments: medians
+            .into_iter()
+            .filter_map(|(kind, time)| match kind {
+                Work::Segment(segment, pass) => Some((segment, pass, time)),
+                _ => None,
+            })
+            .collect(),
+        link: None,
+    };
+    Ok((steps, measured))
+}
+
+/// Work that is timed together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Work {
+    Segment(Segment, Pass),
+    SquareSum,
+    Update,
+}
+
+/// The kind of an instruction, and over how many elements its time is spread.
+fn kind_of(program: &Program, instruction: &Instruction) -> Option<(Work, f64)> {
+    match *instruction {
+        Instruction::Compute { segment, pass, .. } => Some((Work::Segment(segment, pass), 1.0)),
+        Instruction::SquareSum { block } => Some((Work::SquareSum, program.blocks[&block] as f64)),
+        Instruction::Update { block } => Some((Work::Update, program.blocks[&block] as f64)),
+        _ => None,
+    }
+}
+
+/// The best rate of several large products.
+fn peak<O: Operators>(operators: &O) -> FlopsPerSecond {
+    const WIDTH: usize = 1024;
+    let dims = ProductDims { r: WIDTH, k: WIDTH, n: WIDTH };
+    let matrix =
+        |scale: f32| operators.upload((0..WIDTH * WIDTH).map(|i| scale * (i % 7) as f32).collect());
+    let (x, w) = (matrix(0.5), matrix(0.25));
+    let best = (0..10)
+        .map(|_| {
+            let start = Instant::now();
+            operators.download(operators.product(&x, Window { flat: &w, start: 0 }, dims));
+            start.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min);
+    Flops(2 * (WIDTH * WIDTH * WIDTH) as u64) / Seconds(best)
+}
+
+fn median(mut times: Vec<Seconds>) -> Seconds {
+    times.sort_by(|a, b| a.0.total_cmp(&b.0));
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+/// Times messages between rank 0 and rank 1; the other ranks wait.
+fn link(
+    communicator: &mut Communicator,
+    world: &Group,
+) -> Result<Option<LinkTimes>, transport::Error> {
+    if communicator.ranks() == 1 {
+        return Ok(None);
+    }
+    let pair = Group { id: 1, ranks: Arc::from([Rank(0), Rank(1)]) };
+    let own = communicator.rank();
+    let mut times = LinkTimes {
+        latency: Seconds::ZERO,
+        bandwidth: BytesPerSecond::ZERO,
+        send_cpu: Seconds::ZERO,
+        receive_cpu: Seconds::ZERO,
+        reduce_cpu: Seconds::ZERO,
+    };
+    if own.0 < 2 {
+        let mut pair = Pair { communicator, group: pair, own };
+        times = pair.measure()?;
+    }
+    communicator.barrier(world)?;
+    Ok(Some(times))
+}
+
+/// Two ranks that time messages to each other.
+struct Pair<'a> {
+    communicator: &'a mut Communicator,
+    group: Group,
+    own: Rank,
+}
+
+impl Pair<'_> {
+    fn measure(&mut self) -> Result<LinkTimes, transport::Error> {
+        self.message(Rank(0), 1)?;
+        self.message(Rank(1), 1)?;
+        let start = Instant::now();
+        for _ in 0..PINGS {
+            self.message(Rank(0), 1)?;
+            self.message(Rank(1), 1)?;
+        }
+        let latency = Seconds(start.elapsed().as_secs_f64() / (2 * PINGS) as f64);
+        self.message(Rank(0), LARGE_ELEMENTS)?;
+        let start = Instant::now();
+        let (sending, receiving) = (self.large(Rank(0))?, self.large(Rank(1))?);
+        let bytes = Bytes(4 * (LARGE_ELEMENTS * LARGE_REPEATS) as u64);
+        let bandwidth = bytes * 2 / Seconds(start.elapsed().as_secs_f64());
+        let (sent, received) =
+            if self.own == Rank(0) { (sending, receiving) } else { (receiving, sending) };
+        let reducing = self.reduce()?;
+        let per_byte = |time: Seconds| Seconds((time.0 / bytes.as_f64()).max(0.0));
+        // A reduce-scatter of two ranks sends, receives and reduces half the buffer on each.
+        let reduced = Seconds(2.0 * reducing.0 - sent.0 - received.0);
+        Ok(LinkTimes {
+            latency,
+            bandwidth,
+            send_cpu: per_byte(sent),
+            receive_cpu: per_byte(received),
+            reduce_cpu: per_byte(reduced),
+        })
+    }
+
+    /// Moves one message from `from` to the other rank.
+    fn message(&mut self, from: Rank, elements: usize) -> Result<(), transport::Error> {
+        let to = Rank(1 - from.0);
+        let action = if self.own == from { Action::Send { to } } else { Action::Receive { from } };
+        self.operate(action, elements)
+    }
+
+    /// This process's processor time for large messages from `from`.
+    fn large(&mut self, from: Rank) -> Result<Seconds, transport::Error> {
+        self.timed(|pair| pair.message(from, LARGE_ELEMENTS))
+    }
+
+    /// This process's processor time for large reduce-scatters.
+    fn reduce(&mut self) -> Result<Seconds, transport::Error> {
+        let schedule = Arc::new(collective::ring(Kind::ReduceScatter, 2));
+        self.timed(|pair| pair.operate(Action::Collective(Arc::clone(&schedule)), LARGE_ELEMENTS))
+    }
+
+    fn timed(
+        &mut self,
+        mut work: impl FnMut(&mut Self) -> Result<(), transport::Error>,
+    ) -> Result<Seconds, transport::Error> {
+        let start = seconds(ClockId::ProcessCPUTime);
+        for _ in 0..LARGE_REPEATS {
+            work(self)?;
+        }
+        Ok(seconds(ClockId::ProcessCPUTime) - start)
+    }
+
+    fn operate(&mut self, action: Action, elements: usize) -> Result<(), transport::Error> {
+        let (group, label) = (self.group.clone(), "measurement of the link".into());
+        let buffer = vec![0.0; elements];
+        let ticket = self.communicator.post(Operation { group, action, buffer, label })?;
+        self.communicator.wait(ticket).map(drop)
+    }
+}
+
+/// Every rank's measurements, averaged: the ranks of a job agree on one description.
+fn share(
+    communicator: &mut Communicator,
+    world: &Group,
+    own: &Measurements,
+) -> Result<Measurements, transport::Error> {
+    let json = serde_json::to_vec(own).expect("measurements have a JSON form");
+    let all = communicator.all_gather_bytes(world, &json)?;
+    let all: Vec<Measurements> =
+        all.iter().filter_map(|json| serde_json::from_slice(json).ok()).collect();
+    assert_eq!(all.len(), communicator.ranks() as usize, "every rank sends measurements");
+    let mean = |field: &dyn Fn(&Measurements) -> f64| {
+        all.iter().map(field).sum::<f64>() / all.len() as f64
+    };
+    let segments = own.segments.iter().enumerate().map(|(index, (segment, pass, _))| {
+        (*segment, *pass, Seconds(mean(&|of| of.segments[index].2.0)))
+    });
+    Ok(Measurements {
+        baseline_step: all[0].baseline_step,
+        peak: FlopsPerSecond(all.iter().map(|of| of.peak.0).fold(0.0, f64::max)),
+        segments: segments.collect(),
+        square_sum: Seconds(mean(&|of| of.square_sum.0)),
+        update: Seconds(mean(&|of| of.update.0)),
+        link: all[0].link,
+        ..own.clone()
+    })
+}

@@ -1,0 +1,187 @@
+//! The training loop of one rank.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use compute::Operators;
+use program::{Axis, Lane, Program, Span, Trace};
+use serde::{Deserialize, Serialize};
+use units::{Rank, Seconds};
+
+use crate::worker::Clock;
+use crate::{Batches, Error, LearningRate, Worker};
+
+/// The programs of a run.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// One optimizer step.
+    pub step: Program,
+    /// One evaluation.
+    pub evaluation: Program,
+}
+
+/// How long and how fast to train.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settings {
+    /// The learning rate of each step, and how many there are.
+    pub learning_rate: LearningRate,
+    /// Evaluate after every so many steps, and after the last.
+    pub evaluate_every: u64,
+}
+
+/// What happened; every rank sees the same events with its own times.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "event")]
+pub enum Event {
+    /// A step is done.
+    Step {
+        /// Which, from 1.
+        step: u64,
+        /// Mean loss over its tokens, before the update.
+        loss: f64,
+        /// Global gradient norm before clipping.
+        gradient_norm: f64,
+        /// Learning rate.
+        learning_rate: f64,
+        /// From its start to the next one's, without evaluation.
+        step_time_s: Seconds,
+        /// Time this rank waited for transfers.
+        exposed_communication_s: Seconds,
+    },
+    /// The held-out text has been scored.
+    Evaluation {
+        /// After which step.
+        step: u64,
+        /// Mean loss over held-out tokens.
+        loss: f64,
+    },
+}
+
+/// A finished run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// Median step time after the first steps.
+    pub step_time: Seconds,
+    /// Loss of the last evaluation.
+    pub held_out_loss: f64,
+    /// On rank 0, every rank's spans of one step of about median time; else this rank's.
+    pub trace: Trace,
+}
+
+/// Steps at the start that the median leaves out: buffers are made in them.
+const WARM_UP: usize = 2;
+/// Recent steps whose spans are kept, to find one of median time.
+const KEPT: usize = 9;
+
+/// Trains.
+///
+/// # Errors
+/// When communication or the data fails, or the loss is no longer a number.
+pub fn run<O: Operators>(
+    worker: &mut Worker<O>,
+    programs: &Programs,
+    batches: &Batches,
+    settings: &Settings,
+    observe: &mut dyn FnMut(&Event),
+) -> Result<Outcome, Error> {
+    let steps = settings.learning_rate.steps;
+    let mut times = Vec::new();
+    let mut kept: VecDeque<(Seconds, Vec<Span>)> = VecDeque::new();
+    let mut held_out_loss = f64::NAN;
+    for step in 0..steps {
+        let start = Instant::now();
+        let spans = train_step(worker, programs, batches, settings, step)?;
+        let time = Seconds(start.elapsed().as_secs_f64());
+        observe(&event(worker, settings, step, time, &spans));
+        check_finite(worker, step)?;
+        times.push(time);
+        kept.truncate(KEPT - 1);
+        kept.push_front((time, spans));
+        let due = settings.evaluate_every > 0 && (step + 1).is_multiple_of(settings.evaluate_every);
+        if due || step + 1 == steps {
+            held_out_loss = evaluate(worker, programs, batches)?;
+            observe(&Event::Evaluation { step: step + 1, loss: held_out_loss });
+        }
+    }
+    let counted = times.split_off(WARM_UP.min(times.len().saturating_sub(1)));
+    let trace = gather_trace(worker, kept)?;
+    Ok(Outcome { step_time: median(counted), held_out_loss, trace })
+}
+
+fn train_step<O: Operators>(
+    worker: &mut Worker<O>,
+    programs: &Programs,
+    batches: &Batches,
+    settings: &Settings,
+    step: u64,
+) -> Result<Vec<Span>, Error> {
+    let microbatches = batches.step(&programs.step, worker.rank(), step)?;
+    let rate = settings.learning_rate.at(step);
+    worker.execute(&programs.step, microbatches, rate, Clock::Wall)
+}
+
+/// Mean loss over held-out text.
+fn evaluate<O: Operators>(
+    worker: &mut Worker<O>,
+    programs: &Programs,
+    batches: &Batches,
+) -> Result<f64, Error> {
+    let microbatches = batches.evaluation(&programs.evaluation, worker.rank())?;
+    worker.execute(&programs.evaluation, microbatches, 0.0, Clock::Wall)?;
+    Ok(worker.stage().loss())
+}
+
+fn event<O: Operators>(
+    worker: &mut Worker<O>,
+    settings: &Settings,
+    step: u64,
+    time: Seconds,
+    spans: &[Span],
+) -> Event {
+    let waits = spans.iter().filter(|span| span.lane == Lane::Wait);
+    Event::Step {
+        step: step + 1,
+        loss: worker.stage().loss(),
+        gradient_norm: worker.stage().gradient_norm(),
+        learning_rate: settings.learning_rate.at(step),
+        step_time_s: time,
+        exposed_communication_s: waits.map(|span| span.end - span.start).sum(),
+    }
+}
+
+/// Every rank has the same loss and norm, so all stop together.
+fn check_finite<O: Operators>(worker: &mut Worker<O>, step: u64) -> Result<(), Error> {
+    let (loss, gradient_norm) = (worker.stage().loss(), worker.stage().gradient_norm());
+    if loss.is_finite() && gradient_norm.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Diverged { step: step + 1, loss, gradient_norm })
+}
+
+fn median(mut times: Vec<Seconds>) -> Seconds {
+    times.sort_by(|a, b| a.0.total_cmp(&b.0));
+    times.get(times.len() / 2).copied().unwrap_or_default()
+}
+
+/// Rank 0 picks a kept step of median time, and every rank sends its spans of it.
+fn gather_trace<O: Operators>(
+    worker: &mut Worker<O>,
+    kept: VecDeque<(Seconds, Vec<Span>)>,
+) -> Result<Trace, Error> {
+    let rank = worker.rank();
+    let failed = |source| Error::Communication { rank, source };
+    let mut order: Vec<usize> = (0..kept.len()).collect();
+    order.sort_by(|a, b| kept[*a].0.0.total_cmp(&kept[*b].0.0));
+    let choice = order.get(order.len() / 2).copied().unwrap_or_default() as u64;
+    let (communicator, world) = worker.communication(Axis::World);
+    let choices = communicator.all_gather_bytes(world, &choice.to_le_bytes()).map_err(failed)?;
+    let chosen = choices[0].first().copied().map_or(0, usize::from);
+    let own = kept.get(chosen).map(|(_, spans)| spans.as_slice()).unwrap_or_default();
+    let json = serde_json::to_vec(own).expect("spans have a JSON form");
+    let all = communicator.all_gather_bytes(world, &json).map_err(failed)?;
+    if rank != Rank(0) {
+        return Ok(Trace { spans: own.to_vec() });
+    }
+    let spans = all.iter().filter_map(|json| serde_json::from_slice::<Vec<Span>>(json).ok());
+    Ok(Trace { spans: spans.flatten().collect() })
+}

@@ -1,0 +1,247 @@
+//! One rank at work: carries out programs with a stage and a communicator.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use collective::Schedule;
+use compute::{Microbatch, Operators, Optimizer, Stage, StageSpec};
+use model::{Block, Config};
+use program::{Action, Axis, Executor, Instruction, Lane, Mesh, Next, Program, Span, Transfer};
+use rustix::time::{ClockId, clock_gettime};
+use transport::{Communicator, Group, Operation};
+use units::{Rank, Seconds};
+
+use crate::Error;
+
+/// What a worker computes on, and how.
+#[derive(Debug, Clone)]
+pub struct Device<O> {
+    /// The device's operators.
+    pub operators: O,
+    /// The model.
+    pub config: Config,
+    /// How parameters are updated.
+    pub optimizer: Optimizer,
+}
+
+/// What time a span is measured in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// The wall's.
+    Wall,
+    /// The processor time of the computing thread: what a segment costs however many ranks share
+    /// the cores.
+    Processor,
+}
+
+impl Clock {
+    fn now(self) -> Seconds {
+        let clock = match self {
+            Self::Wall => ClockId::Monotonic,
+            Self::Processor => ClockId::ThreadCPUTime,
+        };
+        seconds(clock)
+    }
+}
+
+/// Reads a clock of this process.
+pub fn seconds(clock: ClockId) -> Seconds {
+    let time = clock_gettime(clock);
+    Seconds(time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9)
+}
+
+/// A posted transfer on its way, or back and not yet waited for.
+enum Posted {
+    Under(transport::Ticket),
+    Back(Vec<f32>),
+}
+
+/// One rank at work.
+pub struct Worker<O: Operators> {
+    rank: Rank,
+    stage: Stage<O>,
+    communicator: Communicator,
+    groups: BTreeMap<Axis, Group>,
+    schedules: BTreeMap<(collective::Kind, u32), Arc<Schedule>>,
+}
+
+impl<O: Operators> Worker<O> {
+    /// A worker that holds what `program` has its rank update, filled by `initial`.
+    ///
+    /// # Errors
+    /// What `initial` returns.
+    pub fn new<E>(
+        device: Device<O>,
+        program: &Program,
+        communicator: Communicator,
+        initial: impl FnMut(Block, &mut [f32]) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let rank = communicator.rank();
+        let spec = StageSpec::new(&device.config, program, rank, program.held_blocks(rank));
+        let Device { operators, config, optimizer } = device;
+        let stage = Stage::new(operators, config, spec, optimizer, initial)?;
+        let groups = groups(&program.mesh, rank);
+        Ok(Self { rank, stage, communicator, groups, schedules: BTreeMap::new() })
+    }
+
+    /// Which rank.
+    #[must_use]
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// What it holds.
+    pub fn stage(&mut self) -> &mut Stage<O> {
+        &mut self.stage
+    }
+
+    /// What it communicates with, and the group of an axis.
+    pub fn communication(&mut self, axis: Axis) -> (&mut Communicator, &Group) {
+        (&mut self.communicator, &self.groups[&axis])
+    }
+
+    /// Carries out a program on these microbatches; when which instruction ran, from the start.
+    ///
+    /// # Errors
+    /// When communication fails.
+    pub fn execute(
+        &mut self,
+        program: &Program,
+        microbatches: Vec<Microbatch>,
+        learning_rate: f64,
+        clock: Clock,
+    ) -> Result<Vec<Span>, Error> {
+        self.stage.begin(microbatches, learning_rate as f32);
+        let mut execution = Execution {
+            rank: self.rank,
+            clock,
+            begin: (clock.now(), Instant::now()),
+            posted: BTreeMap::new(),
+            spans: Vec::new(),
+        };
+        let mut executor = Executor::new(program, self.rank);
+        loop {
+            match executor.next() {
+                Next::Done => return Ok(execution.spans),
+                Next::Blocked(index, ticket) => {
+                    self.complete(&mut execution, index, ticket)?;
+                    executor.completed(ticket);
+                }
+                Next::Run(index, instruction) => {
+                    self.run(&mut execution, index, instruction)?;
+                    executor.ran();
+                }
+            }
+        }
+    }
+
+    fn run(
+        &mut self,
+        execution: &mut Execution,
+        index: usize,
+        instruction: &Instruction,
+    ) -> Result<(), Error> {
+        match instruction {
+            Instruction::Post { ticket, transfer } => {
+                let start = execution.now();
+                let posted = Posted::Under(self.post(transfer)?);
+                execution.posted.insert(*ticket, (index, *transfer, posted));
+                execution.span(index, Lane::Compute, start);
+            }
+            Instruction::Wait { ticket } => {
+                if let Some((_, transfer, Posted::Back(buffer))) = execution.posted.remove(ticket) {
+                    self.stage.put(&transfer, buffer);
+                }
+            }
+            _ => {
+                let start = execution.now();
+                self.stage.run(instruction);
+                execution.span(index, Lane::Compute, start);
+            }
+        }
+        Ok(())
+    }
+
+    fn post(&mut self, transfer: &Transfer) -> Result<transport::Ticket, Error> {
+        let group = self.groups[&transfer.axis].clone();
+        let peer = |coordinate: u32| group.ranks[coordinate as usize];
+        let action = match transfer.action {
+            Action::Collective(kind) => {
+                let ranks = group.ranks.len() as u32;
+                let ring = || Arc::new(collective::ring(kind, ranks));
+                let schedule = self.schedules.entry((kind, ranks)).or_insert_with(ring);
+                transport::Action::Collective(Arc::clone(schedule))
+            }
+            Action::Send { to } => transport::Action::Send { to: peer(to) },
+            Action::Receive { from } => transport::Action::Receive { from: peer(from) },
+        };
+        let buffer = self.stage.take(transfer);
+        let label = transfer.to_string().into();
+        let operation = Operation { group, action, buffer, label };
+        self.communicator.post(operation).map_err(|source| self.failed(source))
+    }
+
+    /// Waits for a transfer; its buffer is kept for the wait instruction, which may be later.
+    fn complete(
+        &mut self,
+        execution: &mut Execution,
+        index: usize,
+        ticket: program::Ticket,
+    ) -> Result<(), Error> {
+        let Some((post, transfer, Posted::Under(under))) = execution.posted.remove(&ticket) else {
+            unreachable!("the executor blocks only on what is under way");
+        };
+        let start = execution.now();
+        let done = self.communicator.wait(under).map_err(|source| self.failed(source))?;
+        execution.span(index, Lane::Wait, start);
+        execution.transfer(post, done.posted, done.finished);
+        execution.posted.insert(ticket, (post, transfer, Posted::Back(done.buffer)));
+        Ok(())
+    }
+
+    fn failed(&self, source: transport::Error) -> Error {
+        Error::Communication { rank: self.rank, source }
+    }
+}
+
+/// What is known of a program while it is carried out.
+struct Execution {
+    rank: Rank,
+    clock: Clock,
+    begin: (Seconds, Instant),
+    posted: BTreeMap<program::Ticket, (usize, Transfer, Posted)>,
+    spans: Vec<Span>,
+}
+
+impl Execution {
+    fn now(&self) -> Seconds {
+        self.clock.now() - self.begin.0
+    }
+
+    fn span(&mut self, index: usize, lane: Lane, start: Seconds) {
+        let (rank, instruction, end) = (self.rank, index as u32, self.now());
+        self.spans.push(Span { rank, instruction, lane, start, end });
+    }
+
+    /// A transfer's span is on the wall clock: it has no processor of its own.
+    fn transfer(&mut self, post: usize, posted: Instant, finished: Instant) {
+        let since = |at: Instant| Seconds(at.duration_since(self.begin.1).as_secs_f64());
+        let (start, end) = (since(posted), since(finished));
+        let (rank, instruction, lane) = (self.rank, post as u32, Lane::Transfer);
+        self.spans.push(Span { rank, instruction, lane, start, end });
+    }
+}
+
+/// The group of `rank` along every axis, numbered so that no two groups of a job are the same.
+fn groups(mesh: &Mesh, rank: Rank) -> BTreeMap<Axis, Group> {
+    let axes = [Axis::Tensor, Axis::Context, Axis::Data, Axis::Pipeline, Axis::Tied, Axis::World];
+    axes.into_iter()
+        .zip(1u64..)
+        .map(|(axis, number)| {
+            let ranks = mesh.group(rank, axis);
+            let id = number << 32 | u64::from(ranks[0].0);
+            (axis, Group { id, ranks: ranks.into() })
+        })
+        .collect()
+}
