@@ -12,7 +12,7 @@ import pathlib
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 GOLDEN = pathlib.Path(__file__).parent / "tiny-llama" / "golden.safetensors"
 
@@ -36,16 +36,9 @@ def golden_loss(model):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets).item()
 
 
-def load_tokenizer(folder):
-    """A folder with no tokenizer_config.json still has a tokenizer: its tokenizer.json."""
-    if (folder / "tokenizer_config.json").exists():
-        return AutoTokenizer.from_pretrained(folder)
-    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-
-
 def generate(model, folder, prompt):
     """The likeliest continuation of `prompt`."""
-    tokenizer = load_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     words = model.generate(
         **inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0

@@ -1,8 +1,9 @@
 //! Reading a model's weights, block by block.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use model::{Block, Config, Parameter};
 use safetensors::tensor::TensorInfo;
@@ -16,9 +17,8 @@ use crate::Error;
 #[derive(Debug)]
 pub struct Weights {
     folder: PathBuf,
-    files: Vec<SafetensorsFile>,
-    /// Where each tensor lies, as an index into `files`.
-    tensors: BTreeMap<String, usize>,
+    /// The file that holds each tensor.
+    tensors: BTreeMap<String, Arc<SafetensorsFile>>,
 }
 
 /// The part of `model.safetensors.index.json` that says which file holds a tensor.
@@ -45,22 +45,29 @@ impl Weights {
     }
 
     fn open_whole(folder: &Path) -> Result<Self, Error> {
-        let file = SafetensorsFile::open(&folder.join(WHOLE))?;
+        let file = Arc::new(SafetensorsFile::open(&folder.join(WHOLE))?);
         let names = file.tensor_names().into_iter();
         Ok(Self {
             folder: folder.to_owned(),
-            tensors: names.map(|name| (name, 0)).collect(),
-            files: vec![file],
+            tensors: names.map(|name| (name, file.clone())).collect(),
         })
     }
 
     fn open_shards(folder: &Path) -> Result<Self, Error> {
         let path = folder.join(INDEX);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+<<<<<<< HEAD
         let malformed = |problem| Error::Index { path: path.clone(), problem };
+=======
+        let refuse = |problem| Error::Index {
+            path: path.clone(),
+            problem,
+        };
+>>>>>>> files
         let index: Index = serde_json::from_str(&text)
-            .map_err(|error| malformed(format!("not an index of shards: {error}")))?;
+            .map_err(|error| refuse(format!("not an index of shards: {error}")))?;
         let mut shards = BTreeMap::new();
+<<<<<<< HEAD
         let mut weights =
             Self { folder: folder.to_owned(), files: vec![], tensors: BTreeMap::new() };
         for (tensor, shard) in index.weight_map {
@@ -71,15 +78,30 @@ impl Weights {
                 }
                 weights.files.push(SafetensorsFile::open(&folder.join(&shard))?);
                 shards.insert(shard.clone(), weights.files.len() - 1);
+=======
+        for name in index.weight_map.values() {
+            let shard = folder.join(name);
+            if !shard.exists() {
+                let problem = format!("shard {name} is not in the folder; download it too");
+                return Err(refuse(problem));
+>>>>>>> files
             }
-            let file = shards[&shard];
-            if weights.files[file].tensor(&tensor).is_none() {
-                let problem = format!("tensor `{tensor}` is not in {shard}, as the index says");
-                return Err(malformed(problem));
+            if !shards.contains_key(name) {
+                shards.insert(name.clone(), Arc::new(SafetensorsFile::open(&shard)?));
             }
-            weights.tensors.insert(tensor, file);
         }
-        Ok(weights)
+        let mut tensors = BTreeMap::new();
+        for (tensor, shard) in index.weight_map {
+            if shards[&shard].tensor(&tensor).is_none() {
+                let problem = format!("tensor `{tensor}` is not in {shard}, as the index says");
+                return Err(refuse(problem));
+            }
+            tensors.insert(tensor, shards[&shard].clone());
+        }
+        Ok(Self {
+            folder: folder.to_owned(),
+            tensors,
+        })
     }
 
     /// Checks that the weights are those of a model of `config`: every parameter is there with its
@@ -89,14 +111,22 @@ impl Weights {
     /// [`Error::Missing`], [`Error::Shape`] or [`Error::Dtype`] for the first parameter that is
     /// not as expected, else [`Error::Unexpected`] naming what is left over.
     pub fn check(&self, config: &Config) -> Result<(), Error> {
-        let mut left = self.tensors.clone();
+        let mut left: BTreeSet<_> = self.tensors.keys().collect();
         for block in config.blocks() {
             for parameter in config.parameters(block) {
                 self.find(&parameter)?;
                 left.remove(&parameter.name);
             }
         }
+<<<<<<< HEAD
         let tensors: Vec<_> = left.into_keys().filter(|name| !is_redundant(name, config)).collect();
+=======
+        let tensors: Vec<_> = left
+            .into_iter()
+            .filter(|name| !is_redundant(name, config))
+            .cloned()
+            .collect();
+>>>>>>> files
         if tensors.is_empty() {
             return Ok(());
         }
@@ -127,10 +157,8 @@ impl Weights {
     /// The tensor of `parameter` and the file it lies in, if it is what the config says.
     fn find(&self, parameter: &Parameter) -> Result<(&SafetensorsFile, &TensorInfo), Error> {
         let name = &parameter.name;
-        let found = self.tensors.get(name).and_then(|file| {
-            let file = &self.files[*file];
-            Some((file, file.tensor(name)?))
-        });
+        let file = self.tensors.get(name);
+        let found = file.and_then(|file| Some((file, file.tensor(name)?)));
         let (file, tensor) = found.ok_or_else(|| Error::Missing {
             folder: self.folder.clone(),
             tensor: name.clone(),

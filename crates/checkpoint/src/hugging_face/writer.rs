@@ -179,7 +179,7 @@ fn header(parameters: &[(Parameter, &[f32])], dtype: Dtype) -> io::Result<Vec<u8
         };
         (parameter.name.clone(), info)
     });
-    // Transformers refuses a file that does not say which library's layout it has.
+    // Transformers 4 refuses a file that does not say which library's layout it has.
     let format = [("format".to_owned(), "pt".to_owned())];
     let metadata = Metadata::new(Some(format.into_iter().collect()), tensors.collect())
         .map_err(io::Error::other)?;
