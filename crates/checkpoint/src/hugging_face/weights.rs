@@ -40,7 +40,9 @@ impl Weights {
         } else if folder.join(INDEX).exists() {
             Self::open_shards(folder)
         } else {
-            Err(Error::NoWeights { folder: folder.to_owned() })
+            Err(Error::NoWeights {
+                folder: folder.to_owned(),
+            })
         }
     }
 
@@ -56,35 +58,18 @@ impl Weights {
     fn open_shards(folder: &Path) -> Result<Self, Error> {
         let path = folder.join(INDEX);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-<<<<<<< HEAD
-        let malformed = |problem| Error::Index { path: path.clone(), problem };
-=======
         let refuse = |problem| Error::Index {
             path: path.clone(),
             problem,
         };
->>>>>>> files
         let index: Index = serde_json::from_str(&text)
             .map_err(|error| refuse(format!("not an index of shards: {error}")))?;
         let mut shards = BTreeMap::new();
-<<<<<<< HEAD
-        let mut weights =
-            Self { folder: folder.to_owned(), files: vec![], tensors: BTreeMap::new() };
-        for (tensor, shard) in index.weight_map {
-            if !shards.contains_key(&shard) {
-                if !folder.join(&shard).exists() {
-                    let problem = format!("shard {shard} is not in the folder; download it too");
-                    return Err(malformed(problem));
-                }
-                weights.files.push(SafetensorsFile::open(&folder.join(&shard))?);
-                shards.insert(shard.clone(), weights.files.len() - 1);
-=======
         for name in index.weight_map.values() {
             let shard = folder.join(name);
             if !shard.exists() {
                 let problem = format!("shard {name} is not in the folder; download it too");
                 return Err(refuse(problem));
->>>>>>> files
             }
             if !shards.contains_key(name) {
                 shards.insert(name.clone(), Arc::new(SafetensorsFile::open(&shard)?));
@@ -118,19 +103,18 @@ impl Weights {
                 left.remove(&parameter.name);
             }
         }
-<<<<<<< HEAD
-        let tensors: Vec<_> = left.into_keys().filter(|name| !is_redundant(name, config)).collect();
-=======
         let tensors: Vec<_> = left
             .into_iter()
             .filter(|name| !is_redundant(name, config))
             .cloned()
             .collect();
->>>>>>> files
         if tensors.is_empty() {
             return Ok(());
         }
-        Err(Error::Unexpected { folder: self.folder.clone(), tensors })
+        Err(Error::Unexpected {
+            folder: self.folder.clone(),
+            tensors,
+        })
     }
 
     /// Reads the parameters of `block` into its flat buffer, as fp32.
