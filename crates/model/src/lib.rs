@@ -5,12 +5,16 @@
 //! instruction of a program carries out), and each segment in [`Operator`]s (what is counted,
 //! costed and timed).
 
+pub mod catalogue;
 mod config;
+mod error;
+pub mod hugging_face;
 mod operator;
 mod parameters;
 mod segment;
 
 pub use config::{Config, ConfigError, Llama3Scaling, Rotary};
+pub use error::Error;
 pub use operator::Operator;
 pub use parameters::{Block, Parameter, Role};
 pub use segment::{Pass, Segment, Shape};

@@ -72,6 +72,8 @@ pub enum Buffer {
     Parameters(Block),
     /// A block's gradients.
     Gradients(Block),
+    /// What the reduction of a block's gradients left here: the own chunk, or all of it.
+    ReducedGradients(Block),
     /// A value of a microbatch.
     Activation {
         /// Which value.

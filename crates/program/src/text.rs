@@ -30,6 +30,7 @@ impl fmt::Display for Buffer {
         match self {
             Self::Parameters(block) => write!(f, "parameters({block})"),
             Self::Gradients(block) => write!(f, "gradients({block})"),
+            Self::ReducedGradients(block) => write!(f, "reduced-gradients({block})"),
             Self::Activation { value, microbatch } => write!(f, "{value} mb{microbatch}"),
             Self::ActivationGradient { value, microbatch } => {
                 write!(f, "gradient({value}) mb{microbatch}")

@@ -146,6 +146,8 @@ struct Dataflow<'p> {
     resident: BTreeSet<Block>,
     /// Blocks whose gradients have been written since the last reduction.
     unreduced: BTreeSet<Block>,
+    /// Reduced gradients that have arrived and are not yet accumulated.
+    reduced: Vec<Block>,
     posted: BTreeMap<Ticket, Buffer>,
     updated: BTreeSet<Block>,
     trains: bool,
@@ -161,6 +163,7 @@ impl<'p> Dataflow<'p> {
             open: BTreeSet::new(),
             resident: BTreeSet::new(),
             unreduced: BTreeSet::new(),
+            reduced: Vec::new(),
             posted: BTreeMap::new(),
             updated: BTreeSet::new(),
             trains: list.iter().any(|i| matches!(i, Instruction::Update { .. })),
@@ -199,9 +202,13 @@ impl<'p> Dataflow<'p> {
                 self.post(ticket, transfer.action, transfer.buffer)
             }
             Instruction::Wait { ticket } => self.wait(ticket),
-            Instruction::Accumulate { block } | Instruction::SquareSum { block } => {
-                self.need_reduced(block)
+            Instruction::Accumulate { block } => {
+                let waiting = self.reduced.iter().position(|reduced| *reduced == block);
+                let index = waiting.ok_or("no reduced gradient has arrived")?;
+                self.reduced.remove(index);
+                Ok(())
             }
+            Instruction::SquareSum { block } => self.need_reduced(block),
             Instruction::Update { block } => {
                 self.need_reduced(block)?;
                 self.resident.remove(&block);
@@ -307,7 +314,8 @@ impl<'p> Dataflow<'p> {
             Buffer::Activation { .. } | Buffer::ActivationGradient { .. } => {
                 self.values.insert(buffer);
             }
-            Buffer::Gradients(_) | Buffer::Statistics => {}
+            Buffer::Gradients(block) => self.reduced.push(block),
+            Buffer::ReducedGradients(_) | Buffer::Statistics => {}
         }
         Ok(())
     }

@@ -1,0 +1,309 @@
+//! The CPU device: products by the `gemm` crate, our own fused loops around them.
+//!
+//! Lower precision is emulated: what an operator writes is rounded to bf16 and kept in fp32, which
+//! gives bf16's numbers with fp32 accumulation but neither its speed nor its memory.
+
+mod attention;
+mod kernels;
+mod product;
+mod tensor;
+
+use std::ops::Range;
+use std::rc::Rc;
+
+use crate::operators::{AdamW, AttentionDims, Operators, ProductDims, Rotation, Window, WindowMut};
+use crate::stage::Precision;
+
+use self::product::{Matrix, MatrixMut, multiply};
+use self::tensor::Pool;
+pub use self::tensor::Tensor;
+
+/// Operators on the CPU, with `threads` threads for products.
+#[derive(Debug, Clone)]
+pub struct Cpu {
+    pool: Rc<Pool>,
+    threads: usize,
+    precision: Precision,
+}
+
+impl Cpu {
+    /// A device of `threads` threads that rounds to `precision`.
+    #[must_use]
+    pub fn new(threads: usize, precision: Precision) -> Self {
+        Self {
+            pool: Rc::default(),
+            threads,
+            precision,
+        }
+    }
+
+    /// A tensor of unspecified contents.
+    fn uninitialised(&self, elements: usize) -> Tensor {
+        Tensor::new(self.pool.take(elements), &self.pool)
+    }
+
+    fn round(&self, values: &mut [f32]) {
+        if self.precision == Precision::Bf16 {
+            kernels::round_to_bf16(values);
+        }
+    }
+
+    /// A tensor that `write` fills and the precision rounds.
+    fn written(&self, elements: usize, write: impl FnOnce(&mut [f32])) -> Tensor {
+        let mut tensor = self.uninitialised(elements);
+        let values = tensor.values_mut();
+        write(values);
+        self.round(values);
+        tensor
+    }
+}
+
+fn at<'a>(window: &Window<'a, Tensor>, elements: usize) -> &'a [f32] {
+    &window.flat.values()[window.start..window.start + elements]
+}
+
+fn at_mut(window: WindowMut<'_, Tensor>, elements: usize) -> &mut [f32] {
+    &mut window.flat.values_mut()[window.start..window.start + elements]
+}
+
+impl Operators for Cpu {
+    type Tensor = Tensor;
+
+    fn zeros(&self, elements: usize) -> Tensor {
+        self.written(elements, |values| values.fill(0.0))
+    }
+
+    fn upload(&self, values: Vec<f32>) -> Tensor {
+        Tensor::new(values, &self.pool)
+    }
+
+    fn download(&self, tensor: Tensor) -> Vec<f32> {
+        tensor.into_values()
+    }
+
+    fn host_buffer(&self, elements: usize) -> Vec<f32> {
+        self.pool.take(elements)
+    }
+
+    fn recycle(&self, buffer: Vec<f32>) {
+        self.pool.give(buffer);
+    }
+
+    fn slice(&self, tensor: &Tensor, range: Range<usize>) -> Tensor {
+        let source = &tensor.values()[range];
+        self.written(source.len(), |values| values.copy_from_slice(source))
+    }
+
+    fn cast(&self, tensor: &Tensor) -> Tensor {
+        match self.precision {
+            Precision::Fp32 => tensor.clone(),
+            Precision::Bf16 => self.slice(tensor, 0..tensor.values().len()),
+        }
+    }
+
+    fn product(&self, x: &Tensor, w: Window<'_, Tensor>, dims: ProductDims) -> Tensor {
+        let ProductDims { r, k, n } = dims;
+        let w = Matrix::rows(at(&w, n * k), n, k).transposed();
+        self.written(r * n, |y| {
+            multiply(
+                Matrix::rows(x.values(), r, k),
+                w,
+                1.0,
+                MatrixMut::rows(y, r, n),
+                false,
+                self.threads,
+            );
+        })
+    }
+
+    fn product_input_gradient(
+        &self,
+        dy: &Tensor,
+        w: Window<'_, Tensor>,
+        dims: ProductDims,
+    ) -> Tensor {
+        let ProductDims { r, k, n } = dims;
+        let w = Matrix::rows(at(&w, n * k), n, k);
+        self.written(r * k, |dx| {
+            multiply(
+                Matrix::rows(dy.values(), r, n),
+                w,
+                1.0,
+                MatrixMut::rows(dx, r, k),
+                false,
+                self.threads,
+            );
+        })
+    }
+
+    fn product_weight_gradient(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        dims: ProductDims,
+        dw: WindowMut<'_, Tensor>,
+    ) {
+        let ProductDims { r, k, n } = dims;
+        let dy = Matrix::rows(dy.values(), r, n).transposed();
+        let dw = MatrixMut::rows(at_mut(dw, n * k), n, k);
+        multiply(
+            dy,
+            Matrix::rows(x.values(), r, k),
+            1.0,
+            dw,
+            true,
+            self.threads,
+        );
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Tensor,
+        scale: Window<'_, Tensor>,
+        width: usize,
+        epsilon: f32,
+    ) -> (Tensor, Tensor) {
+        let x = x.values();
+        let mut inverse = self.uninitialised(x.len() / width);
+        let y = self.written(x.len(), |y| {
+            kernels::rms_norm(x, at(&scale, width), epsilon, y, inverse.values_mut());
+        });
+        (y, inverse)
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dy: &Tensor,
+        (x, inverse): (&Tensor, &Tensor),
+        scale: Window<'_, Tensor>,
+        width: usize,
+        dx: &mut Tensor,
+        dscale: WindowMut<'_, Tensor>,
+    ) {
+        let saved = (x.values(), inverse.values());
+        let dx = dx.values_mut();
+        let dscale = at_mut(dscale, width);
+        kernels::rms_norm_backward(dy.values(), saved, at(&scale, width), dx, dscale);
+        self.round(dx);
+    }
+
+    fn rotary(
+        &self,
+        qkv: &mut Tensor,
+        rotation: Rotation<'_, Tensor>,
+        dims: &AttentionDims,
+        inverse: bool,
+    ) {
+        let values = qkv.values_mut();
+        let (cos, sin) = (rotation.cos.values(), rotation.sin.values());
+        let pairs = dims.head_dim / 2;
+        for (row, qkv) in values.chunks_exact_mut(dims.qkv_width()).enumerate() {
+            let angles = (row % dims.length) * pairs..(row % dims.length + 1) * pairs;
+            let rotated = (dims.heads + dims.kv_heads) * dims.head_dim;
+            let turn = (&cos[angles.clone()], &sin[angles]);
+            kernels::rotate(&mut qkv[..rotated], turn, inverse);
+        }
+        self.round(values);
+    }
+
+    fn attention(&self, qkv: &Tensor, dims: &AttentionDims) -> (Tensor, Tensor) {
+        let queries = dims.sequences * dims.length * dims.heads;
+        let mut log_sums = self.uninitialised(queries);
+        let y = self.written(queries * dims.head_dim, |y| {
+            attention::forward(qkv.values(), dims, y, log_sums.values_mut());
+        });
+        (y, log_sums)
+    }
+
+    fn attention_backward(
+        &self,
+        dy: &Tensor,
+        qkv: &Tensor,
+        (y, log_sums): (&Tensor, &Tensor),
+        dims: &AttentionDims,
+    ) -> Tensor {
+        let saved = (y.values(), log_sums.values());
+        self.written(qkv.values().len(), |dqkv| {
+            attention::backward(dy.values(), qkv.values(), saved, dims, dqkv);
+        })
+    }
+
+    fn swiglu(&self, gate_up: &Tensor, width: usize) -> Tensor {
+        let gate_up = gate_up.values();
+        self.written(gate_up.len() / 2, |y| kernels::swiglu(gate_up, width, y))
+    }
+
+    fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor, width: usize) -> Tensor {
+        let gate_up = gate_up.values();
+        self.written(gate_up.len(), |dgate_up| {
+            kernels::swiglu_backward(dy.values(), gate_up, width, dgate_up);
+        })
+    }
+
+    fn embedding(&self, words: &[u32], table: Window<'_, Tensor>, width: usize) -> Tensor {
+        self.written(words.len() * width, |y| {
+            for (word, row) in words.iter().zip(y.chunks_exact_mut(width)) {
+                let start = table.start + *word as usize * width;
+                row.copy_from_slice(&table.flat.values()[start..start + width]);
+            }
+        })
+    }
+
+    fn embedding_backward(
+        &self,
+        dy: &Tensor,
+        words: &[u32],
+        width: usize,
+        dtable: WindowMut<'_, Tensor>,
+    ) {
+        let table = &mut dtable.flat.values_mut()[dtable.start..];
+        for (word, row) in words.iter().zip(dy.values().chunks_exact(width)) {
+            let start = *word as usize * width;
+            kernels::add(&mut table[start..start + width], row);
+        }
+    }
+
+    fn cross_entropy(
+        &self,
+        logits: &mut Tensor,
+        targets: &[u32],
+        width: usize,
+        gradient_scale: f32,
+    ) -> f64 {
+        let rows = logits.values_mut().chunks_exact_mut(width);
+        let losses = rows
+            .zip(targets)
+            .map(|(row, target)| kernels::cross_entropy(row, *target as usize, gradient_scale));
+        let loss = losses.sum();
+        self.round(logits.values_mut());
+        loss
+    }
+
+    fn add(&self, into: &mut Tensor, other: &Tensor) {
+        let values = into.values_mut();
+        kernels::add(values, other.values());
+        self.round(values);
+    }
+
+    fn square_sum(&self, tensor: &Tensor, range: Range<usize>) -> f64 {
+        kernels::square_sum(&tensor.values()[range])
+    }
+
+    fn adamw(
+        &self,
+        settings: &AdamW,
+        [parameters, mean, square]: [&mut Tensor; 3],
+        gradient: &Tensor,
+        range: Range<usize>,
+    ) {
+        kernels::adamw(
+            settings,
+            &mut parameters.values_mut()[range.clone()],
+            [
+                &mut mean.values_mut()[range.clone()],
+                &mut square.values_mut()[range.clone()],
+            ],
+            &gradient.values()[range],
+        );
+    }
+}

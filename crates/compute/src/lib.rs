@@ -1,0 +1,18 @@
+//! Carries out compute instructions: the operators of a Llama, forward and backward, on a device.
+//!
+//! [`Operators`] is the narrow trait that a device implements; [`Stage`] holds what one rank
+//! holds (parameters, optimizer state, values on their way) and carries out instructions in terms
+//! of it. There is no autograd: each backward is written out, so that memory is exact, every
+//! operator can be timed, and later axes can cut between any two of them.
+
+mod cpu;
+mod operators;
+mod random;
+mod stage;
+
+pub use cpu::Cpu;
+pub use operators::{AdamW, AttentionDims, Operators, ProductDims, Rotation, Window, WindowMut};
+pub use stage::{Microbatch, Optimizer, Precision, Stage, StageSpec};
+
+#[cfg(test)]
+mod conformance;

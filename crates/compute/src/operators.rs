@@ -1,0 +1,221 @@
+//! The trait a device implements: some fifteen operators with explicit forward and backward.
+//!
+//! Tensors are flat and row-major; dimensions come with the call. Shapes are written with
+//! `r` rows (tokens), `k` inner and `n` outer width. Sizes that do not fit are a bug of the
+//! caller and panic.
+
+use std::ops::Range;
+
+/// A matrix or vector inside a block's flat buffer.
+#[derive(Debug, Clone, Copy)]
+pub struct Window<'a, T> {
+    /// The flat buffer.
+    pub flat: &'a T,
+    /// First element.
+    pub start: usize,
+}
+
+/// See [`Window`]; what is written is added to what is there.
+#[derive(Debug)]
+pub struct WindowMut<'a, T> {
+    /// The flat buffer.
+    pub flat: &'a mut T,
+    /// First element.
+    pub start: usize,
+}
+
+/// A linear layer `[r, k] -> [r, n]` with weights `[n, k]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProductDims {
+    /// Tokens.
+    pub r: usize,
+    /// Width of the input.
+    pub k: usize,
+    /// Width of the output.
+    pub n: usize,
+}
+
+/// Causal grouped-query attention over `qkv` of `[sequences * length, (heads + 2 kv_heads) *
+/// head_dim]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionDims {
+    /// Sequences.
+    pub sequences: usize,
+    /// Tokens in each.
+    pub length: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl AttentionDims {
+    /// Width of a row of queries, keys and values.
+    #[must_use]
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+/// Cosines and sines of every position and pair, `[length, head_dim / 2]` each.
+#[derive(Debug, Clone, Copy)]
+pub struct Rotation<'a, T> {
+    /// Cosines.
+    pub cos: &'a T,
+    /// Sines; negated for the inverse rotation.
+    pub sin: &'a T,
+}
+
+/// One `AdamW` update (Loshchilov & Hutter 2019, alg. 2), as `torch.optim.AdamW` computes it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub learning_rate: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub epsilon: f32,
+    /// Decoupled weight decay; 0 where it does not apply.
+    pub weight_decay: f32,
+    /// What the gradient is multiplied by first: the clipping factor.
+    pub gradient_scale: f32,
+    /// This update's number, from 1, for the bias corrections.
+    pub update: u64,
+}
+
+/// The operators of a device. All arithmetic is fp32 unless the device was made for a lower
+/// precision, in which case it rounds what it writes (reductions and optimizer state stay fp32).
+pub trait Operators: Clone {
+    /// A flat tensor on the device; cloning it is cheap and shares the contents until one side
+    /// is written.
+    type Tensor: Clone;
+
+    /// A tensor of zeros.
+    fn zeros(&self, elements: usize) -> Self::Tensor;
+    /// A tensor with these contents.
+    fn upload(&self, values: Vec<f32>) -> Self::Tensor;
+    /// The contents of a tensor that is no longer needed.
+    fn download(&self, tensor: Self::Tensor) -> Vec<f32>;
+    /// A host buffer of unspecified contents, recycled when it can be.
+    fn host_buffer(&self, elements: usize) -> Vec<f32>;
+    /// Gives a host buffer back for recycling.
+    fn recycle(&self, buffer: Vec<f32>);
+    /// A copy of part of a tensor.
+    fn slice(&self, tensor: &Self::Tensor, range: Range<usize>) -> Self::Tensor;
+    /// A copy rounded to the device's compute precision; the tensor itself when that is fp32.
+    fn cast(&self, tensor: &Self::Tensor) -> Self::Tensor;
+
+    /// `y[r, n] = x[r, k] w[n, k]^T`.
+    fn product(
+        &self,
+        x: &Self::Tensor,
+        w: Window<'_, Self::Tensor>,
+        dims: ProductDims,
+    ) -> Self::Tensor;
+    /// `dx[r, k] = dy[r, n] w[n, k]`.
+    fn product_input_gradient(
+        &self,
+        dy: &Self::Tensor,
+        w: Window<'_, Self::Tensor>,
+        dims: ProductDims,
+    ) -> Self::Tensor;
+    /// `dw[n, k] += dy[r, n]^T x[r, k]`.
+    fn product_weight_gradient(
+        &self,
+        dy: &Self::Tensor,
+        x: &Self::Tensor,
+        dims: ProductDims,
+        dw: WindowMut<'_, Self::Tensor>,
+    );
+
+    /// `y = x / rms(x) * scale` by rows of `width`; also the inverse root mean squares, `[r]`.
+    fn rms_norm(
+        &self,
+        x: &Self::Tensor,
+        scale: Window<'_, Self::Tensor>,
+        width: usize,
+        epsilon: f32,
+    ) -> (Self::Tensor, Self::Tensor);
+    /// Adds the gradient of `x` to `dx`, and that of the scale to `dscale`.
+    fn rms_norm_backward(
+        &self,
+        dy: &Self::Tensor,
+        saved: (&Self::Tensor, &Self::Tensor),
+        scale: Window<'_, Self::Tensor>,
+        width: usize,
+        dx: &mut Self::Tensor,
+        dscale: WindowMut<'_, Self::Tensor>,
+    );
+
+    /// Rotates queries and keys in place, by halves as Hugging Face lays them out.
+    fn rotary(
+        &self,
+        qkv: &mut Self::Tensor,
+        rotation: Rotation<'_, Self::Tensor>,
+        dims: &AttentionDims,
+        inverse: bool,
+    );
+    /// Weighted values `[r, heads * head_dim]`, and the log-sum-exp of every query's scores.
+    fn attention(&self, qkv: &Self::Tensor, dims: &AttentionDims) -> (Self::Tensor, Self::Tensor);
+    /// Gradient of `qkv`; scores are recomputed from the saved log-sum-exp.
+    fn attention_backward(
+        &self,
+        dy: &Self::Tensor,
+        qkv: &Self::Tensor,
+        saved: (&Self::Tensor, &Self::Tensor),
+        dims: &AttentionDims,
+    ) -> Self::Tensor;
+
+    /// `y[r, width] = silu(gate) * up` of `gate_up[r, 2 width]`.
+    fn swiglu(&self, gate_up: &Self::Tensor, width: usize) -> Self::Tensor;
+    /// Gradient of `gate_up`.
+    fn swiglu_backward(
+        &self,
+        dy: &Self::Tensor,
+        gate_up: &Self::Tensor,
+        width: usize,
+    ) -> Self::Tensor;
+
+    /// Rows of `table` picked by `words`.
+    fn embedding(
+        &self,
+        words: &[u32],
+        table: Window<'_, Self::Tensor>,
+        width: usize,
+    ) -> Self::Tensor;
+    /// Adds each row of `dy` to the row of `dtable` its word names.
+    fn embedding_backward(
+        &self,
+        dy: &Self::Tensor,
+        words: &[u32],
+        width: usize,
+        dtable: WindowMut<'_, Self::Tensor>,
+    );
+
+    /// Sum over rows of the cross-entropy with `targets`, and in place of the logits its gradient
+    /// times `gradient_scale`.
+    fn cross_entropy(
+        &self,
+        logits: &mut Self::Tensor,
+        targets: &[u32],
+        width: usize,
+        gradient_scale: f32,
+    ) -> f64;
+
+    /// `into += other`.
+    fn add(&self, into: &mut Self::Tensor, other: &Self::Tensor);
+    /// Sum of squares of part of a tensor.
+    fn square_sum(&self, tensor: &Self::Tensor, range: Range<usize>) -> f64;
+    /// Updates part of the parameters and their two moments.
+    fn adamw(
+        &self,
+        settings: &AdamW,
+        state: [&mut Self::Tensor; 3],
+        gradient: &Self::Tensor,
+        range: Range<usize>,
+    );
+}

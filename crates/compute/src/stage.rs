@@ -1,0 +1,404 @@
+//! What one rank holds, and how it carries out the instructions of its program.
+
+mod memory;
+mod segments;
+
+use std::collections::BTreeMap;
+
+use model::{Block, Config, Parameter, Role};
+use program::{Axis, Instruction, Program, Value};
+use serde::{Deserialize, Serialize};
+use units::Rank;
+
+use crate::operators::{AdamW, AttentionDims, Operators};
+use crate::random;
+
+/// The number format of values and of the parameters they meet. Master parameters, gradients of
+/// parameters, reductions and optimizer state are fp32 in either.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// IEEE single precision.
+    Fp32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// How parameters are updated.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Optimizer {
+    /// Learning rate of this step.
+    pub learning_rate: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub epsilon: f32,
+    /// Decoupled weight decay, of matrices only.
+    pub weight_decay: f32,
+    /// Largest global gradient norm; larger ones are scaled down to it. `None` never clips.
+    pub clip_norm: Option<f32>,
+}
+
+/// Words in and words wanted of one microbatch, `[sequences * sequence]` each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Microbatch {
+    /// Input words.
+    pub words: Vec<u32>,
+    /// The word that follows each.
+    pub targets: Vec<u32>,
+}
+
+/// One block's parameters, gradients and optimizer state on this rank.
+struct BlockState<T> {
+    parameters: Vec<Parameter>,
+    elements: usize,
+    /// The elements this rank updates.
+    own: std::ops::Range<usize>,
+    /// fp32 parameters: the own chunk when the optimizer is sharded, else all.
+    master: T,
+    moments: [T; 2],
+    /// All parameters in compute precision, where they differ from the master.
+    gathered: Option<T>,
+    /// The sum of the gradients of this rank's microbatches, all elements.
+    gradients: Option<T>,
+    /// A reduced gradient that waits to be accumulated, then the sum; as long as the master.
+    arrived: Option<T>,
+    reduced: Option<T>,
+}
+
+/// What one rank holds.
+pub struct Stage<O: Operators> {
+    operators: O,
+    config: Config,
+    program: StageSpec,
+    blocks: BTreeMap<Block, BlockState<O::Tensor>>,
+    rotation: [O::Tensor; 2],
+    microbatches: Vec<Microbatch>,
+    /// What the microbatches have left behind: values, what backward needs besides, gradients.
+    values: BTreeMap<(u32, Value), O::Tensor>,
+    saved: BTreeMap<(u32, Value), O::Tensor>,
+    gradients: BTreeMap<(u32, Value), O::Tensor>,
+    optimizer: Optimizer,
+    updates: u64,
+    /// Squared gradient norm and loss: this rank's share, then every rank's.
+    share: [f64; 2],
+    statistics: Vec<f32>,
+}
+
+/// What a stage needs to know of its program: where it stands and how much it holds.
+#[derive(Debug, Clone)]
+pub struct StageSpec {
+    rank: Rank,
+    ranks: u32,
+    data: (u32, u32),
+    sharded: bool,
+    attention: AttentionDims,
+    tokens: usize,
+    /// The loss is a mean over this many tokens.
+    global_tokens: f64,
+    blocks: Vec<Block>,
+}
+
+impl StageSpec {
+    /// The place of `rank` in `program`, holding `blocks`.
+    #[must_use]
+    pub fn new(config: &Config, program: &Program, rank: Rank, blocks: Vec<Block>) -> Self {
+        let data = program.mesh.degree(Axis::Data);
+        let tokens = program.shape.tokens();
+        let global = tokens * u64::from(program.microbatches) * u64::from(data);
+        Self {
+            rank,
+            ranks: program.mesh.ranks(),
+            data: (program.mesh.coordinate(rank, Axis::Data), data),
+            sharded: program.optimizer_sharded,
+            attention: AttentionDims {
+                sequences: program.shape.sequences as usize,
+                length: program.shape.sequence as usize,
+                heads: config.heads as usize,
+                kv_heads: config.kv_heads as usize,
+                head_dim: config.head_dim as usize,
+            },
+            tokens: tokens as usize,
+            global_tokens: global as f64,
+            blocks,
+        }
+    }
+
+    fn own(&self, elements: usize) -> std::ops::Range<usize> {
+        collective::chunk_range(elements, self.data.1, self.data.0)
+    }
+}
+
+/// Standard deviation of initial matrices, as Llama and GPT-2 use.
+const INITIAL_DEVIATION: f32 = 0.02;
+
+impl<O: Operators> Stage<O> {
+    /// A stage whose parameters `initial` fills, block by block.
+    ///
+    /// # Errors
+    /// What `initial` returns.
+    pub fn new<E>(
+        operators: O,
+        config: Config,
+        spec: StageSpec,
+        optimizer: Optimizer,
+        mut initial: impl FnMut(Block, &mut [f32]) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let mut blocks = BTreeMap::new();
+        for block in &spec.blocks {
+            let mut values = vec![0.0; config.block_elements(*block) as usize];
+            initial(*block, &mut values)?;
+            let parameters = config.parameters(*block);
+            blocks.insert(
+                *block,
+                BlockState::new(&operators, &spec, parameters, values),
+            );
+        }
+        let rotation = rotation(&operators, &config, spec.attention.length);
+        Ok(Self {
+            operators,
+            config,
+            program: spec,
+            blocks,
+            rotation,
+            microbatches: Vec::new(),
+            values: BTreeMap::new(),
+            saved: BTreeMap::new(),
+            gradients: BTreeMap::new(),
+            optimizer,
+            updates: 0,
+            share: [0.0; 2],
+            statistics: Vec::new(),
+        })
+    }
+
+    /// Fills a block as a fresh model has it: matrices normal, norms one.
+    pub fn fresh(config: &Config, seed: u64, block: Block, values: &mut [f32]) {
+        for parameter in config.parameters(block) {
+            let values = &mut values[parameter.range()];
+            if parameter.decays() {
+                let stream = random::stream(seed, &parameter.name);
+                for (index, value) in values.iter_mut().enumerate() {
+                    *value = INITIAL_DEVIATION * random::normal(stream, index as u64);
+                }
+            } else {
+                values.fill(1.0);
+            }
+        }
+    }
+
+    /// Prepares for a step (or an evaluation) on these microbatches.
+    pub fn begin(&mut self, microbatches: Vec<Microbatch>, learning_rate: f32) {
+        self.microbatches = microbatches;
+        self.optimizer.learning_rate = learning_rate;
+        self.values.clear();
+        self.saved.clear();
+        self.gradients.clear();
+        self.share = [0.0; 2];
+        self.statistics.clear();
+    }
+
+    /// Carries out an instruction that is neither a post nor a wait.
+    pub fn run(&mut self, instruction: &Instruction) {
+        match *instruction {
+            Instruction::Compute {
+                segment,
+                pass,
+                layer,
+                microbatch,
+            } => {
+                self.compute(segment, pass, layer, microbatch);
+            }
+            Instruction::Accumulate { block } => self.accumulate(block),
+            Instruction::SquareSum { block } => self.square_sum(block),
+            Instruction::Update { block } => self.update(block),
+            Instruction::Release { block } => self.state(block).gathered = None,
+            Instruction::Post { .. } | Instruction::Wait { .. } => {
+                unreachable!("transfers are the communicator's")
+            }
+        }
+    }
+
+    /// The mean loss over the step's tokens, once the statistics are shared.
+    #[must_use]
+    pub fn loss(&self) -> f64 {
+        self.statistic(1)
+    }
+
+    /// The global gradient norm before clipping, once the statistics are shared.
+    #[must_use]
+    pub fn gradient_norm(&self) -> f64 {
+        self.statistic(0).sqrt()
+    }
+
+    /// The blocks this rank holds.
+    #[must_use]
+    pub fn blocks(&self) -> &[Block] {
+        &self.program.blocks
+    }
+
+    /// The sum over ranks, in the order of ranks, so that all ranks get the same bits.
+    fn statistic(&self, which: usize) -> f64 {
+        if self.program.ranks == 1 {
+            return f64::from(self.share[which] as f32);
+        }
+        self.statistics
+            .chunks_exact(2)
+            .map(|share| f64::from(share[which]))
+            .sum()
+    }
+
+    fn state(&mut self, block: Block) -> &mut BlockState<O::Tensor> {
+        self.blocks
+            .get_mut(&block)
+            .expect("the program names only blocks of this stage")
+    }
+
+    fn accumulate(&mut self, block: Block) {
+        let operators = self.operators.clone();
+        let state = self.state(block);
+        let arrived = state.arrived.take().expect("a reduction has arrived");
+        match &mut state.reduced {
+            Some(sum) => operators.add(sum, &arrived),
+            None => state.reduced = Some(arrived),
+        }
+    }
+
+    fn square_sum(&mut self, block: Block) {
+        let sharded = self.program.sharded;
+        self.state(block).settle();
+        let state = &self.blocks[&block];
+        let gradient = state.reduced.as_ref().expect("gradients are reduced");
+        let own = if sharded {
+            0..state.own.len()
+        } else {
+            state.own.clone()
+        };
+        // Without sharding every rank holds all; each counts the chunk it would own.
+        self.share[0] += self.operators.square_sum(gradient, own);
+    }
+
+    fn update(&mut self, block: Block) {
+        let first = self.program.blocks.first() == Some(&block);
+        self.updates += u64::from(first);
+        let settings = self.settings();
+        let operators = self.operators.clone();
+        let sharded = self.program.sharded;
+        let state = self.state(block);
+        state.settle();
+        state.gathered = None; // it may share the master's memory
+        let gradient = state.reduced.take().expect("gradients are reduced");
+        let held = if sharded {
+            state.own.clone()
+        } else {
+            0..state.elements
+        };
+        for parameter in &state.parameters {
+            let range = parameter.range();
+            let (start, end) = (range.start.max(held.start), range.end.min(held.end));
+            if start < end {
+                let weight_decay = if parameter.decays() {
+                    settings.weight_decay
+                } else {
+                    0.0
+                };
+                let settings = AdamW {
+                    weight_decay,
+                    ..settings
+                };
+                let [mean, square] = &mut state.moments;
+                let range = start - held.start..end - held.start;
+                operators.adamw(
+                    &settings,
+                    [&mut state.master, mean, square],
+                    &gradient,
+                    range,
+                );
+            }
+        }
+        state.gathered = (!sharded).then(|| operators.cast(&state.master));
+    }
+
+    fn settings(&self) -> AdamW {
+        let Optimizer {
+            learning_rate,
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            clip_norm,
+        } = self.optimizer;
+        // As torch.nn.utils.clip_grad_norm_ has it.
+        let clip = |limit: f32| (f64::from(limit) / (self.gradient_norm() + 1e-6)).min(1.0) as f32;
+        AdamW {
+            learning_rate,
+            beta1,
+            beta2,
+            epsilon,
+            weight_decay,
+            gradient_scale: clip_norm.map_or(1.0, clip),
+            update: self.updates,
+        }
+    }
+}
+
+impl<T> BlockState<T> {
+    fn new<O: Operators<Tensor = T>>(
+        operators: &O,
+        spec: &StageSpec,
+        parameters: Vec<Parameter>,
+        values: Vec<f32>,
+    ) -> Self {
+        let elements = values.len();
+        let own = spec.own(elements);
+        let whole = operators.upload(values);
+        let master = if spec.sharded {
+            operators.slice(&whole, own.clone())
+        } else {
+            whole
+        };
+        let held = if spec.sharded { own.len() } else { elements };
+        Self {
+            parameters,
+            elements,
+            own,
+            gathered: (!spec.sharded).then(|| operators.cast(&master)),
+            master,
+            moments: [operators.zeros(held), operators.zeros(held)],
+            gradients: None,
+            arrived: None,
+            reduced: None,
+        }
+    }
+
+    /// A gradient that needed no reduction, or one reduction only, is the sum as it is.
+    fn settle(&mut self) {
+        if self.reduced.is_none() {
+            self.reduced = self.arrived.take().or_else(|| self.gradients.take());
+        }
+    }
+
+    fn offset(&self, role: Role) -> usize {
+        let parameter = self
+            .parameters
+            .iter()
+            .find(|parameter| parameter.role == role);
+        parameter.expect("the block has this parameter").offset as usize
+    }
+}
+
+/// Cosines and sines of every position, `[length, head_dim / 2]`.
+fn rotation<O: Operators>(operators: &O, config: &Config, length: usize) -> [O::Tensor; 2] {
+    let frequencies = config.rotary.frequencies(config.head_dim);
+    let table = |f: fn(f32) -> f32| {
+        let angles = (0..length).flat_map(|position| {
+            frequencies
+                .iter()
+                .map(move |frequency| f(position as f32 * frequency))
+        });
+        operators.upload(angles.collect())
+    };
+    [table(f32::cos), table(f32::sin)]
+}

@@ -1,0 +1,118 @@
+//! Models by name, from `catalogue/models.toml`.
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use serde::Deserialize;
+
+use crate::{Config, Error};
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    /// Where the dimensions were published.
+    #[allow(
+        dead_code,
+        reason = "for the reader of the file; required, and checked by a test"
+    )]
+    source: String,
+    /// When they were published.
+    #[allow(
+        dead_code,
+        reason = "for the reader of the file; required, and checked by a test"
+    )]
+    date: String,
+    config: Config,
+}
+
+static ENTRIES: LazyLock<BTreeMap<String, Entry>> = LazyLock::new(|| {
+    toml::from_str(include_str!("../../../catalogue/models.toml"))
+        .unwrap_or_else(|error| panic!("catalogue/models.toml, which is built in: {error}"))
+});
+
+/// The model called `name`.
+///
+/// # Errors
+/// [`Error::UnknownModel`], which names the nearest entry.
+pub fn find(name: &str) -> Result<&'static Config, Error> {
+    match ENTRIES.get(name) {
+        Some(entry) => Ok(&entry.config),
+        None => Err(Error::UnknownModel {
+            name: name.to_owned(),
+            nearest: nearest(name),
+        }),
+    }
+}
+
+/// Every name in the catalogue, sorted.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    ENTRIES.keys().map(String::as_str)
+}
+
+fn nearest(name: &str) -> &'static str {
+    names()
+        .min_by_key(|entry| strsim::damerau_levenshtein(&name.to_lowercase(), entry))
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameter_counts_are_the_published_ones() {
+        let published = [
+            ("llama-3-8b", 8_030_261_248),
+            ("llama-3-70b", 70_553_706_496),
+            ("llama-3.1-8b", 8_030_261_248),
+            ("llama-3.1-70b", 70_553_706_496),
+            ("llama-3.1-405b", 405_853_388_800),
+        ];
+        for (name, count) in published {
+            assert_eq!(find(name).unwrap().parameter_count(), count, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_small_models_are_as_small_as_their_sources_say() {
+        assert_eq!(find("tiny").unwrap().parameter_count(), 1_311_872);
+        assert_eq!(find("small").unwrap().parameter_count(), 29_368_832);
+    }
+
+    #[test]
+    fn every_entry_is_consistent_and_has_a_source_and_a_date() {
+        for (name, entry) in &*ENTRIES {
+            assert_eq!(entry.config.check(), Ok(()), "{name}");
+            assert!(!entry.source.is_empty(), "{name}");
+            let date: Vec<_> = entry.date.split('-').map(str::len).collect();
+            assert_eq!(date, [4, 2, 2], "{name}: {}", entry.date);
+        }
+    }
+
+    #[test]
+    fn the_rotary_frequencies_are_those_of_transformers() {
+        let golden: serde_json::Value =
+            serde_json::from_str(include_str!("../../../golden/rotary.json")).unwrap();
+        let config = find("llama-3.1-8b").unwrap();
+        let frequencies = config.rotary.frequencies(config.head_dim);
+        let expected = golden["inv_freq"].as_array().unwrap();
+        assert_eq!(frequencies.len(), expected.len());
+        for (ours, theirs) in frequencies.iter().zip(expected) {
+            let theirs = theirs.as_f64().unwrap();
+            assert!(
+                (f64::from(*ours) - theirs).abs() <= 4e-7 * theirs,
+                "{ours} {theirs}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_miss_names_the_nearest_entry() {
+        let message = |name| find(name).unwrap_err().to_string();
+        assert_eq!(
+            message("Llama-3.1-405B-base"),
+            "the catalogue has no model `Llama-3.1-405B-base`; the nearest is `llama-3.1-405b`"
+        );
+        assert!(message("tny").ends_with("`tiny`"));
+    }
+}

@@ -1,0 +1,130 @@
+//! Measures all-reduce between two ranks: two threads in process, then two processes over TCP.
+//!
+//!     cargo run --release -p transport --example bandwidth
+//!
+//! Prints per buffer size the median time, the rate of each direction (both are busy), and the
+//! processor time of both ranks per byte of buffer.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use collective::{Algorithm, Kind};
+use rustix::time::{ClockId, clock_gettime};
+use transport::{
+    Action, Communicator, Error, Group, InProcess, Limits, Operation, Rendezvous, Transport,
+};
+use units::{Bytes, BytesPerSecond, Rank, Seconds};
+
+/// Buffer sizes in bytes, and how often each is measured.
+const SIZES: [(usize, usize); 4] = [
+    (1 << 10, 2000),
+    (1 << 20, 200),
+    (12 << 20, 40),
+    (64 << 20, 10),
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<_> = std::env::args().collect();
+    if let [_, address] = &arguments[..] {
+        let tcp = rendezvous(Rank(1), address.parse()?).meet(None)?;
+        return Ok(drop(measure(Box::new(tcp))?));
+    }
+    println!("transport      buffer      time      each way   CPU per byte");
+    let mut mesh = InProcess::mesh(2);
+    let other = mesh
+        .pop()
+        .map(|end| std::thread::spawn(move || measure(Box::new(end))));
+    let end = mesh.pop().ok_or("a mesh of two has two ends")?;
+    let rows = measure(Box::new(end))?;
+    drop(other.map(|thread| thread.join()));
+    print("in-process", &rows, 1.0);
+
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let address = listener.local_addr()?;
+    let program = std::env::current_exe()?;
+    let mut child = Command::new(program)
+        .arg(address.to_string())
+        .stdout(Stdio::null())
+        .spawn()?;
+    let tcp = rendezvous(Rank(0), address).meet(Some(listener))?;
+    // The other process does the same work, so both together take twice this one's time.
+    print("tcp", &measure(Box::new(tcp))?, 2.0);
+    child.wait()?;
+    Ok(())
+}
+
+fn rendezvous(rank: Rank, address: SocketAddr) -> Rendezvous {
+    let timeout = Duration::from_secs(10);
+    Rendezvous {
+        rank,
+        ranks: 2,
+        address,
+        identity: "bandwidth".into(),
+        timeout,
+    }
+}
+
+/// Buffer size, median time, and this process's processor time per operation.
+type Row = (usize, Seconds, Seconds);
+
+fn measure(transport: Box<dyn Transport>) -> Result<Vec<Row>, Error> {
+    let mut communicator = Communicator::new(transport, Limits::default())?;
+    let schedule = Arc::new(Algorithm::Ring.schedule(Kind::AllReduce, 2));
+    let group = Group {
+        id: 0,
+        ranks: Arc::new([Rank(0), Rank(1)]),
+    };
+    let label: Arc<str> = "all-reduce".into();
+    let mut rows = Vec::new();
+    for (bytes, repeats) in SIZES {
+        let mut buffer = vec![1.0; bytes / 4];
+        let mut times = Vec::new();
+        let mut cpu = 0.0;
+        for repeat in 0..repeats + 2 {
+            communicator.barrier(&group)?;
+            let (start, cpu_start) = (Instant::now(), cpu_seconds());
+            let action = Action::Collective(Arc::clone(&schedule));
+            let (group, label) = (group.clone(), Arc::clone(&label));
+            let ticket = communicator.post(Operation {
+                group,
+                action,
+                buffer,
+                label,
+            })?;
+            buffer = communicator.wait(ticket)?.buffer;
+            // The first two warm up: memory is touched, buffers have grown.
+            if repeat >= 2 {
+                times.push(start.elapsed().as_secs_f64());
+                cpu += cpu_seconds() - cpu_start;
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        rows.push((
+            bytes,
+            Seconds(times[repeats / 2]),
+            Seconds(cpu / repeats as f64),
+        ));
+    }
+    Ok(rows)
+}
+
+fn cpu_seconds() -> f64 {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
+
+/// With two ranks, each sends and receives as many bytes as the buffer has.
+fn print(name: &str, rows: &[Row], processes: f64) {
+    for (bytes, time, cpu) in rows {
+        let rate: BytesPerSecond = Bytes(*bytes as u64) / *time;
+        let cpu = Seconds(cpu.0 * processes / *bytes as f64);
+        let (size, time) = (Bytes(*bytes as u64).to_string(), time.to_string());
+        println!(
+            "{name:<10} {size:>10} {time:>10} {:>12} {:>11.3}",
+            rate.to_string(),
+            cpu
+        );
+    }
+}

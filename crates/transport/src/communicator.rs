@@ -1,0 +1,298 @@
+//! The handle with which a rank communicates.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use collective::{Kind, Schedule, chunk_range};
+use units::{Bytes, Rank};
+
+use crate::operation::{Action, Group, Operation};
+use crate::progress::{Command, Progress};
+use crate::{Error, Transport, Waker};
+
+/// The named limits of every wait and every buffer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Limits {
+    /// How long [`Communicator::wait`] waits.
+    pub wait: Duration,
+    /// How long a dropped communicator goes on with what was posted.
+    pub farewell: Duration,
+    /// How much of a peer's data for operations not yet posted here is kept, before its stream is
+    /// no longer read. One frame may go beyond.
+    pub early: Bytes,
+    /// The longest frame that is accepted from a peer.
+    pub frame: Bytes,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            wait: Duration::from_secs(600),
+            farewell: Duration::from_secs(10),
+            early: Bytes(256 << 20),
+            frame: Bytes(4 << 30),
+        }
+    }
+}
+
+/// A posted operation, to be waited for once.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[must_use = "an operation's buffer and errors come back when it is waited for"]
+pub struct Ticket(u64);
+
+/// An operation that is done.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completed {
+    /// The buffer that was posted, with the result.
+    pub buffer: Vec<f32>,
+    /// When it was posted.
+    pub posted: Instant,
+    /// When its first byte moved.
+    pub started: Instant,
+    /// When its last transfer was done on this rank.
+    pub finished: Instant,
+}
+
+/// One rank's communication: posted operations progress on a thread of their own, several at once.
+///
+/// Dropping it completes what was posted (for at most [`Limits::farewell`]) and takes leave of the
+/// peers, so that those which are done too see no error. A thread that drops it while panicking is
+/// seen by its peers as lost.
+#[derive(Debug)]
+pub struct Communicator {
+    rank: Rank,
+    ranks: u32,
+    limits: Limits,
+    next_ticket: u64,
+    commands: Sender<Command>,
+    waker: Waker,
+    outcomes: Arc<Outcomes>,
+    thread: Option<JoinHandle<()>>,
+    /// The schedules of [`Communicator::all_gather_bytes`] by group size.
+    gathers: BTreeMap<usize, Arc<Schedule>>,
+}
+
+impl Communicator {
+    /// Starts to communicate over a transport.
+    ///
+    /// # Errors
+    /// [`Error::System`] when the thread cannot be started.
+    pub fn new(transport: Box<dyn Transport>, limits: Limits) -> Result<Self, Error> {
+        let (rank, ranks, waker) = (transport.rank(), transport.ranks(), transport.waker());
+        let (commands, inbox) = mpsc::channel();
+        let outcomes = Arc::new(Outcomes::default());
+        let progress = Progress::new(transport, inbox, Arc::clone(&outcomes), limits);
+        let thread = std::thread::Builder::new()
+            .name(format!("communication of {rank}"))
+            .spawn(move || progress.run())
+            .map_err(Error::system("start the communication thread"))?;
+        let thread = Some(thread);
+        let gathers = BTreeMap::new();
+        let next_ticket = 0;
+        Ok(Self {
+            rank,
+            ranks,
+            limits,
+            next_ticket,
+            commands,
+            waker,
+            outcomes,
+            thread,
+            gathers,
+        })
+    }
+
+    /// The rank that communicates.
+    #[must_use]
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// The number of ranks in the job.
+    #[must_use]
+    pub fn ranks(&self) -> u32 {
+        self.ranks
+    }
+
+    /// Starts an operation; never blocks.
+    ///
+    /// # Errors
+    /// [`Error::System`] when communication has broken down altogether.
+    ///
+    /// # Panics
+    /// When the operation's group lacks this rank or the named peer, or does not have the size of
+    /// the schedule.
+    pub fn post(&mut self, operation: Operation) -> Result<Ticket, Error> {
+        operation.check(self.rank);
+        self.outcomes.check()?;
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.command(Command::Post {
+            ticket,
+            operation,
+            posted: Instant::now(),
+        });
+        Ok(Ticket(ticket))
+    }
+
+    /// Whether [`Communicator::wait`] would return at once.
+    #[must_use]
+    pub fn is_complete(&self, ticket: &Ticket) -> bool {
+        let outcomes = self.outcomes.lock();
+        outcomes.broken.is_some() || outcomes.ready.contains_key(&ticket.0)
+    }
+
+    /// Blocks until an operation is done and gives its buffer back.
+    ///
+    /// # Errors
+    /// [`Error::PeerLost`] when a rank of the group is gone, [`Error::Timeout`] after
+    /// [`Limits::wait`], [`Error::Mismatch`] when a peer posted another operation in its place. The
+    /// buffer is lost.
+    pub fn wait(&mut self, ticket: Ticket) -> Result<Completed, Error> {
+        if let Some(outcome) = self.outcomes.take(ticket.0, Some(self.limits.wait)) {
+            return outcome;
+        }
+        self.command(Command::Expire { ticket: ticket.0 });
+        self.outcomes
+            .take(ticket.0, None)
+            .expect("an expired operation has an outcome")
+    }
+
+    /// Gathers from every rank of the group some bytes, of any length; in the order of the group.
+    ///
+    /// # Errors
+    /// As [`Communicator::wait`].
+    pub fn all_gather_bytes(&mut self, group: &Group, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        let length = f32::from_bits(bytes.len() as u32);
+        let lengths = self.all_gather(group, &[length], "all-gather of lengths")?;
+        let lengths: Vec<_> = lengths.iter().map(|bits| bits.to_bits() as usize).collect();
+        let longest = lengths.iter().max().map_or(0, |length| length.div_ceil(4));
+        let mut own = vec![0.0_f32; longest];
+        bytemuck::cast_slice_mut(&mut own)[..bytes.len()].copy_from_slice(bytes);
+        let all = self.all_gather(group, &own, "all-gather of bytes")?;
+        let bytes: &[u8] = bytemuck::cast_slice(&all);
+        let part = |(i, length)| bytes[4 * i * longest..][..length].to_vec();
+        Ok(lengths.into_iter().enumerate().map(part).collect())
+    }
+
+    /// Returns once every rank of the group has called it.
+    ///
+    /// # Errors
+    /// As [`Communicator::wait`].
+    pub fn barrier(&mut self, group: &Group) -> Result<(), Error> {
+        self.all_gather(group, &[0.0], "barrier").map(drop)
+    }
+
+    /// Gathers equally many elements from every rank of the group and waits for them.
+    fn all_gather(&mut self, group: &Group, own: &[f32], label: &str) -> Result<Vec<f32>, Error> {
+        let size = group.ranks.len();
+        let generate = || Arc::new(collective::direct(Kind::AllGather, size as u32));
+        let schedule = Arc::clone(self.gathers.entry(size).or_insert_with(generate));
+        let mut buffer = vec![0.0; size * own.len()];
+        let position = group.ranks.iter().position(|rank| *rank == self.rank);
+        let position = position.expect("a rank gathers in its own groups");
+        buffer[chunk_range(size * own.len(), size as u32, position as u32)].copy_from_slice(own);
+        let (group, action) = (group.clone(), Action::Collective(schedule));
+        let ticket = self.post(Operation {
+            group,
+            action,
+            buffer,
+            label: label.into(),
+        })?;
+        Ok(self.wait(ticket)?.buffer)
+    }
+
+    /// Hands a command to the thread. It takes no more once it has broken down, which is in the
+    /// outcomes then.
+    fn command(&self, command: Command) {
+        drop(self.commands.send(command));
+        self.waker.wake();
+    }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        self.command(Command::Close {
+            flush: !std::thread::panicking(),
+        });
+        let ended = self.thread.take().map(JoinHandle::join);
+        let failed = matches!(ended, Some(Err(_)));
+        assert!(
+            !failed || std::thread::panicking(),
+            "the communication thread panicked"
+        );
+    }
+}
+
+/// What became of the operations, handed from the thread to the waiting rank.
+#[derive(Debug, Default)]
+pub(crate) struct Outcomes {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    ready: BTreeMap<u64, Result<Completed, Error>>,
+    /// The ticket that is being waited for: no other is worth waking anyone.
+    awaited: Option<u64>,
+    /// Why nothing works any more.
+    broken: Option<Error>,
+}
+
+impl Outcomes {
+    /// Hands over an outcome.
+    pub(crate) fn put(&self, ticket: u64, outcome: Result<Completed, Error>) {
+        let mut state = self.lock();
+        state.ready.insert(ticket, outcome);
+        if state.awaited == Some(ticket) {
+            self.changed.notify_one();
+        }
+    }
+
+    /// Ends every wait, now and later, with an error.
+    pub(crate) fn put_broken(&self, error: Error) {
+        self.lock().broken.get_or_insert(error);
+        self.changed.notify_one();
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        self.lock().broken.clone().map_or(Ok(()), Err)
+    }
+
+    /// Waits for an outcome; `None` when the limit has passed.
+    fn take(&self, ticket: u64, limit: Option<Duration>) -> Option<Result<Completed, Error>> {
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        let mut state = self.lock();
+        state.awaited = Some(ticket);
+        loop {
+            let State { ready, broken, .. } = &mut *state;
+            if let Some(outcome) = ready.remove(&ticket).or(broken.clone().map(Err)) {
+                return Some(outcome);
+            }
+            state = match deadline {
+                None => self
+                    .changed
+                    .wait(state)
+                    .expect("nothing panics while it holds outcomes"),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return None;
+                    }
+                    let waited = self.changed.wait_timeout(state, left);
+                    waited.expect("nothing panics while it holds outcomes").0
+                }
+            };
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state
+            .lock()
+            .expect("nothing panics while it holds outcomes")
+    }
+}

@@ -1,0 +1,124 @@
+//! What travels on a stream: a header of fixed size, then a chunk's bytes.
+
+/// The size of an encoded header.
+pub(crate) const HEADER_BYTES: usize = 32;
+
+/// What a frame carries. The numbers are unlikely in garbage, which is thereby noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Kind {
+    /// A chunk of a collective.
+    Collective = 0x5048_4c01,
+    /// A whole buffer from one rank to another.
+    PointToPoint = 0x5048_4c02,
+    /// Nothing, and nothing will follow: the peer is done.
+    Goodbye = 0x5048_4c03,
+}
+
+/// Which operation of the job a frame belongs to, up to the rank that sends it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Key {
+    pub kind: Kind,
+    pub group: u64,
+    /// The operation's number in posting order: per group for collectives, per group and ordered
+    /// pair of ranks otherwise.
+    pub sequence: u64,
+}
+
+/// The fixed part of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub key: Key,
+    pub chunk: u32,
+    /// The length of the payload, a multiple of 4.
+    pub bytes: u64,
+}
+
+impl Header {
+    pub(crate) const GOODBYE: Self = Self {
+        key: Key {
+            kind: Kind::Goodbye,
+            group: 0,
+            sequence: 0,
+        },
+        chunk: 0,
+        bytes: 0,
+    };
+
+    /// The header on the wire: little-endian kind, chunk, group, sequence, bytes.
+    pub(crate) fn encode(self) -> [u8; HEADER_BYTES] {
+        let mut wire = [0; HEADER_BYTES];
+        wire[0..4].copy_from_slice(&(self.key.kind as u32).to_le_bytes());
+        wire[4..8].copy_from_slice(&self.chunk.to_le_bytes());
+        wire[8..16].copy_from_slice(&self.key.group.to_le_bytes());
+        wire[16..24].copy_from_slice(&self.key.sequence.to_le_bytes());
+        wire[24..32].copy_from_slice(&self.bytes.to_le_bytes());
+        wire
+    }
+
+    /// Reads a header, or says what is wrong with it.
+    pub(crate) fn decode(wire: &[u8; HEADER_BYTES], limit: u64) -> Result<Self, String> {
+        let kind = match u32_at(wire, 0) {
+            kind if kind == Kind::Collective as u32 => Kind::Collective,
+            kind if kind == Kind::PointToPoint as u32 => Kind::PointToPoint,
+            kind if kind == Kind::Goodbye as u32 => Kind::Goodbye,
+            other => return Err(format!("it sent a frame of unknown kind {other:#x}")),
+        };
+        let bytes = u64_at(wire, 24);
+        if bytes > limit || bytes % 4 != 0 || (kind == Kind::Goodbye && bytes != 0) {
+            return Err(format!(
+                "it sent a {kind:?} frame of {bytes} bytes (limit {limit})"
+            ));
+        }
+        let key = Key {
+            kind,
+            group: u64_at(wire, 8),
+            sequence: u64_at(wire, 16),
+        };
+        Ok(Self {
+            key,
+            chunk: u32_at(wire, 4),
+            bytes,
+        })
+    }
+}
+
+fn u32_at(wire: &[u8; HEADER_BYTES], at: usize) -> u32 {
+    let mut word = [0; 4];
+    word.copy_from_slice(&wire[at..at + 4]);
+    u32::from_le_bytes(word)
+}
+
+fn u64_at(wire: &[u8; HEADER_BYTES], at: usize) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&wire[at..at + 8]);
+    u64::from_le_bytes(word)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_header_survives_the_wire(
+            group: u64, sequence: u64, chunk: u32, words in 0..1_u64 << 30, point: bool,
+        ) {
+            let kind = if point { Kind::PointToPoint } else { Kind::Collective };
+            let key = Key { kind, group, sequence };
+            let header = Header { key, chunk, bytes: 4 * words };
+            prop_assert_eq!(Header::decode(&header.encode(), u64::MAX), Ok(header));
+        }
+
+        #[test]
+        fn random_bytes_are_an_error_or_a_bounded_header(wire: [u8; HEADER_BYTES], kind in 0..4_u32) {
+            let mut wire = wire;
+            wire[..4].copy_from_slice(&(0x5048_4c00 + kind).to_le_bytes());
+            if let Ok(header) = Header::decode(&wire, 1 << 20) {
+                prop_assert!(header.bytes <= 1 << 20);
+                prop_assert_eq!(header.encode(), wire);
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! The receiving direction of a stream: frames go straight to the chunk that waits for them, or are
+//! kept until their operation is posted.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use collective::{Action, Step};
+
+use crate::Error;
+use crate::frame::{HEADER_BYTES, Header, Key};
+use crate::operation::Active;
+use crate::outgoing::Source;
+
+/// The most that one call reads: small enough to be still in cache when it is added.
+pub(crate) const PIECE_BYTES: usize = 256 << 10;
+
+/// What comes from a peer.
+#[derive(Default)]
+pub(crate) struct Incoming {
+    pub header: HeaderReader,
+    pub reading: Option<Reading>,
+    /// Started receives by operation, in order.
+    expected: BTreeMap<u64, VecDeque<usize>>,
+    /// Whole frames that came before their receive was started.
+    early: BTreeMap<Key, VecDeque<Early>>,
+    early_bytes: u64,
+}
+
+/// The header of the next frame, as far as it is here.
+#[derive(Default)]
+pub(crate) struct HeaderReader {
+    pub bytes: [u8; HEADER_BYTES],
+    pub filled: usize,
+}
+
+/// A frame that came before its receive was started.
+pub(crate) struct Early {
+    pub header: Header,
+    pub payload: Vec<f32>,
+}
+
+/// A frame whose payload is being read.
+pub(crate) struct Reading {
+    pub header: Header,
+    pub sink: Sink,
+    /// Payload bytes read so far.
+    pub done: usize,
+    /// The first `done % 4` bytes of an element that is to be added.
+    carry: [u8; 4],
+}
+
+/// Where a payload goes.
+pub(crate) enum Sink {
+    /// Into the chunk of a started receive.
+    Chunk(Source),
+    /// Into memory of its own, because the receive has not started.
+    Early(Vec<f32>),
+    /// Nowhere: its operation has failed.
+    Discard,
+}
+
+impl Incoming {
+    /// Notes a started receive for which no frame is here yet.
+    pub(crate) fn expect(&mut self, (ticket, step): Source) {
+        self.expected.entry(ticket).or_default().push_back(step);
+    }
+
+    /// The receive that the operation's next frame is for.
+    pub(crate) fn take_expected(&mut self, ticket: u64) -> Option<usize> {
+        let queue = self.expected.get_mut(&ticket)?;
+        let step = queue.pop_front();
+        if queue.is_empty() {
+            self.expected.remove(&ticket);
+        }
+        step
+    }
+
+    /// Whether the operation has started receives that no frame was for.
+    pub(crate) fn expects(&self, ticket: u64) -> bool {
+        self.expected.contains_key(&ticket)
+    }
+
+    /// Keeps a frame for later.
+    pub(crate) fn keep(&mut self, frame: Early) {
+        self.early_bytes += frame.header.bytes;
+        self.early
+            .entry(frame.header.key)
+            .or_default()
+            .push_back(frame);
+    }
+
+    /// The oldest kept frame of an operation.
+    pub(crate) fn take_early(&mut self, key: Key) -> Option<Early> {
+        let queue = self.early.get_mut(&key)?;
+        let frame = queue.pop_front();
+        if queue.is_empty() {
+            self.early.remove(&key);
+        }
+        self.early_bytes -= frame.as_ref().map_or(0, |frame| frame.header.bytes);
+        frame
+    }
+
+    /// How many frames of an operation are kept.
+    pub(crate) fn early_frames(&self, key: Key) -> usize {
+        self.early.get(&key).map_or(0, VecDeque::len)
+    }
+
+    /// The bytes of all kept frames.
+    pub(crate) fn early_bytes(&self) -> u64 {
+        self.early_bytes
+    }
+
+    /// Drops what an operation that failed was waiting for.
+    pub(crate) fn forget(&mut self, ticket: u64, key: Key) {
+        self.expected.remove(&ticket);
+        while self.take_early(key).is_some() {}
+        if let Some(reading) = &mut self.reading {
+            let early = matches!(reading.sink, Sink::Early(_)) && reading.header.key == key;
+            if early || matches!(reading.sink, Sink::Chunk(source) if source.0 == ticket) {
+                reading.sink = Sink::Discard;
+            }
+        }
+    }
+}
+
+impl Reading {
+    /// A frame of which nothing but the header is read.
+    pub(crate) fn new(header: Header, sink: Sink) -> Self {
+        Self {
+            header,
+            sink,
+            done: 0,
+            carry: [0; 4],
+        }
+    }
+
+    /// Whether the payload is complete.
+    pub(crate) fn is_done(&self) -> bool {
+        self.done as u64 == self.header.bytes
+    }
+
+    /// Reads the next piece of the payload to where it belongs; how many bytes.
+    pub(crate) fn read_piece(
+        &mut self,
+        operations: &mut BTreeMap<u64, Active>,
+        scratch: &mut [f32],
+        mut read: impl FnMut(&mut [u8]) -> Result<usize, Error>,
+    ) -> Result<usize, Error> {
+        let length = (self.header.bytes as usize - self.done).min(PIECE_BYTES);
+        let span = self.done..self.done + length;
+        let moved = match &mut self.sink {
+            Sink::Discard => read(&mut bytemuck::cast_slice_mut(scratch)[..length])?,
+            Sink::Early(payload) => read(&mut bytemuck::cast_slice_mut(payload)[span])?,
+            Sink::Chunk((ticket, step)) => {
+                let operation = operations
+                    .get_mut(ticket)
+                    .expect("a sink's operation is active");
+                match action_of(operation, *step) {
+                    Action::Copy => {
+                        read(&mut bytemuck::cast_slice_mut(operation.chunk_mut(*step))[span])?
+                    }
+                    Action::Reduce => {
+                        let chunk = operation.chunk_mut(*step);
+                        return self.reduce_piece(chunk, scratch, length, read);
+                    }
+                }
+            }
+        };
+        self.done += moved;
+        Ok(moved)
+    }
+
+    /// Reads a piece behind the carried bytes, adds the whole elements and carries the rest.
+    fn reduce_piece(
+        &mut self,
+        chunk: &mut [f32],
+        scratch: &mut [f32],
+        length: usize,
+        mut read: impl FnMut(&mut [u8]) -> Result<usize, Error>,
+    ) -> Result<usize, Error> {
+        let carried = self.done % 4;
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(scratch);
+        bytes[..carried].copy_from_slice(&self.carry[..carried]);
+        let room = length.min(bytes.len() - carried);
+        let moved = read(&mut bytes[carried..][..room])?;
+        let whole = (carried + moved) / 4;
+        let rest = (carried + moved) % 4;
+        self.carry[..rest].copy_from_slice(&bytes[4 * whole..][..rest]);
+        add(&mut chunk[self.done / 4..][..whole], &scratch[..whole]);
+        self.done += moved;
+        Ok(moved)
+    }
+
+    /// Turns an early frame, of which a part is read, over to the receive that has now started.
+    pub(crate) fn redirect(&mut self, operation: &mut Active, source: Source) {
+        let sink = std::mem::replace(&mut self.sink, Sink::Chunk(source));
+        let Sink::Early(payload) = sink else {
+            panic!("only an early frame is redirected")
+        };
+        let (whole, carried) = (self.done / 4, self.done % 4);
+        let bytes: &[u8] = bytemuck::cast_slice(&payload);
+        match action_of(operation, source.1) {
+            Action::Copy => {
+                let chunk: &mut [u8] = bytemuck::cast_slice_mut(operation.chunk_mut(source.1));
+                chunk[..self.done].copy_from_slice(&bytes[..self.done]);
+            }
+            Action::Reduce => {
+                add(
+                    &mut operation.chunk_mut(source.1)[..whole],
+                    &payload[..whole],
+                );
+                self.carry[..carried].copy_from_slice(&bytes[4 * whole..][..carried]);
+            }
+        }
+    }
+}
+
+/// Puts a whole payload into the chunk of a receive.
+pub(crate) fn apply(operation: &mut Active, step: usize, payload: &[f32]) {
+    match action_of(operation, step) {
+        Action::Copy => operation.chunk_mut(step).copy_from_slice(payload),
+        Action::Reduce => add(operation.chunk_mut(step), payload),
+    }
+}
+
+fn action_of(operation: &Active, step: usize) -> Action {
+    match operation.step(step) {
+        Step::Receive { action, .. } => action,
+        Step::Send { .. } => unreachable!("frames are received by receives"),
+    }
+}
+
+fn add(sum: &mut [f32], more: &[f32]) {
+    sum.iter_mut()
+        .zip(more)
+        .for_each(|(sum, more)| *sum += more);
+}

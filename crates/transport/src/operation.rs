@@ -1,0 +1,297 @@
+//! What a rank asks for, and the state it has while it is under way.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use collective::{Executor, Schedule, Step, chunk_range};
+use units::{Bytes, Rank};
+
+use crate::Error;
+use crate::frame::{Header, Key, Kind};
+
+/// Ranks that operate together. Every one of them uses the same number and the same order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    /// The group's number, different from that of every other group in the job.
+    pub id: u64,
+    /// Its ranks; member `i` of a schedule is `ranks[i]`.
+    pub ranks: Arc<[Rank]>,
+}
+
+/// What an operation does with its buffer.
+#[derive(Debug, Clone)]
+pub enum Action {
+    /// Carry out a schedule, whose member `i` is rank `i` of the group.
+    Collective(Arc<Schedule>),
+    /// Send the whole buffer to a rank of the group, which receives it.
+    Send {
+        /// The receiving rank.
+        to: Rank,
+    },
+    /// Fill the whole buffer with what a rank of the group sends.
+    Receive {
+        /// The sending rank.
+        from: Rank,
+    },
+}
+
+/// A communication to be carried out.
+///
+/// The ranks of a group post the same collectives in the same order, and a pair of ranks its sends
+/// and receives. They may wait for them in any order.
+#[derive(Debug, Clone)]
+pub struct Operation {
+    /// The ranks that take part.
+    pub group: Group,
+    /// What to do.
+    pub action: Action,
+    /// The elements to work on, in place; the length is the same on every rank. It comes back with
+    /// [`crate::Completed`].
+    pub buffer: Vec<f32>,
+    /// What the operation is called in error messages.
+    pub label: Arc<str>,
+}
+
+impl Operation {
+    /// Refuses, on the caller's thread, what only a bug can ask for.
+    pub(crate) fn check(&self, own: Rank) {
+        let Self {
+            group: Group { ranks, .. },
+            action,
+            label,
+            ..
+        } = self;
+        assert!(ranks.contains(&own), "`{label}`: {own} is not in the group");
+        match action {
+            Action::Collective(schedule) => {
+                assert_eq!(
+                    schedule.ranks() as usize,
+                    ranks.len(),
+                    "`{label}`: schedule and group"
+                );
+            }
+            Action::Send { to: peer } | Action::Receive { from: peer } => {
+                assert!(
+                    *peer != own && ranks.contains(peer),
+                    "`{label}`: {peer} is no peer"
+                );
+            }
+        }
+    }
+}
+
+/// An operation under way.
+pub(crate) struct Active {
+    pub label: Arc<str>,
+    pub key: Key,
+    pub executor: Executor,
+    pub buffer: Vec<f32>,
+    pub posted: Instant,
+    pub started: Option<Instant>,
+    /// The failure was reported; what remains is a frame of it that is being written.
+    pub failed: bool,
+    work: Work,
+}
+
+/// Where an operation's steps come from.
+enum Work {
+    Collective {
+        ranks: Arc<[Rank]>,
+        schedule: Arc<Schedule>,
+        member: u32,
+    },
+    PointToPoint {
+        peer: Rank,
+        step: Step,
+    },
+}
+
+impl Active {
+    /// Starts a checked operation of rank `own`.
+    pub(crate) fn new(operation: Operation, own: Rank, sequence: u64, posted: Instant) -> Self {
+        let Operation {
+            group,
+            action,
+            buffer,
+            label,
+        } = operation;
+        let kind = kind_of(&action);
+        let key = Key {
+            kind,
+            group: group.id,
+            sequence,
+        };
+        let work = Work::new(group, action, own);
+        let executor = match &work {
+            Work::Collective {
+                schedule, member, ..
+            } => Executor::new(&schedule.steps[*member as usize], schedule.in_flight),
+            Work::PointToPoint { step, .. } => Executor::new(&[*step], 1),
+        };
+        Self {
+            label,
+            key,
+            executor,
+            buffer,
+            posted,
+            started: None,
+            failed: false,
+            work,
+        }
+    }
+
+    pub(crate) fn step(&self, index: usize) -> Step {
+        match &self.work {
+            Work::Collective {
+                schedule, member, ..
+            } => schedule.steps[*member as usize][index],
+            Work::PointToPoint { step, .. } => *step,
+        }
+    }
+
+    /// The rank at the other end of a step.
+    pub(crate) fn peer(&self, index: usize) -> Rank {
+        match &self.work {
+            Work::Collective { ranks, .. } => ranks[self.step(index).peer() as usize],
+            Work::PointToPoint { peer, .. } => *peer,
+        }
+    }
+
+    /// Whether the operation cannot have its result without this rank ever having taken part.
+    pub(crate) fn involves(&self, rank: Rank) -> bool {
+        match &self.work {
+            Work::Collective { ranks, .. } => ranks.contains(&rank),
+            Work::PointToPoint { peer, .. } => *peer == rank,
+        }
+    }
+
+    /// Under which frames find the operation, with the sender where it matters; none for a send.
+    pub(crate) fn receiver(&self) -> Option<(Key, Option<Rank>)> {
+        match self.work {
+            Work::Collective { .. } => Some((self.key, None)),
+            Work::PointToPoint {
+                step: Step::Send { .. },
+                ..
+            } => None,
+            Work::PointToPoint { peer, .. } => Some((self.key, Some(peer))),
+        }
+    }
+
+    /// The peer of every pending receive.
+    pub(crate) fn pending_senders(&self) -> Vec<Rank> {
+        let receives = self
+            .executor
+            .pending()
+            .filter(|step| !self.step(*step).is_send());
+        receives.map(|step| self.peer(step)).collect()
+    }
+
+    /// The pending steps with a peer, as (sends, receives).
+    pub(crate) fn pending_with(&self, peer: Rank) -> (usize, usize) {
+        let with_peer = self
+            .executor
+            .pending()
+            .filter(|step| self.peer(*step) == peer);
+        let (sends, receives): (Vec<_>, Vec<_>) = with_peer.partition(|s| self.step(*s).is_send());
+        (sends.len(), receives.len())
+    }
+
+    /// The peers with which a step is pending.
+    pub(crate) fn waiting_for(&self) -> Vec<Rank> {
+        let mut peers: Vec<_> = self
+            .executor
+            .pending()
+            .map(|step| self.peer(step))
+            .collect();
+        peers.sort_unstable();
+        peers.dedup();
+        peers
+    }
+
+    /// The frame header of a step.
+    pub(crate) fn header(&self, index: usize) -> Header {
+        let bytes = 4 * self.range(index).len() as u64;
+        Header {
+            key: self.key,
+            chunk: self.step(index).chunk(),
+            bytes,
+        }
+    }
+
+    /// The elements of a step's chunk.
+    pub(crate) fn chunk(&self, index: usize) -> &[f32] {
+        &self.buffer[self.range(index)]
+    }
+
+    /// The elements of a step's chunk, to be written.
+    pub(crate) fn chunk_mut(&mut self, index: usize) -> &mut [f32] {
+        let range = self.range(index);
+        &mut self.buffer[range]
+    }
+
+    /// Compares a frame from `peer` with the step it is to serve.
+    pub(crate) fn check(&self, peer: Rank, index: usize, frame: Header) -> Result<(), Error> {
+        let expected = self.header(index);
+        if (frame.chunk, frame.bytes) == (expected.chunk, expected.bytes) {
+            return Ok(());
+        }
+        Err(Error::Mismatch {
+            peer,
+            operation: Arc::clone(&self.label),
+            sequence: self.key.sequence,
+            chunk: expected.chunk,
+            expected: Bytes(expected.bytes),
+            sent_chunk: frame.chunk,
+            sent: Bytes(frame.bytes),
+        })
+    }
+
+    fn range(&self, index: usize) -> Range<usize> {
+        match &self.work {
+            Work::Collective { schedule, .. } => chunk_range(
+                self.buffer.len(),
+                schedule.ranks(),
+                self.step(index).chunk(),
+            ),
+            Work::PointToPoint { .. } => 0..self.buffer.len(),
+        }
+    }
+}
+
+impl Work {
+    fn new(group: Group, action: Action, own: Rank) -> Self {
+        let copy = collective::Action::Copy;
+        match action {
+            Action::Collective(schedule) => {
+                let position = group.ranks.iter().position(|rank| *rank == own);
+                let member = position.expect("a rank posts in its own groups") as u32;
+                Self::Collective {
+                    ranks: group.ranks,
+                    schedule,
+                    member,
+                }
+            }
+            Action::Send { to: peer } => Self::PointToPoint {
+                peer,
+                step: Step::Send { to: 0, chunk: 0 },
+            },
+            Action::Receive { from: peer } => {
+                let step = Step::Receive {
+                    from: 0,
+                    chunk: 0,
+                    action: copy,
+                };
+                Self::PointToPoint { peer, step }
+            }
+        }
+    }
+}
+
+/// The kind of frame that an action uses.
+fn kind_of(action: &Action) -> Kind {
+    match action {
+        Action::Collective(_) => Kind::Collective,
+        Action::Send { .. } | Action::Receive { .. } => Kind::PointToPoint,
+    }
+}

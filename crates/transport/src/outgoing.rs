@@ -1,0 +1,108 @@
+//! The sending direction of a stream: whole frames, those of earlier operations first.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::IoSlice;
+
+use crate::frame::{HEADER_BYTES, Header};
+use crate::operation::Active;
+
+/// The most that one call writes, small enough to leave room for reading in between.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// A step of an operation, by ticket.
+pub(crate) type Source = (u64, usize);
+
+/// What is to be written to a peer.
+#[derive(Default)]
+pub(crate) struct Outgoing {
+    queue: BTreeSet<Source>,
+    current: Option<Writing>,
+    /// The peer no longer receives. Reading tells why.
+    pub broken: bool,
+}
+
+/// A frame that is being written.
+pub(crate) struct Writing {
+    /// Where the payload is; a goodbye has none.
+    pub source: Option<Source>,
+    header: [u8; HEADER_BYTES],
+    sent: usize,
+    total: usize,
+}
+
+impl Outgoing {
+    /// Queues a step's frame.
+    pub(crate) fn push(&mut self, source: Source) {
+        self.queue.insert(source);
+    }
+
+    /// Queues the frame after which nothing follows; only once nothing else is queued.
+    pub(crate) fn push_goodbye(&mut self) {
+        assert!(self.is_idle(), "a goodbye comes last");
+        self.current = Some(Writing::new(None, Header::GOODBYE));
+    }
+
+    /// Whether there is nothing to write, or nobody to write it to.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.broken || (self.current.is_none() && self.queue.is_empty())
+    }
+
+    /// The frame to write now.
+    pub(crate) fn current(&mut self, operations: &BTreeMap<u64, Active>) -> Option<&mut Writing> {
+        if self.broken {
+            return None;
+        }
+        if self.current.is_none() {
+            let source = self.queue.pop_first()?;
+            self.current = Some(Writing::new(
+                Some(source),
+                operations[&source.0].header(source.1),
+            ));
+        }
+        self.current.as_mut()
+    }
+
+    /// Notes that the current frame is written.
+    pub(crate) fn finish(&mut self) {
+        self.current = None;
+    }
+
+    /// Drops an operation's frames that are not begun.
+    pub(crate) fn forget(&mut self, ticket: u64) {
+        self.queue.retain(|source| source.0 != ticket);
+    }
+
+    /// Whether a frame of the operation is being written.
+    pub(crate) fn is_writing(&self, ticket: u64) -> bool {
+        let source = self.current.as_ref().and_then(|writing| writing.source);
+        !self.broken && source.is_some_and(|source| source.0 == ticket)
+    }
+}
+
+impl Writing {
+    fn new(source: Option<Source>, header: Header) -> Self {
+        let total = HEADER_BYTES + header.bytes as usize;
+        Self {
+            source,
+            header: header.encode(),
+            sent: 0,
+            total,
+        }
+    }
+
+    /// The next bytes of the frame.
+    pub(crate) fn pieces<'a>(&'a self, payload: &'a [u8]) -> [IoSlice<'a>; 2] {
+        let header = &self.header[self.sent.min(HEADER_BYTES)..];
+        let payload = &payload[self.sent.saturating_sub(HEADER_BYTES)..];
+        [
+            IoSlice::new(header),
+            IoSlice::new(&payload[..payload.len().min(PIECE_BYTES)]),
+        ]
+    }
+
+    /// Notes that bytes were written; true when they were the last.
+    pub(crate) fn advance(&mut self, written: usize) -> bool {
+        self.sent += written;
+        self.sent == self.total
+    }
+}

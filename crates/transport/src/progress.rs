@@ -1,0 +1,578 @@
+//! The loop that drives all posted operations of a rank over its streams.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use units::{Rank, Seconds};
+
+use crate::communicator::Outcomes;
+use crate::frame::{HEADER_BYTES, Header, Key, Kind};
+use crate::incoming::{self, Early, Incoming, Reading, Sink};
+use crate::operation::{Action, Active};
+use crate::outgoing::{Outgoing, Source};
+use crate::{Completed, Error, Limits, Operation, Transport};
+
+/// What the rank asks of the loop.
+pub(crate) enum Command {
+    /// Start an operation.
+    Post {
+        ticket: u64,
+        operation: Operation,
+        posted: Instant,
+    },
+    /// Fail an operation that was waited for too long.
+    Expire { ticket: u64 },
+    /// End; before that, complete what was posted and take leave.
+    Close { flush: bool },
+}
+
+/// The state of a rank's communication.
+pub(crate) struct Progress {
+    transport: Box<dyn Transport>,
+    commands: Receiver<Command>,
+    outcomes: Arc<Outcomes>,
+    limits: Limits,
+    /// By ticket, which is the order of posting.
+    operations: BTreeMap<u64, Active>,
+    /// Which operation a frame belongs to; the sender matters for point-to-point frames only.
+    receivers: BTreeMap<(Key, Option<Rank>), u64>,
+    /// The next sequence number by group and lane.
+    sequences: BTreeMap<(u64, Lane), u64>,
+    /// By rank; a rank's entry for itself is unused.
+    peers: Vec<Peer>,
+    /// Where data to be added lands first.
+    scratch: Vec<f32>,
+    closing: Option<Closing>,
+}
+
+/// What is numbered together within a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Lane {
+    Collective,
+    To(Rank),
+    From(Rank),
+}
+
+/// A peer and the two directions of its stream.
+#[derive(Default)]
+struct Peer {
+    gone: Option<Gone>,
+    outgoing: Outgoing,
+    incoming: Incoming,
+}
+
+/// How a peer went.
+struct Gone {
+    /// It said goodbye, having done its part of whatever it posted.
+    orderly: bool,
+    reason: String,
+}
+
+/// The end of the loop, approaching.
+struct Closing {
+    deadline: Instant,
+    said_goodbye: bool,
+}
+
+impl Progress {
+    pub(crate) fn new(
+        transport: Box<dyn Transport>,
+        commands: Receiver<Command>,
+        outcomes: Arc<Outcomes>,
+        limits: Limits,
+    ) -> Self {
+        let peers = (0..transport.ranks()).map(|_| Peer::default()).collect();
+        Self {
+            transport,
+            commands,
+            outcomes,
+            limits,
+            operations: BTreeMap::new(),
+            receivers: BTreeMap::new(),
+            sequences: BTreeMap::new(),
+            peers,
+            scratch: vec![0.0; incoming::PIECE_BYTES / 4],
+            closing: None,
+        }
+    }
+
+    /// Works until the communicator is dropped, asleep whenever nothing can move.
+    pub(crate) fn run(mut self) {
+        let _guard = EndOfThread(Arc::clone(&self.outcomes));
+        loop {
+            self.take_commands();
+            self.take_leave();
+            if self.move_bytes() {
+                continue;
+            }
+            if self.is_finished() {
+                return;
+            }
+            if let Err(error) = self.transport.wait(self.patience()) {
+                return self.outcomes.put_broken(error);
+            }
+        }
+    }
+
+    fn take_commands(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                Command::Post {
+                    ticket,
+                    operation,
+                    posted,
+                } => self.post(ticket, operation, posted),
+                Command::Expire { ticket } => self.expire(ticket),
+                Command::Close { flush } => {
+                    let grace = if flush {
+                        self.limits.farewell
+                    } else {
+                        Duration::ZERO
+                    };
+                    let deadline = Instant::now() + grace;
+                    self.closing = Some(Closing {
+                        deadline,
+                        said_goodbye: !flush,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Says goodbye once everything posted is done.
+    fn take_leave(&mut self) {
+        let Some(closing) = &mut self.closing else {
+            return;
+        };
+        if closing.said_goodbye || !self.operations.is_empty() {
+            return;
+        }
+        closing.said_goodbye = true;
+        let own = self.transport.rank().index();
+        for (index, peer) in self.peers.iter_mut().enumerate() {
+            if index != own && peer.gone.is_none() && !peer.outgoing.broken {
+                peer.outgoing.push_goodbye();
+            }
+        }
+    }
+
+    fn is_finished(&self) -> bool {
+        let Some(closing) = &self.closing else {
+            return false;
+        };
+        let idle = || {
+            self.peers
+                .iter()
+                .all(|p| p.gone.is_some() || p.outgoing.is_idle())
+        };
+        Instant::now() >= closing.deadline || (closing.said_goodbye && idle())
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        let deadline = self.closing.as_ref()?.deadline;
+        Some(deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Moves a piece in each direction of every stream; whether anything moved.
+    fn move_bytes(&mut self) -> bool {
+        let own = self.transport.rank();
+        let mut moved = false;
+        for peer in (0..self.transport.ranks())
+            .map(Rank)
+            .filter(|peer| *peer != own)
+        {
+            if self.peers[peer.index()].gone.is_none() {
+                moved |= self.write(peer);
+                moved |= self
+                    .read(peer)
+                    .unwrap_or_else(|error| self.lose(peer, &error));
+            }
+        }
+        moved
+    }
+
+    /// Starts an operation. Its number is taken even if it fails at once, as on the other ranks.
+    fn post(&mut self, ticket: u64, operation: Operation, posted: Instant) {
+        let own = self.transport.rank();
+        let (lane, sender) = match operation.action {
+            Action::Collective(_) => (Lane::Collective, None),
+            Action::Send { to } => (Lane::To(to), Some(own)),
+            Action::Receive { from } => (Lane::From(from), Some(from)),
+        };
+        let next = self
+            .sequences
+            .entry((operation.group.id, lane))
+            .or_default();
+        let active = Active::new(operation, own, *next, posted);
+        *next += 1;
+        if !matches!(lane, Lane::To(_)) {
+            self.receivers.insert((active.key, sender), ticket);
+        }
+        self.operations.insert(ticket, active);
+        match self.broken_by(ticket) {
+            Some(peer) => self.fail_lost(ticket, peer),
+            None => self.advance(ticket),
+        }
+    }
+
+    /// Starts every step that may start, until the operation waits for a peer or is done.
+    fn advance(&mut self, ticket: u64) {
+        while let Some(operation) = self.operations.get_mut(&ticket) {
+            if operation.executor.is_done() {
+                return self.finish(ticket);
+            }
+            let Some(step) = operation.executor.start_next() else {
+                return;
+            };
+            let peer = operation.peer(step);
+            if operation.step(step).is_send() {
+                self.peers[peer.index()].outgoing.push((ticket, step));
+            } else if let Err(error) = self.start_receive(peer, (ticket, step)) {
+                return self.fail(ticket, error);
+            }
+        }
+    }
+
+    /// Starts a receive with what has come early, or waits for its frame.
+    fn start_receive(&mut self, peer: Rank, source: Source) -> Result<(), Error> {
+        let (ticket, step) = source;
+        let operation = self
+            .operations
+            .get_mut(&ticket)
+            .expect("its step was just started");
+        let incoming = &mut self.peers[peer.index()].incoming;
+        if let Some(early) = incoming.take_early(operation.key) {
+            operation.check(peer, step, early.header)?;
+            incoming::apply(operation, step, &early.payload);
+            operation.executor.complete(step);
+            return Ok(());
+        }
+        let under_way = incoming.reading.as_mut().filter(|reading| {
+            matches!(reading.sink, Sink::Early(_)) && reading.header.key == operation.key
+        });
+        match under_way {
+            Some(reading) => {
+                operation.check(peer, step, reading.header)?;
+                reading.redirect(operation, source);
+            }
+            None => incoming.expect(source),
+        }
+        Ok(())
+    }
+
+    /// Writes the next piece of the current frame; whether anything moved. An error is left to
+    /// reading, which first takes what the peer sent before it went.
+    fn write(&mut self, peer: Rank) -> bool {
+        let outgoing = &mut self.peers[peer.index()].outgoing;
+        let Some(writing) = outgoing.current(&self.operations) else {
+            return false;
+        };
+        let chunk = writing
+            .source
+            .map(|(ticket, step)| self.operations[&ticket].chunk(step));
+        let pieces = writing.pieces(bytemuck::cast_slice(chunk.unwrap_or_default()));
+        let Ok(written) = self.transport.try_write(peer, &pieces) else {
+            outgoing.broken = true;
+            return true;
+        };
+        let source = writing.source;
+        let finished = writing.advance(written);
+        if let Some(operation) = source.and_then(|(ticket, _)| self.operations.get_mut(&ticket)) {
+            operation.started.get_or_insert_with(Instant::now);
+        }
+        if finished {
+            self.finish_write(peer, source);
+        }
+        written > 0
+    }
+
+    fn finish_write(&mut self, peer: Rank, source: Option<Source>) {
+        self.peers[peer.index()].outgoing.finish();
+        if let Some((ticket, step)) = source {
+            let operation = self
+                .operations
+                .get_mut(&ticket)
+                .expect("it was being written");
+            if operation.failed {
+                return self.remove_failed(ticket);
+            }
+            operation.executor.complete(step);
+            self.advance(ticket);
+        }
+    }
+
+    /// Reads the next piece; whether anything moved.
+    fn read(&mut self, peer: Rank) -> Result<bool, Error> {
+        let Self {
+            peers,
+            transport,
+            operations,
+            scratch,
+            ..
+        } = self;
+        let incoming = &mut peers[peer.index()].incoming;
+        let Some(reading) = &mut incoming.reading else {
+            return self.read_header(peer);
+        };
+        let moved =
+            reading.read_piece(operations, scratch, |into| transport.try_read(peer, into))?;
+        if reading.is_done() {
+            self.finish_read(peer);
+        }
+        Ok(moved > 0)
+    }
+
+    /// Reads (the rest of) a header, and with the last of it opens the frame.
+    fn read_header(&mut self, peer: Rank) -> Result<bool, Error> {
+        let header = &mut self.peers[peer.index()].incoming.header;
+        let missing = &mut header.bytes[header.filled..];
+        let moved = if missing.is_empty() {
+            0
+        } else {
+            self.transport.try_read(peer, missing)?
+        };
+        header.filled += moved;
+        Ok((header.filled == HEADER_BYTES && self.open_frame(peer)?) || moved > 0)
+    }
+
+    /// Decides where the payload of the frame at the head of the stream goes; false while it cannot
+    /// be taken.
+    fn open_frame(&mut self, peer: Rank) -> Result<bool, Error> {
+        let incoming = &self.peers[peer.index()].incoming;
+        let header = Header::decode(&incoming.header.bytes, self.limits.frame.0)
+            .map_err(|reason| Error::ended(peer, reason))?;
+        if header.key.kind == Kind::Goodbye {
+            self.depart(
+                peer,
+                Gone {
+                    orderly: true,
+                    reason: "it left the job".into(),
+                },
+            );
+            return Ok(true);
+        }
+        let receiver = self.receivers.get(&receiver_key(header.key, peer)).copied();
+        let sink = match receiver.filter(|ticket| incoming.expects(*ticket)) {
+            Some(ticket) => self.claim(peer, ticket, header),
+            None if receiver.is_none() && self.is_past(header.key, peer) => Sink::Discard,
+            None if incoming.early_bytes() >= self.limits.early.0 => return Ok(false),
+            None => Sink::Early(vec![0.0; header.bytes as usize / 4]),
+        };
+        let incoming = &mut self.peers[peer.index()].incoming;
+        incoming.header.filled = 0;
+        incoming.reading = Some(Reading::new(header, sink));
+        if header.bytes == 0 {
+            self.finish_read(peer);
+        }
+        Ok(true)
+    }
+
+    /// Matches a frame with the receive that waits for it. A frame that does not fit fails the
+    /// operation only; what follows on the stream is still in order.
+    fn claim(&mut self, peer: Rank, ticket: u64, header: Header) -> Sink {
+        let operation = self
+            .operations
+            .get_mut(&ticket)
+            .expect("a receiver is active");
+        operation.started.get_or_insert_with(Instant::now);
+        let step = self.peers[peer.index()].incoming.take_expected(ticket);
+        let step = step.expect("it expects a frame");
+        match operation.check(peer, step, header) {
+            Ok(()) => Sink::Chunk((ticket, step)),
+            Err(error) => {
+                self.fail(ticket, error);
+                Sink::Discard
+            }
+        }
+    }
+
+    fn finish_read(&mut self, peer: Rank) {
+        let incoming = &mut self.peers[peer.index()].incoming;
+        let Reading { header, sink, .. } = incoming.reading.take().expect("a frame was read");
+        match sink {
+            Sink::Discard => {}
+            Sink::Early(payload) => incoming.keep(Early { header, payload }),
+            Sink::Chunk((ticket, step)) => {
+                let operation = self
+                    .operations
+                    .get_mut(&ticket)
+                    .expect("its frame was read");
+                operation.executor.complete(step);
+                self.advance(ticket);
+            }
+        }
+    }
+
+    /// Whether a frame's operation was posted here once, and is over.
+    fn is_past(&self, key: Key, peer: Rank) -> bool {
+        let lane = match key.kind {
+            Kind::PointToPoint => Lane::From(peer),
+            Kind::Collective | Kind::Goodbye => Lane::Collective,
+        };
+        self.sequences
+            .get(&(key.group, lane))
+            .is_some_and(|next| key.sequence < *next)
+    }
+
+    fn finish(&mut self, ticket: u64) {
+        let operation = self.operations.remove(&ticket).expect("it was just driven");
+        operation
+            .receiver()
+            .map(|receiver| self.receivers.remove(&receiver));
+        let finished = Instant::now();
+        let Active {
+            buffer,
+            posted,
+            started,
+            ..
+        } = operation;
+        let started = started.unwrap_or(finished);
+        self.outcomes.put(
+            ticket,
+            Ok(Completed {
+                buffer,
+                posted,
+                started,
+                finished,
+            }),
+        );
+    }
+
+    fn expire(&mut self, ticket: u64) {
+        let Some(operation) = self.operations.get(&ticket).filter(|o| !o.failed) else {
+            return;
+        };
+        let error = Error::Timeout {
+            operation: Arc::clone(&operation.label),
+            sequence: operation.key.sequence,
+            limit: Seconds(self.limits.wait.as_secs_f64()),
+            waiting_for: operation.waiting_for(),
+        };
+        self.fail(ticket, error);
+    }
+
+    /// Reports an operation's failure and takes it apart.
+    fn fail(&mut self, ticket: u64, error: Error) {
+        let operation = self
+            .operations
+            .get_mut(&ticket)
+            .expect("only active operations fail");
+        operation.failed = true;
+        operation
+            .receiver()
+            .map(|receiver| self.receivers.remove(&receiver));
+        for sender in operation.pending_senders() {
+            self.peers[sender.index()]
+                .incoming
+                .forget(ticket, operation.key);
+        }
+        self.peers
+            .iter_mut()
+            .for_each(|peer| peer.outgoing.forget(ticket));
+        self.outcomes.put(ticket, Err(error));
+        self.remove_failed(ticket);
+    }
+
+    /// Drops a failed operation unless a frame of it is being written: that must be finished, or
+    /// the peer could not make out what follows.
+    fn remove_failed(&mut self, ticket: u64) {
+        if !self
+            .peers
+            .iter()
+            .any(|peer| peer.outgoing.is_writing(ticket))
+        {
+            self.operations.remove(&ticket);
+        }
+    }
+
+    /// Notes that a peer's stream ended without a goodbye.
+    fn lose(&mut self, peer: Rank, error: &Error) -> bool {
+        let reason = match error {
+            Error::StreamEnded { reason, .. } => reason.clone(),
+            other => other.to_string(),
+        };
+        self.depart(
+            peer,
+            Gone {
+                orderly: false,
+                reason,
+            },
+        );
+        true
+    }
+
+    /// Closes a peer's stream and fails the operations that cannot do without.
+    fn depart(&mut self, peer: Rank, gone: Gone) {
+        let entry = &mut self.peers[peer.index()];
+        entry.gone = Some(gone);
+        entry.outgoing = Outgoing::default();
+        let tickets: Vec<u64> = self.operations.keys().copied().collect();
+        for ticket in tickets {
+            if self.operations[&ticket].failed {
+                self.remove_failed(ticket);
+            } else if self.breaks(peer, &self.operations[&ticket]) {
+                self.fail_lost(ticket, peer);
+            }
+        }
+    }
+
+    /// The gone peer, if any, without which an operation cannot be done.
+    fn broken_by(&self, ticket: u64) -> Option<Rank> {
+        let operation = &self.operations[&ticket];
+        (0..self.transport.ranks())
+            .map(Rank)
+            .find(|peer| self.breaks(*peer, operation))
+    }
+
+    /// Whether a peer's absence breaks an operation. A peer that said goodbye had done its part of
+    /// what it had posted, so only what it still owes counts; one that died breaks every operation
+    /// it is a member of, so that all survivors name the same rank.
+    fn breaks(&self, peer: Rank, operation: &Active) -> bool {
+        let Peer { gone, incoming, .. } = &self.peers[peer.index()];
+        match gone {
+            None => false,
+            Some(Gone { orderly: false, .. }) => operation.involves(peer),
+            Some(Gone { orderly: true, .. }) => {
+                let (sends, receives) = operation.pending_with(peer);
+                sends > 0 || receives > incoming.early_frames(operation.key)
+            }
+        }
+    }
+
+    fn fail_lost(&mut self, ticket: u64, peer: Rank) {
+        let operation = &self.operations[&ticket];
+        let gone = self.peers[peer.index()]
+            .gone
+            .as_ref()
+            .expect("the peer is gone");
+        let error = Error::PeerLost {
+            peer,
+            operation: Arc::clone(&operation.label),
+            sequence: operation.key.sequence,
+            reason: gone.reason.clone(),
+        };
+        self.fail(ticket, error);
+    }
+}
+
+/// Under which a frame finds its operation.
+fn receiver_key(key: Key, sender: Rank) -> (Key, Option<Rank>) {
+    (key, (key.kind == Kind::PointToPoint).then_some(sender))
+}
+
+/// Ends the waits of the rank when this thread panics, which only a bug can cause.
+struct EndOfThread(Arc<Outcomes>);
+
+impl Drop for EndOfThread {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let reason = "the communication thread panicked".into();
+            self.0.put_broken(Error::System {
+                action: "communicate",
+                reason,
+            });
+        }
+    }
+}

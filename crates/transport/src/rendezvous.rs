@@ -1,0 +1,410 @@
+//! How the processes of a job find each other, and agree that they are one job.
+//!
+//! Every other rank says hello to rank 0. Once all have, rank 0 answers everyone with the table of
+//! addresses, or with the reason why the job does not start. Then each rank connects to the ranks
+//! below it and accepts those above; the connection to rank 0 stays.
+
+use std::collections::BTreeSet;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use socket2::{Domain, Socket, Type};
+use units::Rank;
+
+use crate::lobby::{Lobby, PREFIX_BYTES, VERSION, prefix, read_prefix};
+use crate::{Error, Tcp};
+
+/// The kernel's buffer per socket and direction: room for a rank to compute while bytes move.
+const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+
+/// The first pause between two attempts to connect; it doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+
+/// The longest pause between two attempts to connect.
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// How many differing lines of two identities are shown.
+const LINES_SHOWN: usize = 20;
+
+/// Where and as what a process joins a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendezvous {
+    /// The rank of this process.
+    pub rank: Rank,
+    /// The number of ranks in the job.
+    pub ranks: u32,
+    /// Where rank 0 listens.
+    pub address: SocketAddr,
+    /// What must be the same on every rank, line by line: the job as resolved.
+    pub identity: String,
+    /// How long to wait for all ranks.
+    pub timeout: Duration,
+}
+
+/// What a rank says to rank 0. Later versions of the protocol keep `rank`.
+#[derive(Debug, Serialize, Deserialize)]
+struct Hello {
+    rank: Rank,
+    ranks: u32,
+    identity: String,
+    /// Where the rank accepts its higher peers.
+    address: SocketAddr,
+}
+
+/// What rank 0 answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+enum Verdict {
+    /// All are here: the addresses by rank, and a number that other jobs do not have.
+    Start {
+        job: u64,
+        addresses: Vec<SocketAddr>,
+    },
+    /// The job does not start because of this rank.
+    Refused { rank: Rank, reason: String },
+}
+
+/// What a rank says to a lower rank other than 0.
+#[derive(Debug, Serialize, Deserialize)]
+struct Greeting {
+    job: u64,
+    rank: Rank,
+}
+
+impl Rendezvous {
+    /// Meets the other ranks. Rank 0 listens at the address, or on `listener`, which is how to use
+    /// a port that the system chose.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] on every rank when they do not belong together, [`Error::Rendezvous`]
+    /// when some cannot be reached within the timeout.
+    ///
+    /// # Panics
+    /// When `rank` is not below `ranks`.
+    pub fn meet(self, listener: Option<TcpListener>) -> Result<Tcp, Error> {
+        assert!(
+            self.rank.0 < self.ranks,
+            "{} of {} ranks",
+            self.rank,
+            self.ranks
+        );
+        let deadline = Instant::now() + self.timeout;
+        if self.address.ip().is_unspecified() {
+            return Err(self.failed("name the address of one interface, reachable by every rank"));
+        }
+        match self.rank {
+            Rank(0) if self.ranks == 1 => Tcp::new(self.rank, vec![None]),
+            Rank(0) => self.host(listener, deadline),
+            _ => self.join(deadline),
+        }
+    }
+
+    /// Rank 0: gathers everyone's hello and answers.
+    fn host(&self, listener: Option<TcpListener>, deadline: Instant) -> Result<Tcp, Error> {
+        let listener = match listener {
+            Some(listener) => listener,
+            None => listen(self.address).map_err(|e| self.failed(format!("cannot listen: {e}")))?,
+        };
+        let mut arrived = Vec::new();
+        let outcome = self.gather(listener, deadline, &mut arrived);
+        let verdict = match &outcome {
+            Ok(()) => self.start(&mut arrived),
+            Err((rank, reason)) => Verdict::Refused {
+                rank: *rank,
+                reason: reason.clone(),
+            },
+        };
+        for (socket, _) in &arrived {
+            // Whoever cannot be told any more sees the connection end.
+            drop(send(socket, &verdict, deadline));
+        }
+        outcome.map_err(|(rank, reason)| Error::Refused { rank, reason })?;
+        let sockets = arrived.into_iter().map(|(socket, _)| Some(socket));
+        Tcp::new(self.rank, std::iter::once(None).chain(sockets).collect())
+    }
+
+    /// Waits until every other rank has arrived. After an objection it still waits for the others,
+    /// so that everyone learns of it.
+    fn gather(
+        &self,
+        listener: TcpListener,
+        deadline: Instant,
+        arrived: &mut Vec<(TcpStream, Hello)>,
+    ) -> Result<(), (Rank, String)> {
+        let system = |error: io::Error| (self.rank, format!("its sockets failed: {error}"));
+        let mut lobby = Lobby::new(listener).map_err(system)?;
+        let mut objection = None;
+        let mut told = 0;
+        while arrived.len() + told + 1 < self.ranks as usize {
+            let Some(guest) = lobby.next(deadline).map_err(system)? else {
+                return Err(objection.unwrap_or_else(|| self.missing(arrived)));
+            };
+            let Ok(hello) = serde_json::from_slice::<Hello>(&guest.body) else {
+                continue;
+            };
+            let rank = hello.rank;
+            objection =
+                objection.or_else(|| Some((rank, self.objection(guest.version, &hello, arrived)?)));
+            arrived.push((guest.socket, hello));
+            if let Some((rank, reason)) = &objection {
+                told += arrived.len();
+                let verdict = Verdict::Refused {
+                    rank: *rank,
+                    reason: reason.clone(),
+                };
+                arrived
+                    .drain(..)
+                    .for_each(|(socket, _)| drop(send(&socket, &verdict, deadline)));
+            }
+        }
+        objection.map_or(Ok(()), Err)
+    }
+
+    /// Why a rank does not fit, if it does not.
+    fn objection(
+        &self,
+        version: u32,
+        hello: &Hello,
+        arrived: &[(TcpStream, Hello)],
+    ) -> Option<String> {
+        if version != VERSION {
+            Some(format!(
+                "it speaks version {version} of the protocol, rank 0 speaks {VERSION}"
+            ))
+        } else if hello.ranks != self.ranks {
+            Some(format!(
+                "it was started for {} ranks, rank 0 for {}",
+                hello.ranks, self.ranks
+            ))
+        } else if hello.rank.0 >= self.ranks || hello.rank == self.rank {
+            Some(format!(
+                "there are ranks 0 to {}, and 0 is taken",
+                self.ranks - 1
+            ))
+        } else if arrived.iter().any(|(_, other)| other.rank == hello.rank) {
+            Some("two processes were started with this rank".into())
+        } else if hello.identity != self.identity {
+            Some(difference(&self.identity, &hello.identity, hello.rank))
+        } else {
+            None
+        }
+    }
+
+    /// Who had not come when the time was over.
+    fn missing(&self, arrived: &[(TcpStream, Hello)]) -> (Rank, String) {
+        let here: BTreeSet<_> = arrived.iter().map(|(_, hello)| hello.rank).collect();
+        let missing: Vec<_> = (1..self.ranks)
+            .map(Rank)
+            .filter(|r| !here.contains(r))
+            .collect();
+        let names: Vec<_> = missing.iter().map(|rank| rank.0.to_string()).collect();
+        let (address, timeout) = (self.address, self.timeout);
+        let reason = format!(
+            "not at {address} within {timeout:?}; ranks missing: {}",
+            names.join(", ")
+        );
+        (missing[0], reason)
+    }
+
+    /// Everyone is here: orders them by rank and makes up the table.
+    fn start(&self, arrived: &mut [(TcpStream, Hello)]) -> Verdict {
+        arrived.sort_by_key(|(_, hello)| hello.rank);
+        let others = arrived.iter().map(|(_, hello)| hello.address);
+        let addresses = std::iter::once(self.address).chain(others).collect();
+        // The standard library's per-process random seed tells this job from any other.
+        let job = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), self.address);
+        Verdict::Start { job, addresses }
+    }
+
+    /// Another rank: says hello to rank 0, then meets its peers.
+    fn join(&self, deadline: Instant) -> Result<Tcp, Error> {
+        let host = self.connect_patiently(self.address, deadline)?;
+        let failed = |e: io::Error| self.failed(format!("no answer from rank 0: {e}"));
+        let listener = listen_beside(&host).map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let identity = self.identity.clone();
+        let hello = Hello {
+            rank: self.rank,
+            ranks: self.ranks,
+            identity,
+            address,
+        };
+        send(&host, &hello, deadline).map_err(failed)?;
+        match receive(&host, deadline).map_err(failed)? {
+            Verdict::Refused { rank, reason } => Err(Error::Refused { rank, reason }),
+            Verdict::Start { addresses, .. } if addresses.len() != self.ranks as usize => {
+                Err(self.failed("rank 0 sent a table of another size"))
+            }
+            Verdict::Start { job, addresses } => {
+                let mut sockets: Vec<_> = addresses.iter().map(|_| None).collect();
+                sockets[0] = Some(host);
+                self.connect_lower(&mut sockets, &addresses, job, deadline)?;
+                self.accept_higher(&mut sockets, listener, job, deadline)?;
+                Tcp::new(self.rank, sockets)
+            }
+        }
+    }
+
+    fn connect_lower(
+        &self,
+        sockets: &mut [Option<TcpStream>],
+        addresses: &[SocketAddr],
+        job: u64,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let lower = 1..self.rank.index();
+        for (socket, address) in sockets[lower.clone()].iter_mut().zip(&addresses[lower]) {
+            let stream = self.connect_patiently(*address, deadline)?;
+            send(
+                &stream,
+                &Greeting {
+                    job,
+                    rank: self.rank,
+                },
+                deadline,
+            )
+            .map_err(|e| self.failed(format!("cannot greet a peer at {address}: {e}")))?;
+            *socket = Some(stream);
+        }
+        Ok(())
+    }
+
+    fn accept_higher(
+        &self,
+        sockets: &mut [Option<TcpStream>],
+        listener: TcpListener,
+        job: u64,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let failed = |e: io::Error| self.failed(format!("cannot accept peers: {e}"));
+        let mut lobby = Lobby::new(listener).map_err(failed)?;
+        let own = self.rank.index();
+        while let Some(missing) = (own + 1..sockets.len()).find(|peer| sockets[*peer].is_none()) {
+            let Some(guest) = lobby.next(deadline).map_err(failed)? else {
+                let missing = Rank(missing as u32);
+                return Err(self.failed(format!("{missing} did not connect to {}", self.rank)));
+            };
+            let Ok(greeting) = serde_json::from_slice::<Greeting>(&guest.body) else {
+                continue;
+            };
+            let peer = greeting.rank.index();
+            let expected = peer > own && sockets.get(peer).is_some_and(Option::is_none);
+            if expected && greeting.job == job {
+                sockets[peer] = Some(guest.socket);
+            }
+        }
+        Ok(())
+    }
+
+    /// Connects, again and again while nobody listens yet.
+    fn connect_patiently(
+        &self,
+        address: SocketAddr,
+        deadline: Instant,
+    ) -> Result<TcpStream, Error> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match connect(address, deadline) {
+                Ok(socket) => return Ok(socket),
+                Err(error) if Instant::now() + pause >= deadline => {
+                    let reason = format!(
+                        "{} cannot connect to {address} within {:?}: {error}; is it running there?",
+                        self.rank, self.timeout
+                    );
+                    return Err(self.failed(reason));
+                }
+                Err(_) => std::thread::sleep(pause),
+            }
+            pause = (2 * pause).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn failed(&self, reason: impl Into<String>) -> Error {
+        Error::Rendezvous {
+            address: self.address,
+            reason: reason.into(),
+        }
+    }
+}
+
+/// The lines in which two identities differ.
+fn difference(ours: &str, theirs: &str, rank: Rank) -> String {
+    let only = |name: String, these: &str, those: &str| {
+        let those: BTreeSet<_> = those.lines().collect();
+        let lines = these.lines().filter(|line| !those.contains(line));
+        lines
+            .map(|line| format!("\n  {name}: {line}"))
+            .collect::<Vec<_>>()
+    };
+    let mut lines = only("rank 0".into(), ours, theirs);
+    lines.extend(only(rank.to_string(), theirs, ours));
+    if lines.is_empty() {
+        return "its job has the same lines as rank 0's in another order".into();
+    }
+    let omitted = lines.len().saturating_sub(LINES_SHOWN);
+    lines.truncate(LINES_SHOWN);
+    let more = if omitted > 0 {
+        format!("\n  and {omitted} more")
+    } else {
+        String::new()
+    };
+    format!("its job differs from rank 0's:{}{more}", lines.concat())
+}
+
+/// Listens on one interface, with the buffers that accepted sockets inherit.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    set_buffers(&socket)?;
+    socket.bind(&address.into())?;
+    socket.listen(1024)?;
+    Ok(socket.into())
+}
+
+/// Listens, on a port that the system chooses, on the interface that leads to rank 0.
+fn listen_beside(host: &TcpStream) -> io::Result<TcpListener> {
+    let interface: IpAddr = host.local_addr()?.ip();
+    listen(SocketAddr::new(interface, 0))
+}
+
+fn connect(address: SocketAddr, deadline: Instant) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    set_buffers(&socket)?;
+    socket.connect_timeout(&address.into(), time_left(deadline)?)?;
+    socket.set_tcp_nodelay(true)?;
+    Ok(socket.into())
+}
+
+fn set_buffers(socket: &Socket) -> io::Result<()> {
+    socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
+    socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)
+}
+
+fn time_left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        Err(ErrorKind::TimedOut.into())
+    } else {
+        Ok(left)
+    }
+}
+
+/// Sends a message on a blocking socket.
+fn send(mut socket: &TcpStream, message: &impl Serialize, deadline: Instant) -> io::Result<()> {
+    let body = serde_json::to_vec(message)?;
+    socket.set_write_timeout(Some(time_left(deadline)?))?;
+    socket.write_all(&[&prefix(body.len())[..], &body].concat())
+}
+
+/// Receives a message on a blocking socket.
+fn receive<T: DeserializeOwned>(mut socket: &TcpStream, deadline: Instant) -> io::Result<T> {
+    socket.set_read_timeout(Some(time_left(deadline)?))?;
+    let mut start = [0; PREFIX_BYTES];
+    socket.read_exact(&mut start)?;
+    let (_, length) = read_prefix(&start).ok_or(ErrorKind::InvalidData)?;
+    let mut body = vec![0; length];
+    socket.read_exact(&mut body)?;
+    Ok(serde_json::from_slice(&body)?)
+}

@@ -1,0 +1,68 @@
+//! The seam to the world: a rank's byte streams to its peers.
+
+use std::fmt;
+use std::io::IoSlice;
+use std::sync::Arc;
+use std::time::Duration;
+
+use units::Rank;
+
+use crate::Error;
+
+/// One rank's byte streams, one in each direction with every peer, driven by one thread.
+///
+/// Readiness is told by edges: once a call moved less than it was asked to, the stream is full
+/// (empty), and [`Transport::wait`] returns when that has changed. So a caller tries until it gets
+/// less than it asked for before it waits.
+pub trait Transport: Send {
+    /// The rank whose streams these are.
+    fn rank(&self) -> Rank;
+
+    /// The number of ranks in the job, this one included.
+    fn ranks(&self) -> u32;
+
+    /// Writes as much of `pieces`, one after the other, as the stream takes now; how many bytes.
+    ///
+    /// # Errors
+    /// [`Error::StreamEnded`] once the peer can no longer receive. What it sent before may still be
+    /// read.
+    fn try_write(&mut self, peer: Rank, pieces: &[IoSlice<'_>]) -> Result<usize, Error>;
+
+    /// Reads what there is, at most `into`; how many bytes.
+    ///
+    /// # Errors
+    /// [`Error::StreamEnded`] once everything was read and nothing more will come.
+    fn try_read(&mut self, peer: Rank, into: &mut [u8]) -> Result<usize, Error>;
+
+    /// Blocks until a stream may have become ready, the waker was called, or `timeout` has passed.
+    /// It may return early.
+    ///
+    /// # Errors
+    /// [`Error::System`] when the operating system cannot wait, after which nothing works.
+    fn wait(&mut self, timeout: Option<Duration>) -> Result<(), Error>;
+
+    /// A handle with which another thread ends a [`Transport::wait`], the current or else the next.
+    fn waker(&self) -> Waker;
+}
+
+/// Ends a [`Transport::wait`] from another thread.
+#[derive(Clone)]
+pub struct Waker(Arc<dyn Fn() + Send + Sync>);
+
+impl Waker {
+    /// A waker that calls `wake`.
+    pub fn new(wake: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(wake))
+    }
+
+    /// Ends the wait.
+    pub fn wake(&self) {
+        (self.0)();
+    }
+}
+
+impl fmt::Debug for Waker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Waker")
+    }
+}
