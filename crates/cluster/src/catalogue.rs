@@ -57,10 +57,7 @@ struct LinkEntry {
 
 impl From<LinkEntry> for Link {
     fn from(entry: LinkEntry) -> Self {
-        Self {
-            latency: entry.latency_s,
-            bandwidth: entry.bytes_per_s,
-        }
+        Self { latency: entry.latency_s, bandwidth: entry.bytes_per_s }
     }
 }
 
@@ -117,11 +114,7 @@ fn read<Entry: DeserializeOwned>(catalogue: &str) -> BTreeMap<String, Entry> {
 
 fn nearest<Entry>(name: &str, entries: &BTreeMap<String, Entry>) -> String {
     let distance = |known: &&String| strsim::damerau_levenshtein(name, known);
-    entries
-        .keys()
-        .min_by_key(distance)
-        .cloned()
-        .unwrap_or_default()
+    entries.keys().min_by_key(distance).cloned().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -133,10 +126,7 @@ mod tests {
         for (name, entry) in read::<ClusterEntry>(CLUSTERS) {
             let cluster = find(&name).unwrap();
             assert_eq!(cluster.accelerators % cluster.per_node, 0, "{name}");
-            assert!(
-                cluster.inside.bandwidth > cluster.between.bandwidth,
-                "{name}"
-            );
+            assert!(cluster.inside.bandwidth > cluster.between.bandwidth, "{name}");
             assert!(!entry.source.is_empty() && !entry.date.is_empty(), "{name}");
         }
     }

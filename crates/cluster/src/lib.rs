@@ -99,11 +99,7 @@ impl Cluster {
     /// The link that a message from `a` to `b` takes.
     #[must_use]
     pub fn link(&self, a: Rank, b: Rank) -> Link {
-        if self.same_node(a, b) {
-            self.inside
-        } else {
-            self.between
-        }
+        if self.same_node(a, b) { self.inside } else { self.between }
     }
 }
 

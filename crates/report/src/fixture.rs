@@ -10,39 +10,24 @@ use program::{
 use units::{Rank, Seconds};
 
 fn compute() -> Instruction {
-    Instruction::Compute {
-        segment: Segment::Qkv,
-        pass: Pass::Forward,
-        layer: 3,
-        microbatch: 0,
-    }
+    Instruction::Compute { segment: Segment::Qkv, pass: Pass::Forward, layer: 3, microbatch: 0 }
 }
 
 fn post(ticket: u32, axis: Axis, action: Action, buffer: Buffer) -> Instruction {
     Instruction::Post {
         ticket: Ticket(ticket),
-        transfer: Transfer {
-            action,
-            axis,
-            buffer,
-            elements: 256,
-        },
+        transfer: Transfer { action, axis, buffer, elements: 256 },
     }
 }
 
 fn wait(ticket: u32) -> Instruction {
-    Instruction::Wait {
-        ticket: Ticket(ticket),
-    }
+    Instruction::Wait { ticket: Ticket(ticket) }
 }
 
 /// Ranks 0 and 1 compute, send to ranks 2 and 3, and reduce their gradients; ranks 2 and 3 receive
 /// and compute. At most one transfer is in flight.
 pub(crate) fn program() -> Program {
-    let stream = Buffer::Activation {
-        value: Value::Stream(4),
-        microbatch: 0,
-    };
+    let stream = Buffer::Activation { value: Value::Stream(4), microbatch: 0 };
     let gradients = Buffer::Gradients(Block::Layer(3));
     let reduce = Action::Collective(Kind::AllReduce);
     let first = vec![
@@ -52,22 +37,12 @@ pub(crate) fn program() -> Program {
         wait(0),
         wait(1),
     ];
-    let second = vec![
-        post(0, Axis::Pipeline, Action::Receive { from: 0 }, stream),
-        wait(0),
-        compute(),
-    ];
+    let second =
+        vec![post(0, Axis::Pipeline, Action::Receive { from: 0 }, stream), wait(0), compute()];
     Program {
-        mesh: Mesh {
-            data: 2,
-            pipeline: 2,
-            ..Mesh::ONE
-        },
+        mesh: Mesh { data: 2, pipeline: 2, ..Mesh::ONE },
         microbatches: 1,
-        shape: Shape {
-            sequences: 1,
-            sequence: 8,
-        },
+        shape: Shape { sequences: 1, sequence: 8 },
         in_flight: 1,
         parameters_sharded: false,
         optimizer_sharded: false,
@@ -106,7 +81,5 @@ pub(crate) fn trace() -> Trace {
         start: Seconds(start),
         end: Seconds(end),
     };
-    Trace {
-        spans: spans.into_iter().map(span).collect(),
-    }
+    Trace { spans: spans.into_iter().map(span).collect() }
 }

@@ -45,11 +45,8 @@ struct Process<'a> {
 
 impl Process<'_> {
     fn write(&self, trace: &Trace, events: &mut Vec<Value>) {
-        let mut spans: Vec<&Span> = trace
-            .spans
-            .iter()
-            .filter(|span| span.rank == self.rank)
-            .collect();
+        let mut spans: Vec<&Span> =
+            trace.spans.iter().filter(|span| span.rank == self.rank).collect();
         spans.sort_by(|a, b| a.start.0.total_cmp(&b.start.0));
         // When each transfer thread is free again.
         let mut free: Vec<u64> = Vec::new();
@@ -97,20 +94,14 @@ impl Process<'_> {
             }
             Instruction::Post { .. } if span.lane == Lane::Wait => "too many in flight".to_owned(),
             Instruction::Post { transfer, .. } => describe(transfer),
-            Instruction::Compute {
-                segment,
-                pass,
-                layer,
-                microbatch,
-            } if Segment::LAYER.contains(segment) => {
+            Instruction::Compute { segment, pass, layer, microbatch }
+                if Segment::LAYER.contains(segment) =>
+            {
                 format!("{pass} {segment} layer{layer} mb{microbatch}")
             }
-            Instruction::Compute {
-                segment,
-                pass,
-                microbatch,
-                ..
-            } => format!("{pass} {segment} mb{microbatch}"),
+            Instruction::Compute { segment, pass, microbatch, .. } => {
+                format!("{pass} {segment} mb{microbatch}")
+            }
             other => other.to_string(),
         }
     }
@@ -128,10 +119,7 @@ fn describe(transfer: &Transfer) -> String {
 /// The first thread that is free when the span starts; viewers draw one span at a time on each.
 fn first_free(free: &mut Vec<u64>, span: &Span) -> u32 {
     let start = nanoseconds(span.start);
-    let thread = free
-        .iter()
-        .position(|free| *free <= start)
-        .unwrap_or(free.len());
+    let thread = free.iter().position(|free| *free <= start).unwrap_or(free.len());
     if thread == free.len() {
         free.push(0);
     }
@@ -158,11 +146,7 @@ mod tests {
     fn events(text: &str, phase: &str) -> Vec<Value> {
         let parsed: Value = serde_json::from_str(text).unwrap();
         let events = parsed["traceEvents"].as_array().unwrap();
-        events
-            .iter()
-            .filter(|event| event["ph"] == phase)
-            .cloned()
-            .collect()
+        events.iter().filter(|event| event["ph"] == phase).cloned().collect()
     }
 
     #[test]
@@ -182,21 +166,11 @@ mod tests {
 
     #[test]
     fn each_rank_of_each_source_is_a_process() {
-        let text = perfetto(
-            &program(),
-            &[("predicted", &trace()), ("measured", &trace())],
-        );
+        let text = perfetto(&program(), &[("predicted", &trace()), ("measured", &trace())]);
         let labels = events(&text, "M");
-        let processes = labels
-            .iter()
-            .filter(|event| event["name"] == "process_name");
+        let processes = labels.iter().filter(|event| event["name"] == "process_name");
         let names: BTreeMap<_, _> = processes
-            .map(|event| {
-                (
-                    event["pid"].as_u64().unwrap(),
-                    event["args"]["name"].clone(),
-                )
-            })
+            .map(|event| (event["pid"].as_u64().unwrap(), event["args"]["name"].clone()))
             .collect();
         assert_eq!(names.len(), 8);
         assert_eq!(
@@ -210,10 +184,7 @@ mod tests {
         let text = perfetto(&program(), &[("measured", &trace())]);
         let mut ends: BTreeMap<(u64, u64), f64> = BTreeMap::new();
         for event in events(&text, "X") {
-            let thread = (
-                event["pid"].as_u64().unwrap(),
-                event["tid"].as_u64().unwrap(),
-            );
+            let thread = (event["pid"].as_u64().unwrap(), event["tid"].as_u64().unwrap());
             let start = event["ts"].as_f64().unwrap();
             let end = ends.entry(thread).or_default();
             assert!(start >= *end, "{event}");

@@ -78,11 +78,7 @@ impl Summary {
             rank.other = (step_time - known).max(Seconds::ZERO);
             mean.add(rank, weight);
         }
-        Self {
-            step_time,
-            ranks,
-            mean,
-        }
+        Self { step_time, ranks, mean }
     }
 }
 
@@ -98,16 +94,11 @@ struct Transfers<'a> {
 
 impl<'a> Transfers<'a> {
     fn new(program: &'a Program, trace: &Trace) -> Self {
-        let transfers = trace
-            .spans
-            .iter()
-            .filter(|span| span.lane == Lane::Transfer);
+        let transfers = trace.spans.iter().filter(|span| span.lane == Lane::Transfer);
         let mut this = Self {
             program,
             posts: program.classes.iter().map(|list| posts(list)).collect(),
-            spans: transfers
-                .map(|span| ((span.rank, span.instruction), *span))
-                .collect(),
+            spans: transfers.map(|span| ((span.rank, span.instruction), *span)).collect(),
             met: BTreeMap::new(),
         };
         let mut meetings = Meetings::new(program.mesh);
@@ -122,13 +113,9 @@ impl<'a> Transfers<'a> {
 
     /// Notes when the last of the parties posted.
     fn meet(&mut self, parties: &[Party]) {
-        let keys: Vec<_> = parties
-            .iter()
-            .map(|party| (party.rank, self.post(party.rank, party.ticket)))
-            .collect();
-        let started = keys
-            .iter()
-            .filter_map(|key| Some(self.spans.get(key)?.start));
+        let keys: Vec<_> =
+            parties.iter().map(|party| (party.rank, self.post(party.rank, party.ticket))).collect();
+        let started = keys.iter().filter_map(|key| Some(self.spans.get(key)?.start));
         let last = started.fold(Seconds::ZERO, Seconds::max);
         self.met.extend(keys.into_iter().map(|key| (key, last)));
     }
@@ -175,11 +162,7 @@ fn posts(list: &[Instruction]) -> BTreeMap<Ticket, u32> {
 
 fn parties(program: &Program, rank: Rank) -> impl Iterator<Item = Party> {
     let party = move |instruction: &Instruction| match *instruction {
-        Instruction::Post { ticket, transfer } => Some(Party {
-            rank,
-            ticket,
-            transfer,
-        }),
+        Instruction::Post { ticket, transfer } => Some(Party { rank, ticket, transfer }),
         _ => None,
     };
     program.instructions(rank).iter().filter_map(party)

@@ -32,9 +32,7 @@ fn rows(columns: &[(&str, &Summary)]) -> Vec<(String, Vec<Seconds>)> {
         (label.to_owned(), times)
     };
     let means = columns.iter().map(|(_, summary)| &summary.mean);
-    let axes: BTreeSet<Axis> = means
-        .flat_map(|mean| mean.exposed.keys().copied())
-        .collect();
+    let axes: BTreeSet<Axis> = means.flat_map(|mean| mean.exposed.keys().copied()).collect();
     let mut rows = vec![
         row("step time", &|summary| summary.step_time),
         row("compute", &|summary| summary.mean.compute),

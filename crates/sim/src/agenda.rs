@@ -20,11 +20,7 @@ pub(crate) struct Moment(pub(crate) f64);
 
 impl<Event> Agenda<Event> {
     pub(crate) fn new() -> Self {
-        Self {
-            now: Seconds::ZERO,
-            scheduled: 0,
-            events: BTreeMap::new(),
-        }
+        Self { now: Seconds::ZERO, scheduled: 0, events: BTreeMap::new() }
     }
 
     /// The time of the event taken last.

@@ -47,8 +47,7 @@ impl<'a> Described<'a> {
     /// Rates are set once for all that happens at one time.
     fn settle(&mut self) {
         for forecast in self.ports.settle(self.agenda.now()) {
-            self.agenda
-                .schedule(forecast.end, Event::FlowEnds(forecast));
+            self.agenda.schedule(forecast.end, Event::FlowEnds(forecast));
         }
     }
 

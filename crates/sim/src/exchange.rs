@@ -13,8 +13,9 @@ use units::{Bytes, Rank};
 
 use crate::machine::Message;
 
-/// What identifies a transfer across its members: the how-manyeth it is that they post on one
-/// group. A group is known by its axis, its ends, and whether it is a pair.
+/// Who can meet in a transfer: the n-th post of one member of a group meets the n-th of every other
+/// (the rule of [`program::Meetings`], needed here before all have posted). A group is known by its
+/// axis, its ends, and whether it is a pair of sender and receiver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Group {
     axis: Axis,
@@ -84,11 +85,7 @@ impl Script {
     /// A send and its receive, in the words of a collective.
     fn pair() -> Self {
         let send = Step::Send { to: 1, chunk: 0 };
-        let receive = Step::Receive {
-            from: 0,
-            chunk: 0,
-            action: collective::Action::Copy,
-        };
+        let receive = Step::Receive { from: 0, chunk: 0, action: collective::Action::Copy };
         Self::new(vec![vec![send], vec![receive]], 1, 1)
     }
 
@@ -187,9 +184,7 @@ impl Exchange {
         let place = ranks.iter().position(|rank| *rank == party.rank);
         let place = place.unwrap_or_else(|| panic!("{} is not in its own group", party.rank));
         let index = self.operation(&party, ranks);
-        let Operation {
-            script, members, ..
-        } = &mut self.operations[index];
+        let Operation { script, members, .. } = &mut self.operations[index];
         let executor = Executor::new(&script.steps[place], script.in_flight);
         members[place].posted = Some((executor, party.ticket));
         self.go_on(index, place as u32);
@@ -223,8 +218,7 @@ impl Exchange {
         }
         let member = &mut operation.members[place as usize];
         if let Some((_, ticket)) = member.posted.take_if(|(executor, _)| executor.is_done()) {
-            self.finished
-                .push_back((operation.ranks[place as usize], ticket));
+            self.finished.push_back((operation.ranks[place as usize], ticket));
         }
     }
 

@@ -69,16 +69,11 @@ enum Event {
 
 impl<'a> Measured<'a> {
     pub(crate) fn new(profile: &'a Profile, ranks: u32) -> Self {
-        let host = || Host {
-            cores: Cores::new(profile.cores),
-            changes: 0,
-        };
+        let host = || Host { cores: Cores::new(profile.cores), changes: 0 };
         Self {
             profile,
             agenda: Agenda::new(),
-            hosts: (0..ranks.div_ceil(profile.ranks_per_host))
-                .map(|_| host())
-                .collect(),
+            hosts: (0..ranks.div_ceil(profile.ranks_per_host)).map(|_| host()).collect(),
             progress: (0..ranks).map(|_| Progress::default()).collect(),
             streams: BTreeMap::new(),
             messages: Vec::new(),
@@ -146,16 +141,13 @@ impl<'a> Measured<'a> {
         let under_way = &mut self.messages[index];
         under_way.parts_left -= 1;
         if under_way.parts_left == 0 {
-            self.completions
-                .push_back(Completion::Arrived(under_way.message));
+            self.completions.push_back(Completion::Arrived(under_way.message));
         }
     }
 
     fn enqueue(&mut self, rank: Rank, ticket: Ticket, task: Task) {
         let progress = &mut self.progress[rank.index()];
-        progress
-            .queue
-            .push(Reverse((ticket, progress.arrivals, task)));
+        progress.queue.push(Reverse((ticket, progress.arrivals, task)));
         progress.arrivals += 1;
         self.work_on(rank);
     }
@@ -178,16 +170,13 @@ impl<'a> Measured<'a> {
 
     /// Dates what follows from the start of a send, whatever the cores do.
     fn put_on_stream(&mut self, index: usize) {
-        let Message {
-            from, to, bytes, ..
-        } = self.messages[index].message;
+        let Message { from, to, bytes, .. } = self.messages[index].message;
         let link = &self.profile.link;
         let now = self.agenda.now();
         let free = self.streams.entry((from, to)).or_default();
         *free = free.max(now) + bytes / link.bandwidth;
         let carried = *free + link.latency;
-        self.agenda
-            .schedule(now + link.latency, Event::Reached(index));
+        self.agenda.schedule(now + link.latency, Event::Reached(index));
         self.agenda.schedule(carried, Event::Carried(index));
     }
 
@@ -215,20 +204,12 @@ impl Machine for Measured<'_> {
     }
 
     fn compute(&mut self, rank: Rank, work: Seconds) {
-        self.start_task(
-            rank,
-            work,
-            self.profile.threads_per_rank,
-            Task::Compute(rank),
-        );
+        self.start_task(rank, work, self.profile.threads_per_rank, Task::Compute(rank));
     }
 
     fn send(&mut self, message: Message) {
         let index = self.messages.len();
-        self.messages.push(UnderWay {
-            message,
-            parts_left: PARTS,
-        });
+        self.messages.push(UnderWay { message, parts_left: PARTS });
         self.enqueue(message.from, message.ticket, Task::Send(index));
     }
 

@@ -59,13 +59,7 @@ impl Ports {
             self.flows_at[port].insert(flow);
             self.changed.insert(port);
         }
-        let state = Flow {
-            ports,
-            remaining: bytes.as_f64(),
-            rate: 0.0,
-            updated: now,
-            change: 0,
-        };
+        let state = Flow { ports, remaining: bytes.as_f64(), rate: 0.0, updated: now, change: 0 };
         self.flows.insert(flow, state);
         flow
     }
@@ -104,9 +98,7 @@ impl Ports {
         let mut found = BTreeSet::from([port]);
         let mut open = vec![port];
         while let Some(port) = open.pop() {
-            let neighbours = self.flows_at[port]
-                .iter()
-                .flat_map(|flow| self.flows[flow].ports);
+            let neighbours = self.flows_at[port].iter().flat_map(|flow| self.flows[flow].ports);
             open.extend(neighbours.filter(|neighbour| found.insert(*neighbour)));
         }
         found
@@ -122,9 +114,7 @@ impl Ports {
             .collect();
         loop {
             open.retain(|_, (_, flows)| *flows > 0);
-            let shares = open
-                .iter()
-                .map(|(port, (left, flows))| (left / *flows as f64, *port));
+            let shares = open.iter().map(|(port, (left, flows))| (left / *flows as f64, *port));
             let Some((share, tightest)) = shares.min_by(|a, b| a.0.total_cmp(&b.0)) else {
                 return rates;
             };

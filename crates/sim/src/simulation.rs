@@ -44,11 +44,7 @@ impl<'p, M: Machine> Simulation<'p, M> {
         };
         Ok(Self {
             program,
-            times: program
-                .classes
-                .iter()
-                .map(times)
-                .collect::<Result<_, _>>()?,
+            times: program.classes.iter().map(times).collect::<Result<_, _>>()?,
             machine,
             exchange: Exchange::new(program.mesh),
             ranks: (0..program.mesh.ranks()).map(Rank).map(rank).collect(),
@@ -139,11 +135,7 @@ impl<'p, M: Machine> Simulation<'p, M> {
     fn post(&mut self, rank: Rank, index: usize, ticket: Ticket, transfer: Transfer) {
         let posted = (index, self.machine.now());
         self.ranks[rank.index()].posted.insert(ticket, posted);
-        self.exchange.post(Party {
-            rank,
-            ticket,
-            transfer,
-        });
+        self.exchange.post(Party { rank, ticket, transfer });
     }
 
     /// Carries out what the exchange has left to do, and what that leads to.

@@ -17,11 +17,7 @@ const FORWARD: f64 = 1.0;
 const BACKWARD: f64 = 2.0;
 
 fn mesh(data: u32, pipeline: u32) -> Mesh {
-    Mesh {
-        data,
-        pipeline,
-        ..Mesh::ONE
-    }
+    Mesh { data, pipeline, ..Mesh::ONE }
 }
 
 fn program(mesh: Mesh, classes: Vec<Vec<Instruction>>) -> Program {
@@ -29,10 +25,7 @@ fn program(mesh: Mesh, classes: Vec<Vec<Instruction>>) -> Program {
     Program {
         mesh,
         microbatches: 1,
-        shape: Shape {
-            sequences: 1,
-            sequence: 8,
-        },
+        shape: Shape { sequences: 1, sequence: 8 },
         in_flight: 64,
         parameters_sharded: false,
         optimizer_sharded: false,
@@ -46,12 +39,7 @@ fn program(mesh: Mesh, classes: Vec<Vec<Instruction>>) -> Program {
 }
 
 fn compute(pass: Pass, microbatch: u32) -> Instruction {
-    Instruction::Compute {
-        segment: Segment::Project,
-        pass,
-        layer: 0,
-        microbatch,
-    }
+    Instruction::Compute { segment: Segment::Project, pass, layer: 0, microbatch }
 }
 
 fn forward() -> Instruction {
@@ -59,20 +47,9 @@ fn forward() -> Instruction {
 }
 
 fn post(ticket: u32, axis: Axis, action: Action, elements: u64) -> Instruction {
-    let buffer = Buffer::Activation {
-        value: Value::Stream(ticket),
-        microbatch: 0,
-    };
+    let buffer = Buffer::Activation { value: Value::Stream(ticket), microbatch: 0 };
     let ticket = Ticket(ticket);
-    Instruction::Post {
-        ticket,
-        transfer: Transfer {
-            action,
-            axis,
-            buffer,
-            elements,
-        },
-    }
+    Instruction::Post { ticket, transfer: Transfer { action, axis, buffer, elements } }
 }
 
 fn wait(ticket: u32) -> Instruction {
@@ -81,12 +58,7 @@ fn wait(ticket: u32) -> Instruction {
 }
 
 fn all_reduce(ticket: u32, elements: u64) -> Instruction {
-    post(
-        ticket,
-        Axis::Data,
-        Action::Collective(Kind::AllReduce),
-        elements,
-    )
+    post(ticket, Axis::Data, Action::Collective(Kind::AllReduce), elements)
 }
 
 fn send(ticket: u32, to: u32, elements: u64) -> Instruction {
@@ -99,11 +71,7 @@ fn receive(ticket: u32, from: u32, elements: u64) -> Instruction {
 
 /// A host whose messages cost nothing.
 fn profile(cores: u32, ranks_per_host: u32) -> Profile {
-    let time = |pass, time| SegmentTime {
-        segment: Segment::Project,
-        pass,
-        time: Seconds(time),
-    };
+    let time = |pass, time| SegmentTime { segment: Segment::Project, pass, time: Seconds(time) };
     Profile {
         cores,
         ranks_per_host,
@@ -123,7 +91,7 @@ fn profile(cores: u32, ranks_per_host: u32) -> Profile {
     }
 }
 
-/// Nodes of 4 accelerators; a second of latency and a byte a second between nodes.
+/// Slow links in round numbers: a second and 10 bytes a second between nodes.
 fn roofline(per_node: u32) -> Roofline {
     let link = |latency, bandwidth| Link {
         latency: Seconds(latency),
@@ -135,11 +103,7 @@ fn roofline(per_node: u32) -> Roofline {
         between: link(1.0, 10.0),
         ..catalogue::find("dgx-h100-quantum2").unwrap()
     };
-    Roofline {
-        cluster,
-        precision: Precision::Bf16,
-        efficiency: 0.5,
-    }
+    Roofline { cluster, precision: Precision::Bf16, efficiency: 0.5 }
 }
 
 fn spans(trace: &Trace, rank: u32, lane: Lane) -> Vec<(u32, f64, f64)> {
@@ -172,16 +136,10 @@ fn what_only_computes_takes_the_sum_of_its_parts() {
 #[test]
 fn described_accelerators_take_the_longer_of_operations_and_bytes() {
     let mut program = program(Mesh::ONE, vec![vec![forward()]]);
-    let bound_by_operations = Operator::Product {
-        m: 4096,
-        n: 4096,
-        k: 4096,
-    };
+    let bound_by_operations = Operator::Product { m: 4096, n: 4096, k: 4096 };
     let bound_by_bytes = Operator::Add { elements: 1 << 30 };
     let operators = vec![bound_by_operations, bound_by_bytes];
-    program
-        .segments
-        .insert((Segment::Project, Pass::Forward), operators);
+    program.segments.insert((Segment::Project, Pass::Forward), operators);
     let trace = simulate(&program, &World::Roofline(roofline(8))).unwrap();
     let operations = 2.0 * 4096_f64.powi(3) / (989.4e12 * 0.5);
     let bytes = 3.0 * 2.0 * f64::from(1 << 30) / 3.35e12;
@@ -190,10 +148,7 @@ fn described_accelerators_take_the_longer_of_operations_and_bytes() {
 
 #[test]
 fn a_message_takes_latency_and_bytes_over_bandwidth() {
-    let lists = vec![
-        vec![send(0, 1, 25), wait(0)],
-        vec![receive(0, 0, 25), wait(0)],
-    ];
+    let lists = vec![vec![send(0, 1, 25), wait(0)], vec![receive(0, 0, 25), wait(0)]];
     let program = program(mesh(1, 2), lists);
     let trace = simulate(&program, &World::Roofline(roofline(1))).unwrap();
     close(trace.duration().0, 1.0 + 100.0 / 10.0);
@@ -218,14 +173,8 @@ fn a_message_occupies_both_progress_threads() {
     profile.link.send_cpu = Seconds(0.01);
     profile.link.receive_cpu = Seconds(0.03);
     let trace = simulate(&program(mesh(1, 2), lists), &World::Profile(profile)).unwrap();
-    assert_eq!(
-        spans(&trace, 0, Lane::Transfer),
-        [(0, 0.0, 1.0), (1, 0.0, 2.0)]
-    );
-    assert_eq!(
-        spans(&trace, 1, Lane::Transfer),
-        [(0, 0.0, 4.0), (1, 0.0, 7.0)]
-    );
+    assert_eq!(spans(&trace, 0, Lane::Transfer), [(0, 0.0, 1.0), (1, 0.0, 2.0)]);
+    assert_eq!(spans(&trace, 1, Lane::Transfer), [(0, 0.0, 4.0), (1, 0.0, 7.0)]);
 }
 
 #[test]
@@ -245,17 +194,11 @@ fn a_ring_takes_its_rounds_times_latency_and_a_chunk() {
     for kind in [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather] {
         for ranks in [1, 2, 3, 5, 8, 13] {
             let elements = 10 * u64::from(ranks);
-            let list = vec![
-                post(0, Axis::Data, Action::Collective(kind), elements),
-                wait(0),
-            ];
+            let list = vec![post(0, Axis::Data, Action::Collective(kind), elements), wait(0)];
             let program = program(mesh(ranks, 1), vec![list]);
             let trace = simulate(&program, &World::Roofline(roofline(1))).unwrap();
             let cost = Algorithm::Ring.cost(kind, ranks, Bytes(4 * elements));
-            close(
-                trace.duration().0,
-                f64::from(cost.rounds) * (1.0 + 40.0 / 10.0),
-            );
+            close(trace.duration().0, f64::from(cost.rounds) * (1.0 + 40.0 / 10.0));
         }
     }
 }
@@ -275,9 +218,7 @@ fn a_ring_is_as_slow_as_its_slowest_link() {
 fn a_thousand_ranks_are_simulated() {
     let list = vec![forward(), all_reduce(0, 640), wait(0)];
     let mut program = program(mesh(64, 16), vec![list; 16]);
-    program
-        .segments
-        .insert((Segment::Project, Pass::Forward), vec![]);
+    program.segments.insert((Segment::Project, Pass::Forward), vec![]);
     let trace = simulate(&program, &World::Roofline(roofline(1))).unwrap();
     close(trace.duration().0, 126.0 * (1.0 + 40.0 / 10.0));
     assert_eq!(trace.spans.len(), 3 * 1024);
@@ -335,10 +276,8 @@ fn posting_takes_its_overhead() {
 
 #[test]
 fn a_message_to_a_rank_that_has_not_posted_waits_for_it() {
-    let lists = vec![
-        vec![send(0, 1, 25), wait(0)],
-        vec![forward(), receive(0, 0, 25), wait(0), forward()],
-    ];
+    let lists =
+        vec![vec![send(0, 1, 25), wait(0)], vec![forward(), receive(0, 0, 25), wait(0), forward()]];
     let mut profile = profile(4, 2);
     profile.link.latency = Seconds(0.5);
     let trace = simulate(&program(mesh(1, 2), lists), &World::Profile(profile)).unwrap();
@@ -352,10 +291,7 @@ fn a_full_window_holds_up_the_post() {
     let mut program = program(mesh(2, 1), vec![list]);
     program.in_flight = 1;
     let trace = simulate(&program, &World::Roofline(roofline(1))).unwrap();
-    assert_eq!(
-        spans(&trace, 0, Lane::Wait),
-        [(1, 0.0, 10.0), (3, 10.0, 20.0)]
-    );
+    assert_eq!(spans(&trace, 0, Lane::Wait), [(1, 0.0, 10.0), (3, 10.0, 20.0)]);
 }
 
 /// Forward and backward passes of one stage, one forward one backward once the pipeline is full.
@@ -410,12 +346,7 @@ fn a_pipeline_takes_its_microbatches_and_its_bubble() {
 fn equal_arguments_give_equal_traces() {
     let mut program = pipeline(2, 3, 5);
     for list in &mut program.classes {
-        list.extend([
-            all_reduce(100, 1001),
-            all_reduce(101, 77),
-            wait(100),
-            wait(101),
-        ]);
+        list.extend([all_reduce(100, 1001), all_reduce(101, 77), wait(100), wait(101)]);
     }
     let mut profile = profile(3, 6);
     profile.link.latency = Seconds(0.013);
@@ -472,10 +403,7 @@ fn every_rank_sends_and_receives_what_the_closed_form_says() {
         let simulation = Simulation::new(&program, &world, &mut counting).unwrap();
         simulation.run().unwrap();
         let bytes = Algorithm::Ring.cost(kind, 6, Bytes(2400)).bytes_per_rank;
-        assert_eq!(
-            counting.sent,
-            (0..6).map(|rank| (Rank(rank), bytes)).collect()
-        );
+        assert_eq!(counting.sent, (0..6).map(|rank| (Rank(rank), bytes)).collect());
         assert_eq!(counting.sent, counting.arrived);
     }
 }
@@ -489,18 +417,12 @@ fn what_cannot_be_simulated_says_why() {
 
     let unmeasured = program(Mesh::ONE, vec![vec![compute(Pass::BackwardInput, 0)]]);
     let (segment, pass) = (Segment::Project, Pass::BackwardInput);
-    assert_eq!(
-        simulate(&unmeasured, &world),
-        Err(Error::Unmeasured { segment, pass })
-    );
+    assert_eq!(simulate(&unmeasured, &world), Err(Error::Unmeasured { segment, pass }));
 
     let mut useless = profile(1, 1);
     useless.link.bandwidth = BytesPerSecond(0.0);
     let error = simulate(&lonely, &World::Profile(useless)).unwrap_err();
-    assert!(
-        error.to_string().starts_with("`link.bandwidth` = 0"),
-        "{error}"
-    );
+    assert!(error.to_string().starts_with("`link.bandwidth` = 0"), "{error}");
 
     let many = program(mesh(8193, 1), vec![vec![]]);
     let error = simulate(&many, &World::Roofline(roofline(8))).unwrap_err();

@@ -123,13 +123,8 @@ impl Profile {
     }
 
     fn segment(&self, segment: Segment, pass: Pass) -> Result<Seconds, Error> {
-        let measured = self
-            .segments
-            .iter()
-            .find(|m| (m.segment, m.pass) == (segment, pass));
-        measured
-            .map(|measured| measured.time)
-            .ok_or(Error::Unmeasured { segment, pass })
+        let measured = self.segments.iter().find(|m| (m.segment, m.pass) == (segment, pass));
+        measured.map(|measured| measured.time).ok_or(Error::Unmeasured { segment, pass })
     }
 
     fn elementwise(&self, operator: &Operator) -> Seconds {
@@ -147,10 +142,7 @@ impl Profile {
         positive("ranks_per_host", f64::from(self.ranks_per_host))?;
         positive("threads_per_rank", f64::from(self.threads_per_rank))?;
         positive("link.bandwidth", link.bandwidth.0)?;
-        let segments = self
-            .segments
-            .iter()
-            .map(|measured| ("segments.time", measured.time));
+        let segments = self.segments.iter().map(|measured| ("segments.time", measured.time));
         let times = [
             ("accumulate", self.accumulate),
             ("square_sum", self.square_sum),
@@ -161,9 +153,7 @@ impl Profile {
             ("link.receive_cpu", link.receive_cpu),
             ("link.reduce_cpu", link.reduce_cpu),
         ];
-        segments
-            .chain(times)
-            .try_for_each(|(key, time)| duration(key, time))
+        segments.chain(times).try_for_each(|(key, time)| duration(key, time))
     }
 }
 
@@ -171,10 +161,7 @@ impl Roofline {
     fn time(&self, program: &Program, instruction: &Instruction) -> Result<Seconds, Error> {
         let rate = FlopsPerSecond(self.peak()?.0 * self.efficiency);
         let operators = program.operators(instruction);
-        Ok(operators
-            .iter()
-            .map(|operator| self.operator(operator, rate))
-            .sum())
+        Ok(operators.iter().map(|operator| self.operator(operator, rate)).sum())
     }
 
     fn operator(&self, operator: &Operator, rate: FlopsPerSecond) -> Seconds {
