@@ -1,1 +1,14 @@
-//! Placeholder.
+//! Views of a step: pure functions from programs and traces to numbers and text.
+//!
+//! Nothing here knows whether a trace was predicted or measured; the two are shown side by side.
+
+mod perfetto;
+mod summary;
+mod table;
+
+#[cfg(test)]
+mod fixture;
+
+pub use perfetto::perfetto;
+pub use summary::{Breakdown, Summary};
+pub use table::summary_table;

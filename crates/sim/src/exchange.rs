@@ -13,8 +13,9 @@ use units::{Bytes, Rank};
 
 use crate::machine::Message;
 
-/// What identifies a transfer across its members: the how-manyeth it is that they post on one
-/// group. A group is known by its axis, its ends, and whether it is a pair.
+/// Who can meet in a transfer: the n-th post of one member of a group meets the n-th of every other
+/// (the rule of [`program::Meetings`], needed here before all have posted). A group is known by its
+/// axis, its ends, and whether it is a pair of sender and receiver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Group {
     axis: Axis,
@@ -29,6 +30,8 @@ struct Script {
     in_flight: u32,
     /// How many chunks the buffer is cut into.
     chunks: u32,
+    /// What each member does with what it receives, in order, by sender.
+    actions: Vec<BTreeMap<u32, Vec<collective::Action>>>,
 }
 
 struct Operation {
@@ -43,12 +46,14 @@ struct Member {
     /// From the post on.
     posted: Option<(Executor, Ticket)>,
     /// By sender.
-    streams: BTreeMap<u32, Stream>,
+    incoming: BTreeMap<u32, Incoming>,
+    /// How many messages have been started, by receiver.
+    outgoing: BTreeMap<u32, usize>,
 }
 
-/// What has come from one sender and what is waited for.
+/// What has come from one sender and has not been looked at, or the steps that wait for it.
 #[derive(Default)]
-struct Stream {
+struct Incoming {
     arrived: usize,
     expected: VecDeque<usize>,
 }
@@ -68,29 +73,94 @@ pub(crate) struct Exchange {
 }
 
 impl Script {
+    fn new(steps: Vec<Vec<Step>>, in_flight: u32, chunks: u32) -> Self {
+        Self {
+            actions: steps.iter().map(|steps| actions(steps)).collect(),
+            steps,
+            in_flight,
+            chunks,
+        }
+    }
+
     /// A send and its receive, in the words of a collective.
     fn pair() -> Self {
         let send = Step::Send { to: 1, chunk: 0 };
         let receive = Step::Receive { from: 0, chunk: 0, action: collective::Action::Copy };
-        Self { steps: vec![vec![send], vec![receive]], in_flight: 1, chunks: 1 }
+        Self::new(vec![vec![send], vec![receive]], 1, 1)
     }
 
     fn collective(kind: Kind, ranks: u32) -> Self {
         let schedule = collective::ring(kind, ranks);
-        Self { in_flight: schedule.in_flight, steps: schedule.steps, chunks: ranks }
+        Self::new(schedule.steps, schedule.in_flight, ranks)
+    }
+}
+
+fn actions(steps: &[Step]) -> BTreeMap<u32, Vec<collective::Action>> {
+    let mut actions: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for step in steps {
+        if let Step::Receive { from, action, .. } = step {
+            actions.entry(*from).or_default().push(*action);
+        }
+    }
+    actions
+}
+
+impl Member {
+    fn start_next(&mut self) -> Option<(usize, Ticket)> {
+        let (executor, ticket) = self.posted.as_mut()?;
+        Some((executor.start_next()?, *ticket))
     }
 
-    /// What the receiver does with the message of a sender's step: the n-th send from one member
-    /// to another is the n-th receive there.
-    fn action(&self, sender: u32, step: usize, receiver: u32) -> collective::Action {
-        let sends = self.steps[sender as usize][..step].iter();
-        let nth = sends.filter(|s| s.is_send() && s.peer() == receiver).count();
-        let mut receives = self.steps[receiver as usize].iter().filter_map(|step| match step {
-            Step::Receive { from, action, .. } if *from == sender => Some(*action),
-            _ => None,
-        });
-        let action = receives.nth(nth);
-        action.unwrap_or_else(|| panic!("send {nth} of {sender} to {receiver} has no receive"))
+    fn complete(&mut self, step: usize) {
+        if let Some((executor, _)) = &mut self.posted {
+            executor.complete(step);
+        }
+    }
+
+    /// A step waits for the next message from `sender`, which may be there already.
+    fn expect(&mut self, sender: u32, step: usize) {
+        let incoming = self.incoming.entry(sender).or_default();
+        if incoming.arrived == 0 {
+            incoming.expected.push_back(step);
+        } else {
+            incoming.arrived -= 1;
+            self.complete(step);
+        }
+    }
+
+    /// The next message from `sender` is there.
+    fn arrived(&mut self, sender: u32) {
+        let incoming = self.incoming.entry(sender).or_default();
+        match incoming.expected.pop_front() {
+            Some(step) => self.complete(step),
+            None => incoming.arrived += 1,
+        }
+    }
+}
+
+impl Operation {
+    /// The message that a member's step sends. The n-th send from one member to another is the
+    /// n-th receive there.
+    fn message(&mut self, transfer: usize, sender: u32, step: usize, ticket: Ticket) -> Message {
+        let script = &self.script;
+        let sends = script.steps[sender as usize][step];
+        let receiver = sends.peer();
+        let outgoing = &mut self.members[sender as usize].outgoing;
+        let nth = outgoing.entry(receiver).or_default();
+        let action = script.actions[receiver as usize][&sender][*nth];
+        *nth += 1;
+        let elements = chunk_range(self.elements, script.chunks, sends.chunk()).len();
+        Message {
+            transfer,
+            sender,
+            receiver,
+            step,
+            from: self.ranks[sender as usize],
+            to: self.ranks[receiver as usize],
+            bytes: Bytes(4 * elements as u64),
+            action,
+            ticket,
+        }
     }
 }
 
@@ -113,74 +183,42 @@ impl Exchange {
         let ranks = self.ranks(&party);
         let place = ranks.iter().position(|rank| *rank == party.rank);
         let place = place.unwrap_or_else(|| panic!("{} is not in its own group", party.rank));
-        let operation = self.operation(&party, ranks);
-        let Operation { script, members, .. } = &mut self.operations[operation];
+        let index = self.operation(&party, ranks);
+        let Operation { script, members, .. } = &mut self.operations[index];
         let executor = Executor::new(&script.steps[place], script.in_flight);
         members[place].posted = Some((executor, party.ticket));
-        self.go_on(operation, place as u32);
+        self.go_on(index, place as u32);
     }
 
     /// A message has left its sender.
     pub(crate) fn sent(&mut self, message: &Message) {
-        self.complete(message.transfer, message.sender, message.step);
+        let members = &mut self.operations[message.transfer].members;
+        members[message.sender as usize].complete(message.step);
+        self.go_on(message.transfer, message.sender);
     }
 
     /// A message has reached its receiver.
     pub(crate) fn arrived(&mut self, message: &Message) {
-        let member = &mut self.operations[message.transfer].members[message.receiver as usize];
-        let stream = member.streams.entry(message.sender).or_default();
-        match stream.expected.pop_front() {
-            Some(step) => self.complete(message.transfer, message.receiver, step),
-            None => stream.arrived += 1,
-        }
-    }
-
-    fn complete(&mut self, operation: usize, place: u32, step: usize) {
-        let member = &mut self.operations[operation].members[place as usize];
-        if let Some((executor, _)) = &mut member.posted {
-            executor.complete(step);
-        }
-        self.go_on(operation, place);
+        let members = &mut self.operations[message.transfer].members;
+        members[message.receiver as usize].arrived(message.sender);
+        self.go_on(message.transfer, message.receiver);
     }
 
     /// Starts all that a member can start, and finishes it when nothing is left.
     fn go_on(&mut self, index: usize, place: u32) {
         let operation = &mut self.operations[index];
-        let member = &mut operation.members[place as usize];
-        let Some((executor, ticket)) = &mut member.posted else {
-            return;
-        };
-        while let Some(step) = executor.start_next() {
+        while let Some((step, ticket)) = operation.members[place as usize].start_next() {
             match operation.script.steps[place as usize][step] {
-                Step::Send { to, chunk } => {
-                    let chunk = chunk_range(operation.elements, operation.script.chunks, chunk);
-                    self.outbox.push_back(Message {
-                        transfer: index,
-                        sender: place,
-                        receiver: to,
-                        step,
-                        from: operation.ranks[place as usize],
-                        to: operation.ranks[to as usize],
-                        bytes: Bytes(4 * chunk.len() as u64),
-                        action: operation.script.action(place, step, to),
-                        ticket: *ticket,
-                    });
+                Step::Send { .. } => {
+                    let message = operation.message(index, place, step, ticket);
+                    self.outbox.push_back(message);
                 }
-                Step::Receive { from, .. } => {
-                    let stream = member.streams.entry(from).or_default();
-                    if stream.arrived > 0 {
-                        stream.arrived -= 1;
-                        executor.complete(step);
-                    } else {
-                        stream.expected.push_back(step);
-                    }
-                }
+                Step::Receive { from, .. } => operation.members[place as usize].expect(from, step),
             }
         }
-        if executor.is_done() {
-            self.finished.push_back((operation.ranks[place as usize], *ticket));
-            // Nothing is sent to, or expected of, a member that is done.
-            *member = Member::default();
+        let member = &mut operation.members[place as usize];
+        if let Some((_, ticket)) = member.posted.take_if(|(executor, _)| executor.is_done()) {
+            self.finished.push_back((operation.ranks[place as usize], ticket));
         }
     }
 

@@ -93,3 +93,6 @@ pub fn simulate(program: &Program, world: &World) -> Result<Trace, Error> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

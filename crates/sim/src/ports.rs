@@ -83,7 +83,9 @@ impl Ports {
         let mut forecasts = Vec::new();
         while let Some(port) = self.changed.pop_first() {
             let ports = self.connected(port);
-            self.changed.retain(|port| !ports.contains(port));
+            for port in &ports {
+                self.changed.remove(port);
+            }
             for (flow, rate) in self.fair_rates(ports) {
                 forecasts.extend(self.set_rate(now, flow, rate));
             }
