@@ -52,10 +52,7 @@ mod tests {
             Err(io::Error::other("disk full"))
         });
         let message = failed.unwrap_err().to_string();
-        assert_eq!(
-            message,
-            format!("cannot write {}: disk full", path.display())
-        );
+        assert_eq!(message, format!("cannot write {}: disk full", path.display()));
         assert_eq!(fs::read(&path).unwrap(), b"old");
         write(&path, |file| file.write_all(b"new")).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");

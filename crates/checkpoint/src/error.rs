@@ -112,10 +112,6 @@ pub enum Error {
 impl Error {
     /// For `map_err`: what the operating system refused to do, and to which file.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io {
-            action,
-            path: path.to_owned(),
-            source,
-        }
+        move |source| Self::Io { action, path: path.to_owned(), source }
     }
 }

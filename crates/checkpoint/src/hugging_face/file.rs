@@ -33,10 +33,7 @@ impl SafetensorsFile {
     pub(super) fn open(path: &Path) -> Result<Self, Error> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let metadata = file.metadata().map_err(Error::io("read", path))?;
-        let damaged = |problem| Error::Safetensors {
-            path: path.to_owned(),
-            problem,
-        };
+        let damaged = |problem| Error::Safetensors { path: path.to_owned(), problem };
         let header = read_header(&file, path, metadata.len())?;
         let data_start = PREFIX + header.len() as u64;
         let header: Metadata = serde_json::from_slice(&header)
@@ -46,12 +43,7 @@ impl SafetensorsFile {
             let problem = format!("its tensors take {promised} bytes and it has {found} for them");
             return Err(damaged(problem));
         }
-        Ok(Self {
-            path: path.to_owned(),
-            file,
-            header,
-            data_start,
-        })
+        Ok(Self { path: path.to_owned(), file, header, data_start })
     }
 
     pub(super) fn tensor_names(&self) -> Vec<String> {
@@ -70,9 +62,7 @@ impl SafetensorsFile {
         let mut bytes = vec![0; READ.min(values.len() * width)];
         for values in values.chunks_mut(READ / width) {
             let bytes = &mut bytes[..values.len() * width];
-            self.file
-                .read_exact_at(bytes, position)
-                .map_err(Error::io("read", &self.path))?;
+            self.file.read_exact_at(bytes, position).map_err(Error::io("read", &self.path))?;
             decode(tensor.dtype, bytes, values);
             position += bytes.len() as u64;
         }
@@ -87,24 +77,19 @@ pub(super) fn is_read(dtype: Dtype) -> bool {
 
 /// The bytes of the header, whose claimed length is trusted only as far as the file goes.
 fn read_header(file: &File, path: &Path, length: u64) -> Result<Vec<u8>, Error> {
-    let damaged = |problem| Error::Safetensors {
-        path: path.to_owned(),
-        problem,
-    };
+    let damaged = |problem| Error::Safetensors { path: path.to_owned(), problem };
     if length < PREFIX {
         return Err(damaged(format!("it has {length} bytes, not even a header")));
     }
     let mut prefix = [0; PREFIX as usize];
-    file.read_exact_at(&mut prefix, 0)
-        .map_err(Error::io("read", path))?;
+    file.read_exact_at(&mut prefix, 0).map_err(Error::io("read", path))?;
     let claimed = u64::from_le_bytes(prefix);
     if claimed > MAX_HEADER.min(length - PREFIX) {
         let problem = format!("it has {length} bytes and claims a header of {claimed}");
         return Err(damaged(problem));
     }
     let mut header = vec![0; claimed as usize];
-    file.read_exact_at(&mut header, PREFIX)
-        .map_err(Error::io("read", path))?;
+    file.read_exact_at(&mut header, PREFIX).map_err(Error::io("read", path))?;
     Ok(header)
 }
 

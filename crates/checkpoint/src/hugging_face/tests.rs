@@ -13,17 +13,12 @@ use super::*;
 const NORM: &str = "model.norm.weight";
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../golden")
-        .join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../golden").join(name)
 }
 
 fn tiny() -> (Config, Weights) {
     let folder = golden("tiny-llama");
-    (
-        read_config(&folder).unwrap(),
-        Weights::open(&folder).unwrap(),
-    )
+    (read_config(&folder).unwrap(), Weights::open(&folder).unwrap())
 }
 
 fn read_all(weights: &Weights, config: &Config) -> Vec<(Block, Vec<f32>)> {
@@ -46,26 +41,21 @@ fn write_all(
     let writer = Writer::new(folder, config, dtype).unwrap();
     let shards: Vec<_> = blocks.chunks(per_shard).collect();
     for (index, shard) in shards.iter().enumerate() {
-        let shard: Vec<_> = shard
-            .iter()
-            .map(|(block, values)| (*block, values.as_slice()))
-            .collect();
+        let shard: Vec<_> =
+            shard.iter().map(|(block, values)| (*block, values.as_slice())).collect();
         writer.write_shard(index, shards.len(), &shard).unwrap();
     }
     if shards.len() > 1 {
         let blocks = |shard: &&[(Block, Vec<f32>)]| shard.iter().map(|(block, _)| *block).collect();
-        writer
-            .write_index(&shards.iter().map(blocks).collect::<Vec<_>>())
-            .unwrap();
+        writer.write_index(&shards.iter().map(blocks).collect::<Vec<_>>()).unwrap();
     }
     writer.write_config().unwrap();
 }
 
 fn file_names(folder: &TempDir) -> Vec<String> {
     let entries = fs::read_dir(folder.path()).unwrap();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -126,10 +116,8 @@ fn reads_every_parameter_where_its_block_has_it() {
     for (block, values) in read_all(&weights, &config) {
         for parameter in config.parameters(block) {
             let expected = reference.tensor(&parameter.name).unwrap().data();
-            let found: Vec<_> = values[parameter.range()]
-                .iter()
-                .flat_map(|v| v.to_le_bytes())
-                .collect();
+            let found: Vec<_> =
+                values[parameter.range()].iter().flat_map(|v| v.to_le_bytes()).collect();
             assert!(found == expected, "{}", parameter.name);
         }
     }
@@ -152,10 +140,7 @@ fn fp32_is_written_and_read_back_exactly_in_any_number_of_shards() {
         write_all(folder.path(), &config, Dtype::F32, &blocks, per_shard);
         check(&folder).unwrap();
         assert_eq!(read_config(folder.path()).unwrap(), config);
-        assert_eq!(
-            read_all(&Weights::open(folder.path()).unwrap(), &config),
-            blocks
-        );
+        assert_eq!(read_all(&Weights::open(folder.path()).unwrap(), &config), blocks);
     }
 }
 
@@ -168,10 +153,7 @@ fn bf16_is_rounded_to_nearest() {
     for value in blocks.iter_mut().flat_map(|(_, values)| values) {
         *value = bf16::from_f32(*value).to_f32();
     }
-    assert_eq!(
-        read_all(&Weights::open(folder.path()).unwrap(), &config),
-        blocks
-    );
+    assert_eq!(read_all(&Weights::open(folder.path()).unwrap(), &config), blocks);
 }
 
 #[test]
@@ -181,9 +163,7 @@ fn f16_is_read() {
     let folder = rewritten(|tensors| {
         for tensor in tensors {
             let (elements, _) = tensor.data.as_chunks();
-            let halves = elements
-                .iter()
-                .map(|bytes| f16::from_f32(f32::from_le_bytes(*bytes)));
+            let halves = elements.iter().map(|bytes| f16::from_f32(f32::from_le_bytes(*bytes)));
             tensor.data = halves.flat_map(f16::to_le_bytes).collect();
             tensor.dtype = safetensors::Dtype::F16;
         }
@@ -204,17 +184,11 @@ fn the_files_have_the_names_that_transformers_looks_for() {
     assert_eq!(file_names(&folder), [CONFIG, WHOLE]);
     // A save in more shards supersedes it.
     write_all(folder.path(), &config, Dtype::F32, &blocks, 2);
-    let shards = [
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-    ];
+    let shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
     assert_eq!(file_names(&folder), [CONFIG, shards[0], shards[1], INDEX]);
     let index = fs::read_to_string(folder.path().join(INDEX)).unwrap();
     let index: serde_json::Value = serde_json::from_str(&index).unwrap();
-    assert_eq!(
-        index["metadata"]["total_size"],
-        4 * config.parameter_count()
-    );
+    assert_eq!(index["metadata"]["total_size"], 4 * config.parameter_count());
     assert_eq!(index["weight_map"]["model.embed_tokens.weight"], shards[0]);
     assert_eq!(index["weight_map"]["lm_head.weight"], shards[1]);
 }
@@ -246,10 +220,7 @@ fn tensors_of_another_model_are_named() {
 #[test]
 fn another_shape_is_told_beside_the_expected_one() {
     let (config, weights) = tiny();
-    let wider = Config {
-        vocabulary: 256,
-        ..config
-    };
+    let wider = Config { vocabulary: 256, ..config };
     let error = weights.check(&wider).unwrap_err().to_string();
     let expected = "model.safetensors: tensor `model.embed_tokens.weight` has shape [128, 64], \
                     the config gives it [256, 64]";
@@ -276,19 +247,10 @@ fn absent_files_are_named() {
             .starts_with("no model.safetensors and no")
     );
     let error = read_config(folder.path()).unwrap_err().to_string();
-    assert!(
-        error.starts_with("cannot read") && error.contains(CONFIG),
-        "{error}"
-    );
+    assert!(error.starts_with("cannot read") && error.contains(CONFIG), "{error}");
 
     let (config, weights) = tiny();
-    write_all(
-        folder.path(),
-        &config,
-        Dtype::F32,
-        &read_all(&weights, &config),
-        2,
-    );
+    write_all(folder.path(), &config, Dtype::F32, &read_all(&weights, &config), 2);
     let shard = folder.path().join("model-00002-of-00002.safetensors");
     fs::remove_file(&shard).unwrap();
     let error = message(&folder);
@@ -296,16 +258,9 @@ fn absent_files_are_named() {
         error.contains("index.json: shard model-00002-of-00002.safetensors is not in"),
         "{error}"
     );
-    fs::copy(
-        folder.path().join("model-00001-of-00002.safetensors"),
-        shard,
-    )
-    .unwrap();
+    fs::copy(folder.path().join("model-00001-of-00002.safetensors"), shard).unwrap();
     let error = message(&folder);
-    assert!(
-        error.contains("tensor `lm_head.weight` is not in model-00002-of-00002"),
-        "{error}"
-    );
+    assert!(error.contains("tensor `lm_head.weight` is not in model-00002-of-00002"), "{error}");
     fs::write(folder.path().join(INDEX), "{}").unwrap();
     assert!(message(&folder).contains("not an index of shards: missing field `weight_map`"));
 }
@@ -335,10 +290,7 @@ fn a_file_cut_short_anywhere_is_refused() {
 #[test]
 fn a_file_that_goes_on_after_its_tensors_is_refused() {
     let folder = copy_of_golden();
-    let file = File::options()
-        .write(true)
-        .open(folder.path().join(WHOLE))
-        .unwrap();
+    let file = File::options().write(true).open(folder.path().join(WHOLE)).unwrap();
     let length = file.metadata().unwrap().len();
     file.set_len(length + 1).unwrap();
     assert!(message(&folder).contains("bytes and it has"));
@@ -347,16 +299,10 @@ fn a_file_that_goes_on_after_its_tensors_is_refused() {
 #[test]
 fn an_absurd_header_length_is_refused() {
     let folder = copy_of_golden();
-    let file = File::options()
-        .write(true)
-        .open(folder.path().join(WHOLE))
-        .unwrap();
+    let file = File::options().write(true).open(folder.path().join(WHOLE)).unwrap();
     for claimed in [u64::MAX, u64::MAX - 7, 1 << 40, 100_000_001, 400_000, 0, 1] {
         file.write_all_at(&claimed.to_le_bytes(), 0).unwrap();
-        assert!(
-            message(&folder).contains("is not a whole safetensors file"),
-            "{claimed}"
-        );
+        assert!(message(&folder).contains("is not a whole safetensors file"), "{claimed}");
     }
 }
 
@@ -377,10 +323,7 @@ fn a_flipped_bit_in_the_header_is_refused_or_harmless() {
                 Err(_) => refused += 1,
                 Ok(()) => {
                     let weights = Weights::open(folder.path()).unwrap();
-                    assert!(
-                        read_all(&weights, &config) == blocks,
-                        "bit {bit} of {position}"
-                    );
+                    assert!(read_all(&weights, &config) == blocks, "bit {bit} of {position}");
                 }
             }
         }

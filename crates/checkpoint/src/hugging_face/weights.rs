@@ -40,9 +40,7 @@ impl Weights {
         } else if folder.join(INDEX).exists() {
             Self::open_shards(folder)
         } else {
-            Err(Error::NoWeights {
-                folder: folder.to_owned(),
-            })
+            Err(Error::NoWeights { folder: folder.to_owned() })
         }
     }
 
@@ -58,10 +56,7 @@ impl Weights {
     fn open_shards(folder: &Path) -> Result<Self, Error> {
         let path = folder.join(INDEX);
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let refuse = |problem| Error::Index {
-            path: path.clone(),
-            problem,
-        };
+        let refuse = |problem| Error::Index { path: path.clone(), problem };
         let index: Index = serde_json::from_str(&text)
             .map_err(|error| refuse(format!("not an index of shards: {error}")))?;
         let mut shards = BTreeMap::new();
@@ -83,10 +78,7 @@ impl Weights {
             }
             tensors.insert(tensor, shards[&shard].clone());
         }
-        Ok(Self {
-            folder: folder.to_owned(),
-            tensors,
-        })
+        Ok(Self { folder: folder.to_owned(), tensors })
     }
 
     /// Checks that the weights are those of a model of `config`: every parameter is there with its
@@ -103,18 +95,12 @@ impl Weights {
                 left.remove(&parameter.name);
             }
         }
-        let tensors: Vec<_> = left
-            .into_iter()
-            .filter(|name| !is_redundant(name, config))
-            .cloned()
-            .collect();
+        let tensors: Vec<_> =
+            left.into_iter().filter(|name| !is_redundant(name, config)).cloned().collect();
         if tensors.is_empty() {
             return Ok(());
         }
-        Err(Error::Unexpected {
-            folder: self.folder.clone(),
-            tensors,
-        })
+        Err(Error::Unexpected { folder: self.folder.clone(), tensors })
     }
 
     /// Reads the parameters of `block` into its flat buffer, as fp32.

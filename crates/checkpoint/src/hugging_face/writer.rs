@@ -66,11 +66,7 @@ impl<'a> Writer<'a> {
     /// [`Error::Io`] if the folder cannot be made.
     pub fn new(folder: &Path, config: &'a Config, dtype: Dtype) -> Result<Self, Error> {
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        Ok(Self {
-            folder: folder.to_owned(),
-            config,
-            dtype,
-        })
+        Ok(Self { folder: folder.to_owned(), config, dtype })
     }
 
     /// Writes shard `index` of `count`: `blocks` with their flat buffers. One shard alone is
@@ -122,9 +118,7 @@ impl<'a> Writer<'a> {
         assert!(self.config.blocks().eq(blocks), "{shards:?}");
         let index = self.index(shards);
         let path = self.folder.join(INDEX);
-        atomic::write(&path, |file| {
-            Ok(serde_json::to_writer_pretty(file, &index)?)
-        })?;
+        atomic::write(&path, |file| Ok(serde_json::to_writer_pretty(file, &index)?))?;
         let whole = self.folder.join(WHOLE);
         match fs::remove_file(&whole) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -140,18 +134,13 @@ impl<'a> Writer<'a> {
     /// [`Error::Io`] if the file cannot be written.
     pub fn write_config(&self) -> Result<(), Error> {
         let text = model::hugging_face::to_json(self.config);
-        atomic::write(&self.folder.join(CONFIG), |file| {
-            file.write_all(text.as_bytes())
-        })
+        atomic::write(&self.folder.join(CONFIG), |file| file.write_all(text.as_bytes()))
     }
 
     fn index(&self, shards: &[Vec<Block>]) -> Index {
         let mut weight_map = BTreeMap::new();
         for (shard, blocks) in shards.iter().enumerate() {
-            for parameter in blocks
-                .iter()
-                .flat_map(|block| self.config.parameters(*block))
-            {
+            for parameter in blocks.iter().flat_map(|block| self.config.parameters(*block)) {
                 weight_map.insert(parameter.name, shard_name(shard, shards.len()));
             }
         }
@@ -205,11 +194,9 @@ fn write_values(file: &mut impl Write, values: &[f32], dtype: Dtype) -> io::Resu
         bytes.clear();
         match dtype {
             Dtype::F32 => bytes.extend(values.iter().flat_map(|value| value.to_le_bytes())),
-            Dtype::BF16 => bytes.extend(
-                values
-                    .iter()
-                    .flat_map(|value| bf16::from_f32(*value).to_le_bytes()),
-            ),
+            Dtype::BF16 => {
+                bytes.extend(values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()))
+            }
         }
         file.write_all(&bytes)?;
     }
