@@ -1,2 +1,107 @@
-//! The `phalanx` command.
-fn main() {}
+//! The `phalanx` command: arguments, files in and out, exit codes.
+
+mod job;
+mod measured;
+mod output;
+mod plan_command;
+mod run_folder;
+mod simulate_command;
+mod train_command;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+/// Plans, simulates and trains Llama-class models over many ranks.
+#[derive(Debug, Parser)]
+#[command(version, after_help = "Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
+    Train(JobArgs),
+    /// Show how a job is laid out over ranks
+    Plan {
+        #[command(flatten)]
+        job: JobArgs,
+        /// Print every rank's instructions
+        #[arg(long)]
+        show_program: bool,
+    },
+    /// Run one step in virtual time: where the time goes
+    Simulate {
+        #[command(flatten)]
+        job: JobArgs,
+        /// Use the measurements of an earlier run (its machine.json) instead of measuring
+        #[arg(long, value_name = "FILE")]
+        machine: Option<PathBuf>,
+        /// Share of peak that described accelerators reach
+        #[arg(long, default_value_t = 0.6)]
+        efficiency: f64,
+        /// Write the predicted step for Perfetto
+        #[arg(long, value_name = "FILE")]
+        trace: Option<PathBuf>,
+    },
+}
+
+/// What every command on a job takes.
+#[derive(Debug, Args)]
+struct JobArgs {
+    /// The job file
+    job: PathBuf,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Exit code when the answer is no, or a run failed.
+const FAILED: u8 = 1;
+/// Exit code for bad usage or input.
+const BAD_INPUT: u8 = 2;
+/// Exit code for a bug.
+const BUG: u8 = 3;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = std::panic::catch_unwind(|| run(cli));
+    match outcome {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            eprintln!("phalanx: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+        Err(_) => {
+            eprintln!("phalanx: this is a bug; please report it with the lines above");
+            ExitCode::from(BUG)
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    match cli.command {
+        Command::Train(args) => train_command::train(&args),
+        Command::Plan { job, show_program } => plan_command::plan(&job, show_program),
+        Command::Simulate { job, machine, efficiency, trace } => {
+            simulate_command::simulate(&job, machine.as_deref(), efficiency, trace.as_deref())
+        }
+    }
+}
+
+/// What went wrong decides the code: what a peer or the disk did while training is a failed run,
+/// everything else that can be an error is input.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    use train::Error as Train;
+    use transport::Error as Transport;
+    match error.downcast_ref::<Train>() {
+        Some(Train::Process { code: Some(code), .. }) => *code as u8,
+        Some(Train::Communication { source: Transport::Refused { .. }, .. }) => BAD_INPUT,
+        Some(Train::Process { .. } | Train::Communication { .. } | Train::Diverged { .. }) => FAILED,
+        _ => BAD_INPUT,
+    }
+}

@@ -24,6 +24,12 @@ impl Batches {
         Self { file, sampler, held_out: sampler.evaluation_windows().collect() }
     }
 
+    /// Tokens in the file.
+    #[must_use]
+    pub fn tokens(&self) -> u64 {
+        self.file.tokens()
+    }
+
     /// Windows held out for evaluation.
     #[must_use]
     pub fn held_out(&self) -> u64 {

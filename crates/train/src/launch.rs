@@ -40,12 +40,13 @@ pub fn launch(ranks: u32, threads: usize, command: impl Fn() -> Command) -> Resu
         };
         let mut command = command();
         speak(&mut command, &identity, threads);
+        command.stderr(Stdio::piped());
         match listener.take() {
             Some(listener) => {
                 command.env(LISTENER, "stdin").stdin(Stdio::from(OwnedFd::from(listener)));
             }
             None => {
-                command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+                command.stdin(Stdio::null()).stdout(Stdio::null());
             }
         }
         children.0.push(command.spawn().map_err(|error| failed(rank, error))?);
@@ -107,7 +108,7 @@ impl Children {
             });
         }
         drop(ended);
-        let mut failures: Vec<Error> = Vec::new();
+        let mut failures = Vec::new();
         for (rank, text) in ends {
             let status = self.0[rank].wait();
             let code = status.as_ref().ok().and_then(std::process::ExitStatus::code);
@@ -117,16 +118,15 @@ impl Children {
                     (Ok(status), "") => status.to_string(),
                     (Ok(_), text) => text.to_owned(),
                 };
-                failures.push(Error::Process { rank: Rank(rank as u32), reason, code });
-                self.stop_others();
+                failures.push((rank, reason, code));
             }
         }
-        failures.into_iter().next().map_or(Ok(()), Err)
-    }
-
-    fn stop_others(&mut self) {
-        for child in &mut self.0 {
-            drop(child.kill());
+        // A rank that lost another ends with 1; what ended otherwise is the cause.
+        let cause = failures.iter().position(|(.., code)| *code != Some(1)).unwrap_or_default();
+        if failures.is_empty() {
+            return Ok(());
         }
+        let (rank, reason, code) = failures.swap_remove(cause);
+        Err(Error::Process { rank: Rank(rank as u32), reason, code })
     }
 }

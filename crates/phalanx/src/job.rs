@@ -1,0 +1,438 @@
+//! The job file: what is trained, on what, how; every key checked, every default written back.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use cluster::{Cluster, Precision};
+use compute::Optimizer;
+use model::{Config, Llama3Scaling, Rotary};
+use plan::{Batch, Layout, PartialLayout};
+use serde::{Deserialize, Serialize};
+use train::LearningRate;
+use units::Bytes;
+
+/// A job file as written.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    model: ModelSection,
+    #[serde(default)]
+    cluster: ClusterSection,
+    training: Training,
+    #[serde(default)]
+    layout: PartialLayout,
+    #[serde(default)]
+    data: Data,
+    #[serde(default)]
+    run: RunSection,
+}
+
+/// Which model: a catalogue name, a Hugging Face folder, or dimensions; dimensions given beside
+/// one of the others replace its own.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModelSection {
+    name: Option<String>,
+    config: Option<PathBuf>,
+    weights: Option<PathBuf>,
+    layers: Option<u32>,
+    hidden: Option<u64>,
+    heads: Option<u64>,
+    kv_heads: Option<u64>,
+    head_dim: Option<u64>,
+    feed_forward: Option<u64>,
+    vocabulary: Option<u64>,
+    tied_embeddings: Option<bool>,
+    norm_epsilon: Option<f32>,
+    rotary_theta: Option<f64>,
+}
+
+/// Where it runs: this machine, or a cluster of the catalogue.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterSection {
+    /// `local`, or a catalogue name.
+    pub name: String,
+    /// Ranks.
+    pub accelerators: u32,
+    /// Threads that each local rank computes with.
+    pub threads_per_rank: u32,
+}
+
+impl Default for ClusterSection {
+    fn default() -> Self {
+        Self { name: LOCAL.to_owned(), accelerators: 1, threads_per_rank: 1 }
+    }
+}
+
+/// The name of the machine at hand.
+const LOCAL: &str = "local";
+
+/// How it is trained.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    /// Tokens in a sequence.
+    pub sequence: u64,
+    /// Sequences in a step.
+    pub global_batch: u64,
+    /// Number format of the computation.
+    #[serde(default = "fp32")]
+    pub precision: Precision,
+    /// Steps.
+    #[serde(default = "defaults::steps")]
+    pub steps: u64,
+    /// Highest learning rate.
+    #[serde(default = "defaults::learning_rate")]
+    pub learning_rate: f64,
+    /// Learning rate of the last step; a tenth of the highest unless given.
+    pub minimum_learning_rate: Option<f64>,
+    /// Steps until the highest learning rate; a twentieth of all unless given.
+    pub warmup_steps: Option<u64>,
+    /// Decoupled weight decay of matrices.
+    #[serde(default = "defaults::weight_decay")]
+    pub weight_decay: f32,
+    /// Decay of the first moment.
+    #[serde(default = "defaults::beta1")]
+    pub beta1: f32,
+    /// Decay of the second moment.
+    #[serde(default = "defaults::beta2")]
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    #[serde(default = "defaults::epsilon")]
+    pub epsilon: f32,
+    /// Largest global gradient norm; 0 never clips.
+    #[serde(default = "defaults::clip_norm")]
+    pub clip_norm: f32,
+    /// Seed of the initial parameters and of the order of the data.
+    #[serde(default)]
+    pub seed: u64,
+    /// Steps between evaluations on held-out text; a tenth of all unless given, 0 only at the end.
+    pub evaluate_every: Option<u64>,
+    /// Sequences of an evaluation, rounded to whole microbatches of every rank.
+    #[serde(default = "defaults::evaluation_sequences")]
+    pub evaluation_sequences: u64,
+}
+
+fn fp32() -> Precision {
+    Precision::Fp32
+}
+
+/// The defaults of `[training]` that are not zero.
+mod defaults {
+    pub fn steps() -> u64 {
+        100
+    }
+    pub fn learning_rate() -> f64 {
+        3e-4
+    }
+    pub fn weight_decay() -> f32 {
+        0.1
+    }
+    pub fn beta1() -> f32 {
+        0.9
+    }
+    pub fn beta2() -> f32 {
+        0.95
+    }
+    pub fn epsilon() -> f32 {
+        1e-8
+    }
+    pub fn clip_norm() -> f32 {
+        1.0
+    }
+    pub fn evaluation_sequences() -> u64 {
+        32
+    }
+}
+
+/// What it is trained on.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Data {
+    /// Files, folders or globs of text or JSON lines.
+    pub text: Vec<String>,
+    /// Read no more than this much text.
+    pub limit_bytes: Option<Bytes>,
+    /// A `tokenizer.json`; one is trained on the text when none is given.
+    pub tokenizer: Option<String>,
+    /// Share of the text held out for evaluation.
+    pub held_out: f64,
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            text: Vec::new(),
+            limit_bytes: None,
+            tokenizer: None,
+            held_out: data::Sampling::HELD_OUT,
+        }
+    }
+}
+
+/// Where results go.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunSection {
+    /// Every run makes a numbered folder in this one.
+    pub folder: PathBuf,
+    /// Measure this machine first, predict the step time and train one rank alone for the
+    /// baseline. It needs memory for the whole model on every rank.
+    pub measure: bool,
+}
+
+impl Default for RunSection {
+    fn default() -> Self {
+        Self { folder: PathBuf::from("runs"), measure: true }
+    }
+}
+
+/// A job with nothing left open.
+#[derive(Debug, Clone, Serialize)]
+pub struct Job {
+    /// The model's dimensions.
+    pub model: Config,
+    /// A Hugging Face folder to start from.
+    pub weights: Option<PathBuf>,
+    /// Where it runs.
+    pub cluster: ClusterSection,
+    /// How it is trained.
+    pub training: Training,
+    /// How it is spread over ranks.
+    pub layout: Layout,
+    /// What it is trained on.
+    pub data: Data,
+    /// Where results go.
+    pub run: RunSection,
+    /// The job file's name without its ending.
+    pub name: String,
+}
+
+impl Job {
+    /// Reads, checks and completes a job file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read the job file {}", path.display()))?;
+        let name = path.file_stem().map_or("job".into(), |stem| stem.to_string_lossy());
+        Self::parse(&text, &name).with_context(|| path.display().to_string())
+    }
+
+    fn parse(text: &str, name: &str) -> Result<Self> {
+        let file: File = toml::from_str(text).map_err(explain)?;
+        let (model, weights) = file.model.resolve()?;
+        let File { mut training, cluster, data, run, .. } = file;
+        training.complete()?;
+        let batch = Batch { sequence: training.sequence, global_batch: training.global_batch };
+        if cluster.accelerators == 0 || cluster.threads_per_rank == 0 {
+            bail!("[cluster] accelerators and threads_per_rank must be at least 1");
+        }
+        let layout = file.layout.complete(&model, &batch, cluster.accelerators)?;
+        Ok(Self { model, weights, cluster, training, layout, data, run, name: name.to_owned() })
+    }
+
+    /// The job as it was understood, every default filled in.
+    pub fn resolved(&self) -> String {
+        toml::to_string_pretty(self).expect("a job has a TOML form")
+    }
+
+    /// The size of a step.
+    pub fn batch(&self) -> Batch {
+        let Training { sequence, global_batch, .. } = self.training;
+        Batch { sequence, global_batch }
+    }
+
+    /// Whether it runs on the machine at hand.
+    pub fn is_local(&self) -> bool {
+        self.cluster.name == LOCAL
+    }
+
+    /// The cluster of the catalogue it runs on.
+    pub fn described_cluster(&self) -> Result<Cluster> {
+        let mut cluster = cluster::catalogue::find(&self.cluster.name)?;
+        cluster.accelerators = self.cluster.accelerators;
+        Ok(cluster)
+    }
+
+    /// How parameters are updated.
+    pub fn optimizer(&self) -> Optimizer {
+        let Training { beta1, beta2, epsilon, weight_decay, clip_norm, .. } = self.training;
+        let clip_norm = (clip_norm > 0.0).then_some(clip_norm);
+        Optimizer { learning_rate: 0.0, beta1, beta2, epsilon, weight_decay, clip_norm }
+    }
+
+    /// The learning rate of each step.
+    pub fn learning_rate(&self) -> LearningRate {
+        let training = &self.training;
+        LearningRate {
+            peak: training.learning_rate,
+            floor: training.minimum_learning_rate.unwrap_or_default(),
+            warmup_steps: training.warmup_steps.unwrap_or_default(),
+            steps: training.steps,
+        }
+    }
+
+    /// The CPU's precision, when the job's is one it has.
+    pub fn local_precision(&self) -> Result<compute::Precision> {
+        match self.training.precision {
+            Precision::Fp32 => Ok(compute::Precision::Fp32),
+            Precision::Bf16 => Ok(compute::Precision::Bf16),
+            Precision::Fp8 => bail!(
+                "[training] precision = \"fp8\" cannot be trained on this machine; choose \"fp32\" or \"bf16\""
+            ),
+        }
+    }
+}
+
+impl Training {
+    fn complete(&mut self) -> Result<()> {
+        let positive = [("steps", self.steps), ("evaluation_sequences", self.evaluation_sequences)];
+        if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
+            bail!("[training] {key} is 0; it must be at least 1");
+        }
+        if !(self.learning_rate.is_finite() && self.learning_rate >= 0.0) {
+            bail!("[training] learning_rate = {} is not a rate", self.learning_rate);
+        }
+        self.minimum_learning_rate.get_or_insert(0.1 * self.learning_rate);
+        self.warmup_steps.get_or_insert(self.steps / 20);
+        self.evaluate_every.get_or_insert((self.steps / 10).max(1));
+        Ok(())
+    }
+}
+
+impl ModelSection {
+    /// The dimensions, and the folder with weights to start from.
+    fn resolve(self) -> Result<(Config, Option<PathBuf>)> {
+        let sources = [self.name.is_some(), self.config.is_some(), self.weights.is_some()];
+        if sources.into_iter().filter(|given| *given).count() > 1 {
+            bail!("[model] takes one of `name`, `config` and `weights`");
+        }
+        let base = match (&self.name, &self.config, &self.weights) {
+            (Some(name), _, _) => model::catalogue::find(name)?.clone(),
+            (_, Some(path), _) => read_config(path)?,
+            (_, _, Some(folder)) => checkpoint::hugging_face::read_config(folder)?,
+            _ => self.dimensions()?,
+        };
+        let config = self.over(base);
+        config.check().context("[model]")?;
+        if let Some(folder) = &self.weights {
+            checkpoint::hugging_face::Weights::open(folder)?.check(&config)?;
+        }
+        Ok((config, self.weights))
+    }
+
+    /// A model given by its dimensions alone.
+    fn dimensions(&self) -> Result<Config> {
+        let needed = |key: &str, value: Option<u64>| {
+            value.ok_or_else(|| {
+                anyhow!("[model] needs `{key}`, or a catalogue `name`, or `config` or `weights` of a Hugging Face model")
+            })
+        };
+        let heads = needed("heads", self.heads)?;
+        let hidden = needed("hidden", self.hidden)?;
+        Ok(Config {
+            layers: needed("layers", self.layers.map(u64::from))? as u32,
+            hidden,
+            heads,
+            kv_heads: self.kv_heads.unwrap_or(heads),
+            head_dim: hidden / heads.max(1),
+            feed_forward: needed("feed_forward", self.feed_forward)?,
+            vocabulary: needed("vocabulary", self.vocabulary)?,
+            tied_embeddings: false,
+            norm_epsilon: 1e-5,
+            rotary: Rotary {
+                theta: 500_000.0,
+                scaling: Some(Llama3Scaling {
+                    factor: 8.0,
+                    low_frequency_factor: 1.0,
+                    high_frequency_factor: 4.0,
+                    original_context: 8192,
+                }),
+            },
+            context: 131_072,
+        })
+    }
+
+    fn over(&self, base: Config) -> Config {
+        Config {
+            layers: self.layers.unwrap_or(base.layers),
+            hidden: self.hidden.unwrap_or(base.hidden),
+            heads: self.heads.unwrap_or(base.heads),
+            kv_heads: self.kv_heads.unwrap_or(base.kv_heads),
+            head_dim: self.head_dim.unwrap_or(base.head_dim),
+            feed_forward: self.feed_forward.unwrap_or(base.feed_forward),
+            vocabulary: self.vocabulary.unwrap_or(base.vocabulary),
+            tied_embeddings: self.tied_embeddings.unwrap_or(base.tied_embeddings),
+            norm_epsilon: self.norm_epsilon.unwrap_or(base.norm_epsilon),
+            rotary: Rotary {
+                theta: self.rotary_theta.unwrap_or(base.rotary.theta),
+                scaling: base.rotary.scaling,
+            },
+            context: base.context,
+        }
+    }
+}
+
+/// Reads a `config.json`, named itself or by its folder.
+fn read_config(path: &Path) -> Result<Config> {
+    let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+    let json = std::fs::read_to_string(&file)
+        .with_context(|| format!("[model] config: cannot read {}", file.display()))?;
+    model::hugging_face::from_json(&json).with_context(|| file.display().to_string())
+}
+
+/// Adds to an error about an unknown key or word the nearest one that is known.
+fn explain(error: toml::de::Error) -> anyhow::Error {
+    let message = error.message();
+    let mut words = message.split('`').skip(1).step_by(2);
+    let unknown = words.next().filter(|_| message.starts_with("unknown "));
+    let nearest = unknown.and_then(|unknown| {
+        words
+            .map(|known| (strsim::damerau_levenshtein(unknown, known), known.to_owned()))
+            .min()
+            .map(|(_, known)| (unknown.to_owned(), known))
+    });
+    let text = error.to_string();
+    match nearest {
+        Some((unknown, known)) => {
+            anyhow!("{}\ndid you mean `{known}` instead of `{unknown}`?", text.trim_end())
+        }
+        None => anyhow!("{}", text.trim_end()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRAINING: &str = "[training]\nsequence = 8\nglobal_batch = 4\n";
+
+    fn error(text: &str) -> String {
+        format!("{:#}", Job::parse(text, "test").unwrap_err())
+    }
+
+    #[test]
+    fn an_unknown_key_is_answered_with_the_nearest() {
+        let text = format!("[model]\nname = \"tiny\"\n{TRAINING}globel_batch = 2\n");
+        insta::assert_snapshot!(error(&text), @"");
+        let text = format!("[model]\nname = \"tiny\"\n{TRAINING}[layout]\nshard = \"gradient\"\n");
+        insta::assert_snapshot!(error(&text), @"");
+    }
+
+    #[test]
+    fn what_is_missing_or_does_not_fit_is_named() {
+        insta::assert_snapshot!(error(TRAINING), @"");
+        insta::assert_snapshot!(error(&format!("[model]\nname = \"tyny\"\n{TRAINING}")), @"");
+        insta::assert_snapshot!(error(&format!("[model]\nname = \"tiny\"\nheads = 3\n{TRAINING}")), @"");
+        let ranks = "[cluster]\naccelerators = 4\n[layout]\npipeline = 3\n";
+        insta::assert_snapshot!(error(&format!("[model]\nname = \"tiny\"\n{TRAINING}{ranks}")), @"");
+        insta::assert_snapshot!(error("[model]\nname = \"tiny\"\n"), @"");
+    }
+
+    #[test]
+    fn a_resolved_job_says_everything() {
+        let job = Job::parse(&format!("[model]\nname = \"tiny\"\n{TRAINING}"), "test").unwrap();
+        insta::assert_snapshot!(job.resolved(), @"");
+    }
+}

@@ -1,0 +1,83 @@
+//! What a person sees while a job runs: a line that moves on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Plain lines of a run that is not watched on a terminal.
+const PLAIN_LINES: u64 = 20;
+
+/// Progress on standard output.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    total: u64,
+    quiet: bool,
+}
+
+impl Progress {
+    /// Progress over `total` units of work; `quiet` says nothing at all.
+    pub fn new(what: &str, total: u64, quiet: bool) -> Self {
+        let watched = std::io::stdout().is_terminal() && !quiet;
+        let bar = watched.then(|| {
+            let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stdout());
+            let style = ProgressStyle::with_template("{prefix} {bar:24} {msg}  eta {eta}");
+            bar.set_style(style.expect("the template is right"));
+            bar.set_prefix(what.to_owned());
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar
+        });
+        Self { bar, total, quiet }
+    }
+
+    /// `done` units are done; `line` says how it goes, given the time left when it is known.
+    pub fn update(&self, done: u64, line: &str, left: Option<Duration>) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(done);
+            bar.set_message(line.to_owned());
+        } else if done.is_multiple_of((self.total / PLAIN_LINES).max(1)) || done == self.total {
+            let eta = left.map(|left| format!("  eta {}", HumanDuration(left)));
+            self.say(&format!("{line}{}", eta.unwrap_or_default()));
+        }
+    }
+
+    /// A line that stays.
+    pub fn say(&self, line: &str) {
+        match &self.bar {
+            _ if self.quiet => {}
+            Some(bar) => bar.println(line),
+            None => println!("{line}"),
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// A number with its thousands apart.
+pub fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn thousands_are_apart() {
+        assert_eq!(super::thousands(0), "0");
+        assert_eq!(super::thousands(999), "999");
+        assert_eq!(super::thousands(405_853_388_800), "405,853,388,800");
+    }
+}
