@@ -64,7 +64,7 @@ impl Header {
             other => return Err(format!("it sent a frame of unknown kind {other:#x}")),
         };
         let bytes = u64_at(wire, 24);
-        if bytes > limit || bytes % 4 != 0 || (kind == Kind::Goodbye && bytes != 0) {
+        if bytes > limit || !bytes.is_multiple_of(4) || (kind == Kind::Goodbye && bytes != 0) {
             return Err(format!(
                 "it sent a {kind:?} frame of {bytes} bytes (limit {limit})"
             ));

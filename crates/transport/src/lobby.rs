@@ -201,3 +201,28 @@ impl Speaking {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn random_bytes_are_no_message_or_a_bounded_one(random: [u8; PREFIX_BYTES], ours: bool) {
+            let mut start = random;
+            if ours {
+                start[..4].copy_from_slice(&MAGIC);
+            }
+            if let Some((_, length)) = read_prefix(&start) {
+                prop_assert!(ours && length <= MESSAGE_LIMIT);
+            }
+        }
+
+        #[test]
+        fn a_length_survives_the_wire(length in 0..=MESSAGE_LIMIT) {
+            prop_assert_eq!(read_prefix(&prefix(length)), Some((VERSION, length)));
+        }
+    }
+}

@@ -6,19 +6,15 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Socket, Type};
 use units::Rank;
 
 use crate::lobby::{Lobby, PREFIX_BYTES, VERSION, prefix, read_prefix};
 use crate::{Error, Tcp};
-
-/// The kernel's buffer per socket and direction: room for a rank to compute while bytes move.
-const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
 /// The first pause between two attempts to connect; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -105,7 +101,8 @@ impl Rendezvous {
     fn host(&self, listener: Option<TcpListener>, deadline: Instant) -> Result<Tcp, Error> {
         let listener = match listener {
             Some(listener) => listener,
-            None => listen(self.address).map_err(|e| self.failed(format!("cannot listen: {e}")))?,
+            None => TcpListener::bind(self.address)
+                .map_err(|e| self.failed(format!("cannot listen: {e}")))?,
         };
         let mut arrived = Vec::new();
         let outcome = self.gather(listener, deadline, &mut arrived);
@@ -353,33 +350,18 @@ fn difference(ours: &str, theirs: &str, rank: Rank) -> String {
     format!("its job differs from rank 0's:{}{more}", lines.concat())
 }
 
-/// Listens on one interface, with the buffers that accepted sockets inherit.
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    socket.set_reuse_address(true)?;
-    set_buffers(&socket)?;
-    socket.bind(&address.into())?;
-    socket.listen(1024)?;
-    Ok(socket.into())
-}
-
 /// Listens, on a port that the system chooses, on the interface that leads to rank 0.
 fn listen_beside(host: &TcpStream) -> io::Result<TcpListener> {
-    let interface: IpAddr = host.local_addr()?.ip();
-    listen(SocketAddr::new(interface, 0))
+    let interface = host.local_addr()?.ip();
+    TcpListener::bind((interface, 0))
 }
 
+/// The sizes of the socket buffers are left to the kernel, which adapts them to several MB; setting
+/// them would cap them at a limit that is often smaller.
 fn connect(address: SocketAddr, deadline: Instant) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
-    set_buffers(&socket)?;
-    socket.connect_timeout(&address.into(), time_left(deadline)?)?;
-    socket.set_tcp_nodelay(true)?;
-    Ok(socket.into())
-}
-
-fn set_buffers(socket: &Socket) -> io::Result<()> {
-    socket.set_send_buffer_size(SOCKET_BUFFER_BYTES)?;
-    socket.set_recv_buffer_size(SOCKET_BUFFER_BYTES)
+    let socket = TcpStream::connect_timeout(&address, time_left(deadline)?)?;
+    socket.set_nodelay(true)?;
+    Ok(socket)
 }
 
 fn time_left(deadline: Instant) -> io::Result<Duration> {
