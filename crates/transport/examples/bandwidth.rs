@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<_> = std::env::args().collect();
     if let [_, address] = &arguments[..] {
         let tcp = rendezvous(Rank(1), address.parse()?).meet(None)?;
-        return Ok(drop(measure(Box::new(tcp))?));
+        return Ok(measure(Box::new(tcp)).map(drop)?);
     }
     println!("transport      buffer      time      each way   CPU per byte");
     let mut mesh = InProcess::mesh(2);

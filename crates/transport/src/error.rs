@@ -31,6 +31,16 @@ pub enum Error {
         /// How the peer was seen to be gone.
         reason: String,
     },
+    /// A collective failed on another rank, which says more about it.
+    #[error("`{operation}` (number {sequence} of its group) failed on {peer}; see its own output")]
+    FailedElsewhere {
+        /// The rank on which it failed.
+        peer: Rank,
+        /// The local operation's label.
+        operation: Arc<str>,
+        /// Its number in the order of posting on its group, from 0.
+        sequence: u64,
+    },
     /// An operation was waited for longer than [`crate::Limits::wait`].
     #[error(
         "`{operation}` (number {sequence} of its group) is not done after {limit}: no answer from \

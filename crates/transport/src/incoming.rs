@@ -1,7 +1,7 @@
 //! The receiving direction of a stream: frames go straight to the chunk that waits for them, or are
 //! kept until their operation is posted.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use collective::{Action, Step};
 
@@ -23,6 +23,8 @@ pub(crate) struct Incoming {
     /// Whole frames that came before their receive was started.
     early: BTreeMap<Key, VecDeque<Early>>,
     early_bytes: u64,
+    /// Collectives that failed on the peer before they were posted here.
+    aborted: BTreeSet<Key>,
 }
 
 /// The header of the next frame, as far as it is here.
@@ -104,9 +106,19 @@ impl Incoming {
         self.early.get(&key).map_or(0, VecDeque::len)
     }
 
-    /// The bytes of all kept frames.
+    /// The bytes of all that is kept for operations not posted yet.
     pub(crate) fn early_bytes(&self) -> u64 {
-        self.early_bytes
+        self.early_bytes + (HEADER_BYTES * self.aborted.len()) as u64
+    }
+
+    /// Keeps in mind that a collective not posted here has failed on the peer.
+    pub(crate) fn keep_abort(&mut self, key: Key) {
+        self.aborted.insert(key);
+    }
+
+    /// Whether a collective that is being posted has failed on the peer.
+    pub(crate) fn take_abort(&mut self, key: Key) -> bool {
+        self.aborted.remove(&key)
     }
 
     /// Drops what an operation that failed was waiting for.

@@ -187,6 +187,14 @@ impl Active {
         receives.map(|step| self.peer(step)).collect()
     }
 
+    /// The ranks of a collective.
+    pub(crate) fn members(&self) -> &[Rank] {
+        match &self.work {
+            Work::Collective { ranks, .. } => ranks,
+            Work::PointToPoint { .. } => &[],
+        }
+    }
+
     /// The pending steps with a peer, as (sends, receives).
     pub(crate) fn pending_with(&self, peer: Rank) -> (usize, usize) {
         let with_peer = self

@@ -153,7 +153,7 @@ impl Progress {
         let own = self.transport.rank().index();
         for (index, peer) in self.peers.iter_mut().enumerate() {
             if index != own && peer.gone.is_none() && !peer.outgoing.broken {
-                peer.outgoing.push_goodbye();
+                peer.outgoing.push_notice(Header::GOODBYE);
             }
         }
     }
@@ -211,9 +211,12 @@ impl Progress {
             self.receivers.insert((active.key, sender), ticket);
         }
         self.operations.insert(ticket, active);
-        match self.broken_by(ticket) {
-            Some(peer) => self.fail_lost(ticket, peer),
-            None => self.advance(ticket),
+        if let Some(peer) = self.broken_by(ticket) {
+            self.fail_lost(ticket, peer);
+        } else if let Some(peer) = self.aborted_by(ticket) {
+            self.fail_elsewhere(ticket, peer);
+        } else {
+            self.advance(ticket);
         }
     }
 
@@ -230,7 +233,7 @@ impl Progress {
             if operation.step(step).is_send() {
                 self.peers[peer.index()].outgoing.push((ticket, step));
             } else if let Err(error) = self.start_receive(peer, (ticket, step)) {
-                return self.fail(ticket, error);
+                return self.fail_and_tell(ticket, error);
             }
         }
     }
@@ -343,15 +346,19 @@ impl Progress {
         let incoming = &self.peers[peer.index()].incoming;
         let header = Header::decode(&incoming.header.bytes, self.limits.frame.0)
             .map_err(|reason| Error::ended(peer, reason))?;
-        if header.key.kind == Kind::Goodbye {
-            self.depart(
-                peer,
-                Gone {
-                    orderly: true,
-                    reason: "it left the job".into(),
-                },
-            );
-            return Ok(true);
+        match header.key.kind {
+            Kind::Goodbye => {
+                self.depart(
+                    peer,
+                    Gone {
+                        orderly: true,
+                        reason: "it left the job".into(),
+                    },
+                );
+                return Ok(true);
+            }
+            Kind::Abort => return Ok(self.take_abort(peer, header.key)),
+            Kind::Collective | Kind::PointToPoint => {}
         }
         let receiver = self.receivers.get(&receiver_key(header.key, peer)).copied();
         let sink = match receiver.filter(|ticket| incoming.expects(*ticket)) {
@@ -382,7 +389,7 @@ impl Progress {
         match operation.check(peer, step, header) {
             Ok(()) => Sink::Chunk((ticket, step)),
             Err(error) => {
-                self.fail(ticket, error);
+                self.fail_and_tell(ticket, error);
                 Sink::Discard
             }
         }
@@ -409,7 +416,7 @@ impl Progress {
     fn is_past(&self, key: Key, peer: Rank) -> bool {
         let lane = match key.kind {
             Kind::PointToPoint => Lane::From(peer),
-            Kind::Collective | Kind::Goodbye => Lane::Collective,
+            Kind::Collective | Kind::Goodbye | Kind::Abort => Lane::Collective,
         };
         self.sequences
             .get(&(key.group, lane))
@@ -450,6 +457,66 @@ impl Progress {
             limit: Seconds(self.limits.wait.as_secs_f64()),
             waiting_for: operation.waiting_for(),
         };
+        self.fail_and_tell(ticket, error);
+    }
+
+    /// Takes a peer's notice that a collective failed there; false while there is no room for it.
+    fn take_abort(&mut self, peer: Rank, notice: Key) -> bool {
+        let key = Key {
+            kind: Kind::Collective,
+            ..notice
+        };
+        let past = self.is_past(key, peer);
+        let incoming = &mut self.peers[peer.index()].incoming;
+        match self.receivers.get(&(key, None)) {
+            None if !past && incoming.early_bytes() >= self.limits.early.0 => return false,
+            None if !past => incoming.keep_abort(key),
+            None => {}
+            Some(&ticket) => self.fail_elsewhere(ticket, peer),
+        }
+        self.peers[peer.index()].incoming.header.filled = 0;
+        true
+    }
+
+    /// The peer, if any, on which a collective had failed before it was posted here.
+    fn aborted_by(&mut self, ticket: u64) -> Option<Rank> {
+        let key = self.operations[&ticket].key;
+        let peers = (0..).map(Rank).zip(&mut self.peers);
+        peers
+            .filter_map(|(rank, peer)| peer.incoming.take_abort(key).then_some(rank))
+            .last()
+    }
+
+    fn fail_elsewhere(&mut self, ticket: u64, peer: Rank) {
+        let Active { label, key, .. } = &self.operations[&ticket];
+        let (operation, sequence) = (Arc::clone(label), key.sequence);
+        self.fail(
+            ticket,
+            Error::FailedElsewhere {
+                peer,
+                operation,
+                sequence,
+            },
+        );
+    }
+
+    /// Reports a failure that the other members of a collective cannot see for themselves.
+    fn fail_and_tell(&mut self, ticket: u64, error: Error) {
+        let operation = &self.operations[&ticket];
+        let Key {
+            group, sequence, ..
+        } = operation.key;
+        for member in operation
+            .members()
+            .iter()
+            .filter(|rank| **rank != self.transport.rank())
+        {
+            let peer = &mut self.peers[member.index()];
+            if peer.gone.is_none() {
+                peer.outgoing
+                    .push_notice(Header::notice(Kind::Abort, group, sequence));
+            }
+        }
         self.fail(ticket, error);
     }
 
@@ -553,7 +620,11 @@ impl Progress {
             sequence: operation.key.sequence,
             reason: gone.reason.clone(),
         };
-        self.fail(ticket, error);
+        // Every survivor sees a death itself, and is to name the dead rank rather than this one.
+        match gone.orderly {
+            true => self.fail_and_tell(ticket, error),
+            false => self.fail(ticket, error),
+        }
     }
 }
 

@@ -1,4 +1,8 @@
 //! Processes that belong together find each other; others are refused, and every rank learns why.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test's helpers may panic as its tests do"
+)]
 
 mod mesh;
 
