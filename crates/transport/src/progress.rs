@@ -211,10 +211,10 @@ impl Progress {
             self.receivers.insert((active.key, sender), ticket);
         }
         self.operations.insert(ticket, active);
-        if let Some(peer) = self.broken_by(ticket) {
-            self.fail_lost(ticket, peer);
-        } else if let Some(peer) = self.aborted_by(ticket) {
+        if let Some(peer) = self.aborted_by(ticket) {
             self.fail_elsewhere(ticket, peer);
+        } else if let Some(peer) = self.broken_by(ticket) {
+            self.fail_lost(ticket, peer);
         } else {
             self.advance(ticket);
         }

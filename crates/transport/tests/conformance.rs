@@ -35,6 +35,7 @@ on_every_transport!(
     a_rank_that_leaves_early_is_named,
     a_wait_beyond_the_limit_names_who_has_not_answered,
     different_operations_in_the_same_place_are_noticed,
+    a_failed_collective_fails_for_those_who_post_it_later,
     garbage_on_a_stream_is_a_lost_peer,
 );
 
@@ -434,17 +435,6 @@ fn a_wait_beyond_the_limit_names_who_has_not_answered(make: MakeMesh) {
         }
 
         over.wait();
-        // Who posts it now learns that it has failed.
-        if communicator.rank() != Rank(0) {
-            let gather = Arc::new(collective::direct(Kind::AllGather, 3));
-            let action = Action::Collective(gather);
-            let ticket = post(&mut communicator, &all(3), action, vec![0.0; 3], "too late");
-            let error = communicator.wait(ticket).unwrap_err();
-            assert!(
-                matches!(error, Error::FailedElsewhere { peer: Rank(0), .. }),
-                "{error}"
-            );
-        }
     });
 }
 
@@ -482,6 +472,27 @@ fn different_operations_in_the_same_place_are_noticed(make: MakeMesh) {
         }
     }
     assert!(named > 0);
+}
+
+fn a_failed_collective_fails_for_those_who_post_it_later(make: MakeMesh) {
+    let failed = std::sync::Barrier::new(3);
+    run(make(3), Limits::default(), |mut communicator| {
+        let rank = communicator.rank();
+        if rank == Rank(2) {
+            failed.wait();
+        }
+        let action = Action::Collective(Arc::new(collective::ring(Kind::AllReduce, 3)));
+        let buffer = vec![0.0; 300 + 3 * rank.index()];
+        let ticket = post(&mut communicator, &all(3), action, buffer, "unequal");
+        match communicator.wait(ticket).unwrap_err() {
+            Error::Mismatch { peer, .. } => assert_eq!((rank, peer), (Rank(1), Rank(0))),
+            Error::FailedElsewhere { peer, .. } => assert!(rank != Rank(1) && peer == Rank(1)),
+            other => panic!("{other}"),
+        }
+        if rank != Rank(2) {
+            failed.wait();
+        }
+    });
 }
 
 fn garbage_on_a_stream_is_a_lost_peer(make: MakeMesh) {
