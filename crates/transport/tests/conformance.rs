@@ -475,15 +475,16 @@ fn different_operations_in_the_same_place_are_noticed(make: MakeMesh) {
 }
 
 fn a_failed_collective_fails_for_those_who_post_it_later(make: MakeMesh) {
-    let failed = std::sync::Barrier::new(3);
+    let (failed, done) = (std::sync::Barrier::new(3), std::sync::Barrier::new(3));
     run(make(3), Limits::default(), |mut communicator| {
         let rank = communicator.rank();
         if rank == Rank(2) {
             failed.wait();
         }
         let action = Action::Collective(Arc::new(collective::ring(Kind::AllReduce, 3)));
-        let buffer = vec![0.0; 300 + 3 * rank.index()];
+        let buffer = vec![0.0; if rank == Rank(0) { 300 } else { 303 }];
         let ticket = post(&mut communicator, &all(3), action, buffer, "unequal");
+        // Rank 1 receives from rank 0 and sees that it differs; the others hear of it.
         match communicator.wait(ticket).unwrap_err() {
             Error::Mismatch { peer, .. } => assert_eq!((rank, peer), (Rank(1), Rank(0))),
             Error::FailedElsewhere { peer, .. } => assert!(rank != Rank(1) && peer == Rank(1)),
@@ -492,6 +493,7 @@ fn a_failed_collective_fails_for_those_who_post_it_later(make: MakeMesh) {
         if rank != Rank(2) {
             failed.wait();
         }
+        done.wait();
     });
 }
 
