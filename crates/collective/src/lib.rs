@@ -18,13 +18,3 @@ pub use algorithm::{Algorithm, Cost, direct, ring};
 pub use executor::Executor;
 pub use schedule::{Action, Kind, Schedule, Step, chunk_range};
 pub use verify::Error;
-
-impl std::fmt::Display for Kind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::AllReduce => "all-reduce",
-            Self::ReduceScatter => "reduce-scatter",
-            Self::AllGather => "all-gather",
-        })
-    }
-}

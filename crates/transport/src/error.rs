@@ -31,6 +31,16 @@ pub enum Error {
         /// How the peer was seen to be gone.
         reason: String,
     },
+    /// A collective failed on another rank, which says more about it.
+    #[error("`{operation}` (number {sequence} of its group) failed on {peer}; see its own output")]
+    FailedElsewhere {
+        /// The rank on which it failed.
+        peer: Rank,
+        /// The local operation's label.
+        operation: Arc<str>,
+        /// Its number in the order of posting on its group, from 0.
+        sequence: u64,
+    },
     /// An operation was waited for longer than [`crate::Limits::wait`].
     #[error(
         "`{operation}` (number {sequence} of its group) is not done after {limit}: no answer from \
@@ -96,11 +106,17 @@ pub enum Error {
 impl Error {
     /// Turns an input-output error into one that says what was tried.
     pub(crate) fn system(action: &'static str) -> impl Fn(std::io::Error) -> Self {
-        move |error| Self::System { action, reason: error.to_string() }
+        move |error| Self::System {
+            action,
+            reason: error.to_string(),
+        }
     }
 
     /// A stream with `peer` that ended for `reason`.
     pub(crate) fn ended(peer: Rank, reason: impl ToString) -> Self {
-        Self::StreamEnded { peer, reason: reason.to_string() }
+        Self::StreamEnded {
+            peer,
+            reason: reason.to_string(),
+        }
     }
 }

@@ -12,6 +12,8 @@ pub(crate) enum Kind {
     PointToPoint = 0x5048_4c02,
     /// Nothing, and nothing will follow: the peer is done.
     Goodbye = 0x5048_4c03,
+    /// Nothing: the collective with this group and sequence has failed on the sender.
+    Abort = 0x5048_4c04,
 }
 
 /// Which operation of the job a frame belongs to, up to the rank that sends it.
@@ -34,8 +36,20 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    pub(crate) const GOODBYE: Self =
-        Self { key: Key { kind: Kind::Goodbye, group: 0, sequence: 0 }, chunk: 0, bytes: 0 };
+    pub(crate) const GOODBYE: Self = Self::notice(Kind::Goodbye, 0, 0);
+
+    /// A frame without payload.
+    pub(crate) const fn notice(kind: Kind, group: u64, sequence: u64) -> Self {
+        Self {
+            key: Key {
+                kind,
+                group,
+                sequence,
+            },
+            chunk: 0,
+            bytes: 0,
+        }
+    }
 
     /// The header on the wire: little-endian kind, chunk, group, sequence, bytes.
     pub(crate) fn encode(self) -> [u8; HEADER_BYTES] {
@@ -54,14 +68,30 @@ impl Header {
             kind if kind == Kind::Collective as u32 => Kind::Collective,
             kind if kind == Kind::PointToPoint as u32 => Kind::PointToPoint,
             kind if kind == Kind::Goodbye as u32 => Kind::Goodbye,
+            kind if kind == Kind::Abort as u32 => Kind::Abort,
             other => return Err(format!("it sent a frame of unknown kind {other:#x}")),
         };
         let bytes = u64_at(wire, 24);
-        if bytes > limit || bytes % 4 != 0 || (kind == Kind::Goodbye && bytes != 0) {
-            return Err(format!("it sent a {kind:?} frame of {bytes} bytes (limit {limit})"));
+        let limit = if matches!(kind, Kind::Goodbye | Kind::Abort) {
+            0
+        } else {
+            limit
+        };
+        if bytes > limit || !bytes.is_multiple_of(4) {
+            return Err(format!(
+                "it sent a {kind:?} frame of {bytes} bytes (limit {limit})"
+            ));
         }
-        let key = Key { kind, group: u64_at(wire, 8), sequence: u64_at(wire, 16) };
-        Ok(Self { key, chunk: u32_at(wire, 4), bytes })
+        let key = Key {
+            kind,
+            group: u64_at(wire, 8),
+            sequence: u64_at(wire, 16),
+        };
+        Ok(Self {
+            key,
+            chunk: u32_at(wire, 4),
+            bytes,
+        })
     }
 }
 
@@ -95,7 +125,7 @@ mod tests {
         }
 
         #[test]
-        fn random_bytes_are_an_error_or_a_bounded_header(wire: [u8; HEADER_BYTES], kind in 0..4_u32) {
+        fn random_bytes_are_an_error_or_a_bounded_header(wire: [u8; HEADER_BYTES], kind in 0..6_u32) {
             let mut wire = wire;
             wire[..4].copy_from_slice(&(0x5048_4c00 + kind).to_le_bytes());
             if let Ok(header) = Header::decode(&wire, 1 << 20) {

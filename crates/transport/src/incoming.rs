@@ -1,7 +1,7 @@
 //! The receiving direction of a stream: frames go straight to the chunk that waits for them, or are
 //! kept until their operation is posted.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use collective::{Action, Step};
 
@@ -23,6 +23,8 @@ pub(crate) struct Incoming {
     /// Whole frames that came before their receive was started.
     early: BTreeMap<Key, VecDeque<Early>>,
     early_bytes: u64,
+    /// Collectives that failed on the peer before they were posted here.
+    aborted: BTreeSet<Key>,
 }
 
 /// The header of the next frame, as far as it is here.
@@ -82,7 +84,10 @@ impl Incoming {
     /// Keeps a frame for later.
     pub(crate) fn keep(&mut self, frame: Early) {
         self.early_bytes += frame.header.bytes;
-        self.early.entry(frame.header.key).or_default().push_back(frame);
+        self.early
+            .entry(frame.header.key)
+            .or_default()
+            .push_back(frame);
     }
 
     /// The oldest kept frame of an operation.
@@ -101,9 +106,19 @@ impl Incoming {
         self.early.get(&key).map_or(0, VecDeque::len)
     }
 
-    /// The bytes of all kept frames.
+    /// The bytes of all that is kept for operations not posted yet.
     pub(crate) fn early_bytes(&self) -> u64 {
-        self.early_bytes
+        self.early_bytes + (HEADER_BYTES * self.aborted.len()) as u64
+    }
+
+    /// Keeps in mind that a collective not posted here has failed on the peer.
+    pub(crate) fn keep_abort(&mut self, key: Key) {
+        self.aborted.insert(key);
+    }
+
+    /// Whether a collective that is being posted has failed on the peer.
+    pub(crate) fn take_abort(&mut self, key: Key) -> bool {
+        self.aborted.remove(&key)
     }
 
     /// Drops what an operation that failed was waiting for.
@@ -122,7 +137,12 @@ impl Incoming {
 impl Reading {
     /// A frame of which nothing but the header is read.
     pub(crate) fn new(header: Header, sink: Sink) -> Self {
-        Self { header, sink, done: 0, carry: [0; 4] }
+        Self {
+            header,
+            sink,
+            done: 0,
+            carry: [0; 4],
+        }
     }
 
     /// Whether the payload is complete.
@@ -143,7 +163,9 @@ impl Reading {
             Sink::Discard => read(&mut bytemuck::cast_slice_mut(scratch)[..length])?,
             Sink::Early(payload) => read(&mut bytemuck::cast_slice_mut(payload)[span])?,
             Sink::Chunk((ticket, step)) => {
-                let operation = operations.get_mut(ticket).expect("a sink's operation is active");
+                let operation = operations
+                    .get_mut(ticket)
+                    .expect("a sink's operation is active");
                 match action_of(operation, *step) {
                     Action::Copy => {
                         read(&mut bytemuck::cast_slice_mut(operation.chunk_mut(*step))[span])?
@@ -183,7 +205,9 @@ impl Reading {
     /// Turns an early frame, of which a part is read, over to the receive that has now started.
     pub(crate) fn redirect(&mut self, operation: &mut Active, source: Source) {
         let sink = std::mem::replace(&mut self.sink, Sink::Chunk(source));
-        let Sink::Early(payload) = sink else { panic!("only an early frame is redirected") };
+        let Sink::Early(payload) = sink else {
+            panic!("only an early frame is redirected")
+        };
         let (whole, carried) = (self.done / 4, self.done % 4);
         let bytes: &[u8] = bytemuck::cast_slice(&payload);
         match action_of(operation, source.1) {
@@ -192,7 +216,10 @@ impl Reading {
                 chunk[..self.done].copy_from_slice(&bytes[..self.done]);
             }
             Action::Reduce => {
-                add(&mut operation.chunk_mut(source.1)[..whole], &payload[..whole]);
+                add(
+                    &mut operation.chunk_mut(source.1)[..whole],
+                    &payload[..whole],
+                );
                 self.carry[..carried].copy_from_slice(&bytes[4 * whole..][..carried]);
             }
         }
@@ -215,5 +242,7 @@ fn action_of(operation: &Active, step: usize) -> Action {
 }
 
 fn add(sum: &mut [f32], more: &[f32]) {
-    sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+    sum.iter_mut()
+        .zip(more)
+        .for_each(|(sum, more)| *sum += more);
 }

@@ -71,9 +71,17 @@ impl Lobby {
         listener.set_nonblocking(true)?;
         let mut listener = mio::net::TcpListener::from_std(listener);
         let poll = Poll::new()?;
-        poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
+        poll.registry()
+            .register(&mut listener, LISTENER, Interest::READABLE)?;
         let (events, guests) = (Events::with_capacity(64), BTreeMap::new());
-        Ok(Self { poll, events, listener, guests, next_token: 0, ready: Vec::new() })
+        Ok(Self {
+            poll,
+            events,
+            listener,
+            guests,
+            next_token: 0,
+            ready: Vec::new(),
+        })
     }
 
     /// The next connection that has said a whole message; `None` once the deadline has passed.
@@ -101,7 +109,12 @@ impl Lobby {
         if tokens.contains(&LISTENER) {
             self.accept()?;
         }
-        self.ready.extend(tokens.iter().filter(|token| **token != LISTENER).map(|token| token.0));
+        self.ready.extend(
+            tokens
+                .iter()
+                .filter(|token| **token != LISTENER)
+                .map(|token| token.0),
+        );
         Ok(())
     }
 
@@ -117,8 +130,16 @@ impl Lobby {
             };
             let token = self.next_token;
             self.next_token += 1;
-            self.poll.registry().register(&mut socket, Token(token), Interest::READABLE)?;
-            self.guests.insert(token, Speaking { socket, said: Vec::new() });
+            self.poll
+                .registry()
+                .register(&mut socket, Token(token), Interest::READABLE)?;
+            self.guests.insert(
+                token,
+                Speaking {
+                    socket,
+                    said: Vec::new(),
+                },
+            );
             if self.guests.len() > GUEST_LIMIT {
                 self.guests.pop_first();
             }
@@ -145,7 +166,11 @@ impl Lobby {
         socket.set_nonblocking(false)?;
         // A guest that has just gone is found out when it is spoken to.
         drop(socket.set_nodelay(true));
-        Ok(Some(Guest { socket, version, body: speaking.said.split_off(PREFIX_BYTES) }))
+        Ok(Some(Guest {
+            socket,
+            version,
+            body: speaking.said.split_off(PREFIX_BYTES),
+        }))
     }
 }
 
@@ -164,12 +189,40 @@ impl Speaking {
             if missing == 0 {
                 return Ok(Some(version));
             }
-            match (&mut self.socket).take(missing as u64).read_to_end(&mut self.said) {
+            match (&mut self.socket)
+                .take(missing as u64)
+                .read_to_end(&mut self.said)
+            {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(_) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
                 Err(error) => return Err(error),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn random_bytes_are_no_message_or_a_bounded_one(random: [u8; PREFIX_BYTES], ours: bool) {
+            let mut start = random;
+            if ours {
+                start[..4].copy_from_slice(&MAGIC);
+            }
+            if let Some((_, length)) = read_prefix(&start) {
+                prop_assert!(ours && length <= MESSAGE_LIMIT);
+            }
+        }
+
+        #[test]
+        fn a_length_survives_the_wire(length in 0..=MESSAGE_LIMIT) {
+            prop_assert_eq!(read_prefix(&prefix(length)), Some((VERSION, length)));
         }
     }
 }

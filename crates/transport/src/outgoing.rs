@@ -1,6 +1,6 @@
 //! The sending direction of a stream: whole frames, those of earlier operations first.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::IoSlice;
 
 use crate::frame::{HEADER_BYTES, Header};
@@ -16,6 +16,8 @@ pub(crate) type Source = (u64, usize);
 #[derive(Default)]
 pub(crate) struct Outgoing {
     queue: BTreeSet<Source>,
+    /// Frames without payload, which go before those of operations.
+    notices: VecDeque<Header>,
     current: Option<Writing>,
     /// The peer no longer receives. Reading tells why.
     pub broken: bool,
@@ -23,7 +25,7 @@ pub(crate) struct Outgoing {
 
 /// A frame that is being written.
 pub(crate) struct Writing {
-    /// Where the payload is; a goodbye has none.
+    /// Where the payload is; a notice has none.
     pub source: Option<Source>,
     header: [u8; HEADER_BYTES],
     sent: usize,
@@ -36,15 +38,15 @@ impl Outgoing {
         self.queue.insert(source);
     }
 
-    /// Queues the frame after which nothing follows; only once nothing else is queued.
-    pub(crate) fn push_goodbye(&mut self) {
-        assert!(self.is_idle(), "a goodbye comes last");
-        self.current = Some(Writing::new(None, Header::GOODBYE));
+    /// Queues a frame without payload.
+    pub(crate) fn push_notice(&mut self, notice: Header) {
+        self.notices.push_back(notice);
     }
 
     /// Whether there is nothing to write, or nobody to write it to.
     pub(crate) fn is_idle(&self) -> bool {
-        self.broken || (self.current.is_none() && self.queue.is_empty())
+        let empty = self.queue.is_empty() && self.notices.is_empty();
+        self.broken || (self.current.is_none() && empty)
     }
 
     /// The frame to write now.
@@ -53,8 +55,13 @@ impl Outgoing {
             return None;
         }
         if self.current.is_none() {
-            let source = self.queue.pop_first()?;
-            self.current = Some(Writing::new(Some(source), operations[&source.0].header(source.1)));
+            self.current = Some(match self.notices.pop_front() {
+                Some(notice) => Writing::new(None, notice),
+                None => {
+                    let source = self.queue.pop_first()?;
+                    Writing::new(Some(source), operations[&source.0].header(source.1))
+                }
+            });
         }
         self.current.as_mut()
     }
@@ -79,14 +86,22 @@ impl Outgoing {
 impl Writing {
     fn new(source: Option<Source>, header: Header) -> Self {
         let total = HEADER_BYTES + header.bytes as usize;
-        Self { source, header: header.encode(), sent: 0, total }
+        Self {
+            source,
+            header: header.encode(),
+            sent: 0,
+            total,
+        }
     }
 
     /// The next bytes of the frame.
     pub(crate) fn pieces<'a>(&'a self, payload: &'a [u8]) -> [IoSlice<'a>; 2] {
         let header = &self.header[self.sent.min(HEADER_BYTES)..];
         let payload = &payload[self.sent.saturating_sub(HEADER_BYTES)..];
-        [IoSlice::new(header), IoSlice::new(&payload[..payload.len().min(PIECE_BYTES)])]
+        [
+            IoSlice::new(header),
+            IoSlice::new(&payload[..payload.len().min(PIECE_BYTES)]),
+        ]
     }
 
     /// Notes that bytes were written; true when they were the last.

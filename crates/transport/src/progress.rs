@@ -17,7 +17,11 @@ use crate::{Completed, Error, Limits, Operation, Transport};
 /// What the rank asks of the loop.
 pub(crate) enum Command {
     /// Start an operation.
-    Post { ticket: u64, operation: Operation, posted: Instant },
+    Post {
+        ticket: u64,
+        operation: Operation,
+        posted: Instant,
+    },
     /// Fail an operation that was waited for too long.
     Expire { ticket: u64 },
     /// End; before that, complete what was posted and take leave.
@@ -115,12 +119,23 @@ impl Progress {
     fn take_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Post { ticket, operation, posted } => self.post(ticket, operation, posted),
+                Command::Post {
+                    ticket,
+                    operation,
+                    posted,
+                } => self.post(ticket, operation, posted),
                 Command::Expire { ticket } => self.expire(ticket),
                 Command::Close { flush } => {
-                    let grace = if flush { self.limits.farewell } else { Duration::ZERO };
+                    let grace = if flush {
+                        self.limits.farewell
+                    } else {
+                        Duration::ZERO
+                    };
                     let deadline = Instant::now() + grace;
-                    self.closing = Some(Closing { deadline, said_goodbye: !flush });
+                    self.closing = Some(Closing {
+                        deadline,
+                        said_goodbye: !flush,
+                    });
                 }
             }
         }
@@ -138,7 +153,7 @@ impl Progress {
         let own = self.transport.rank().index();
         for (index, peer) in self.peers.iter_mut().enumerate() {
             if index != own && peer.gone.is_none() && !peer.outgoing.broken {
-                peer.outgoing.push_goodbye();
+                peer.outgoing.push_notice(Header::GOODBYE);
             }
         }
     }
@@ -147,7 +162,11 @@ impl Progress {
         let Some(closing) = &self.closing else {
             return false;
         };
-        let idle = || self.peers.iter().all(|p| p.gone.is_some() || p.outgoing.is_idle());
+        let idle = || {
+            self.peers
+                .iter()
+                .all(|p| p.gone.is_some() || p.outgoing.is_idle())
+        };
         Instant::now() >= closing.deadline || (closing.said_goodbye && idle())
     }
 
@@ -160,10 +179,15 @@ impl Progress {
     fn move_bytes(&mut self) -> bool {
         let own = self.transport.rank();
         let mut moved = false;
-        for peer in (0..self.transport.ranks()).map(Rank).filter(|peer| *peer != own) {
+        for peer in (0..self.transport.ranks())
+            .map(Rank)
+            .filter(|peer| *peer != own)
+        {
             if self.peers[peer.index()].gone.is_none() {
                 moved |= self.write(peer);
-                moved |= self.read(peer).unwrap_or_else(|error| self.lose(peer, &error));
+                moved |= self
+                    .read(peer)
+                    .unwrap_or_else(|error| self.lose(peer, &error));
             }
         }
         moved
@@ -177,16 +201,22 @@ impl Progress {
             Action::Send { to } => (Lane::To(to), Some(own)),
             Action::Receive { from } => (Lane::From(from), Some(from)),
         };
-        let next = self.sequences.entry((operation.group.id, lane)).or_default();
+        let next = self
+            .sequences
+            .entry((operation.group.id, lane))
+            .or_default();
         let active = Active::new(operation, own, *next, posted);
         *next += 1;
         if !matches!(lane, Lane::To(_)) {
             self.receivers.insert((active.key, sender), ticket);
         }
         self.operations.insert(ticket, active);
-        match self.broken_by(ticket) {
-            Some(peer) => self.fail_lost(ticket, peer),
-            None => self.advance(ticket),
+        if let Some(peer) = self.aborted_by(ticket) {
+            self.fail_elsewhere(ticket, peer);
+        } else if let Some(peer) = self.broken_by(ticket) {
+            self.fail_lost(ticket, peer);
+        } else {
+            self.advance(ticket);
         }
     }
 
@@ -203,7 +233,7 @@ impl Progress {
             if operation.step(step).is_send() {
                 self.peers[peer.index()].outgoing.push((ticket, step));
             } else if let Err(error) = self.start_receive(peer, (ticket, step)) {
-                return self.fail(ticket, error);
+                return self.fail_and_tell(ticket, error);
             }
         }
     }
@@ -211,7 +241,10 @@ impl Progress {
     /// Starts a receive with what has come early, or waits for its frame.
     fn start_receive(&mut self, peer: Rank, source: Source) -> Result<(), Error> {
         let (ticket, step) = source;
-        let operation = self.operations.get_mut(&ticket).expect("its step was just started");
+        let operation = self
+            .operations
+            .get_mut(&ticket)
+            .expect("its step was just started");
         let incoming = &mut self.peers[peer.index()].incoming;
         if let Some(early) = incoming.take_early(operation.key) {
             operation.check(peer, step, early.header)?;
@@ -239,7 +272,9 @@ impl Progress {
         let Some(writing) = outgoing.current(&self.operations) else {
             return false;
         };
-        let chunk = writing.source.map(|(ticket, step)| self.operations[&ticket].chunk(step));
+        let chunk = writing
+            .source
+            .map(|(ticket, step)| self.operations[&ticket].chunk(step));
         let pieces = writing.pieces(bytemuck::cast_slice(chunk.unwrap_or_default()));
         let Ok(written) = self.transport.try_write(peer, &pieces) else {
             outgoing.broken = true;
@@ -259,7 +294,10 @@ impl Progress {
     fn finish_write(&mut self, peer: Rank, source: Option<Source>) {
         self.peers[peer.index()].outgoing.finish();
         if let Some((ticket, step)) = source {
-            let operation = self.operations.get_mut(&ticket).expect("it was being written");
+            let operation = self
+                .operations
+                .get_mut(&ticket)
+                .expect("it was being written");
             if operation.failed {
                 return self.remove_failed(ticket);
             }
@@ -270,7 +308,13 @@ impl Progress {
 
     /// Reads the next piece; whether anything moved.
     fn read(&mut self, peer: Rank) -> Result<bool, Error> {
-        let Self { peers, transport, operations, scratch, .. } = self;
+        let Self {
+            peers,
+            transport,
+            operations,
+            scratch,
+            ..
+        } = self;
         let incoming = &mut peers[peer.index()].incoming;
         let Some(reading) = &mut incoming.reading else {
             return self.read_header(peer);
@@ -287,7 +331,11 @@ impl Progress {
     fn read_header(&mut self, peer: Rank) -> Result<bool, Error> {
         let header = &mut self.peers[peer.index()].incoming.header;
         let missing = &mut header.bytes[header.filled..];
-        let moved = if missing.is_empty() { 0 } else { self.transport.try_read(peer, missing)? };
+        let moved = if missing.is_empty() {
+            0
+        } else {
+            self.transport.try_read(peer, missing)?
+        };
         header.filled += moved;
         Ok((header.filled == HEADER_BYTES && self.open_frame(peer)?) || moved > 0)
     }
@@ -298,9 +346,19 @@ impl Progress {
         let incoming = &self.peers[peer.index()].incoming;
         let header = Header::decode(&incoming.header.bytes, self.limits.frame.0)
             .map_err(|reason| Error::ended(peer, reason))?;
-        if header.key.kind == Kind::Goodbye {
-            self.depart(peer, Gone { orderly: true, reason: "it left the job".into() });
-            return Ok(true);
+        match header.key.kind {
+            Kind::Goodbye => {
+                self.depart(
+                    peer,
+                    Gone {
+                        orderly: true,
+                        reason: "it left the job".into(),
+                    },
+                );
+                return Ok(true);
+            }
+            Kind::Abort => return Ok(self.take_abort(peer, header.key)),
+            Kind::Collective | Kind::PointToPoint => {}
         }
         let receiver = self.receivers.get(&receiver_key(header.key, peer)).copied();
         let sink = match receiver.filter(|ticket| incoming.expects(*ticket)) {
@@ -321,14 +379,17 @@ impl Progress {
     /// Matches a frame with the receive that waits for it. A frame that does not fit fails the
     /// operation only; what follows on the stream is still in order.
     fn claim(&mut self, peer: Rank, ticket: u64, header: Header) -> Sink {
-        let operation = self.operations.get_mut(&ticket).expect("a receiver is active");
+        let operation = self
+            .operations
+            .get_mut(&ticket)
+            .expect("a receiver is active");
         operation.started.get_or_insert_with(Instant::now);
         let step = self.peers[peer.index()].incoming.take_expected(ticket);
         let step = step.expect("it expects a frame");
         match operation.check(peer, step, header) {
             Ok(()) => Sink::Chunk((ticket, step)),
             Err(error) => {
-                self.fail(ticket, error);
+                self.fail_and_tell(ticket, error);
                 Sink::Discard
             }
         }
@@ -341,7 +402,10 @@ impl Progress {
             Sink::Discard => {}
             Sink::Early(payload) => incoming.keep(Early { header, payload }),
             Sink::Chunk((ticket, step)) => {
-                let operation = self.operations.get_mut(&ticket).expect("its frame was read");
+                let operation = self
+                    .operations
+                    .get_mut(&ticket)
+                    .expect("its frame was read");
                 operation.executor.complete(step);
                 self.advance(ticket);
             }
@@ -352,18 +416,35 @@ impl Progress {
     fn is_past(&self, key: Key, peer: Rank) -> bool {
         let lane = match key.kind {
             Kind::PointToPoint => Lane::From(peer),
-            Kind::Collective | Kind::Goodbye => Lane::Collective,
+            Kind::Collective | Kind::Goodbye | Kind::Abort => Lane::Collective,
         };
-        self.sequences.get(&(key.group, lane)).is_some_and(|next| key.sequence < *next)
+        self.sequences
+            .get(&(key.group, lane))
+            .is_some_and(|next| key.sequence < *next)
     }
 
     fn finish(&mut self, ticket: u64) {
         let operation = self.operations.remove(&ticket).expect("it was just driven");
-        operation.receiver().map(|receiver| self.receivers.remove(&receiver));
+        operation
+            .receiver()
+            .map(|receiver| self.receivers.remove(&receiver));
         let finished = Instant::now();
-        let Active { buffer, posted, started, .. } = operation;
+        let Active {
+            buffer,
+            posted,
+            started,
+            ..
+        } = operation;
         let started = started.unwrap_or(finished);
-        self.outcomes.put(ticket, Ok(Completed { buffer, posted, started, finished }));
+        self.outcomes.put(
+            ticket,
+            Ok(Completed {
+                buffer,
+                posted,
+                started,
+                finished,
+            }),
+        );
     }
 
     fn expire(&mut self, ticket: u64) {
@@ -376,18 +457,87 @@ impl Progress {
             limit: Seconds(self.limits.wait.as_secs_f64()),
             waiting_for: operation.waiting_for(),
         };
+        self.fail_and_tell(ticket, error);
+    }
+
+    /// Takes a peer's notice that a collective failed there; false while there is no room for it.
+    fn take_abort(&mut self, peer: Rank, notice: Key) -> bool {
+        let key = Key {
+            kind: Kind::Collective,
+            ..notice
+        };
+        let past = self.is_past(key, peer);
+        let incoming = &mut self.peers[peer.index()].incoming;
+        match self.receivers.get(&(key, None)) {
+            None if !past && incoming.early_bytes() >= self.limits.early.0 => return false,
+            None if !past => incoming.keep_abort(key),
+            None => {}
+            Some(&ticket) => self.fail_elsewhere(ticket, peer),
+        }
+        self.peers[peer.index()].incoming.header.filled = 0;
+        true
+    }
+
+    /// The peer, if any, on which a collective had failed before it was posted here.
+    fn aborted_by(&mut self, ticket: u64) -> Option<Rank> {
+        let key = self.operations[&ticket].key;
+        let peers = (0..).map(Rank).zip(&mut self.peers);
+        peers
+            .filter_map(|(rank, peer)| peer.incoming.take_abort(key).then_some(rank))
+            .last()
+    }
+
+    fn fail_elsewhere(&mut self, ticket: u64, peer: Rank) {
+        let Active { label, key, .. } = &self.operations[&ticket];
+        let (operation, sequence) = (Arc::clone(label), key.sequence);
+        self.fail(
+            ticket,
+            Error::FailedElsewhere {
+                peer,
+                operation,
+                sequence,
+            },
+        );
+    }
+
+    /// Reports a failure that the other members of a collective cannot see for themselves.
+    fn fail_and_tell(&mut self, ticket: u64, error: Error) {
+        let operation = &self.operations[&ticket];
+        let Key {
+            group, sequence, ..
+        } = operation.key;
+        for member in operation
+            .members()
+            .iter()
+            .filter(|rank| **rank != self.transport.rank())
+        {
+            let peer = &mut self.peers[member.index()];
+            if peer.gone.is_none() {
+                peer.outgoing
+                    .push_notice(Header::notice(Kind::Abort, group, sequence));
+            }
+        }
         self.fail(ticket, error);
     }
 
     /// Reports an operation's failure and takes it apart.
     fn fail(&mut self, ticket: u64, error: Error) {
-        let operation = self.operations.get_mut(&ticket).expect("only active operations fail");
+        let operation = self
+            .operations
+            .get_mut(&ticket)
+            .expect("only active operations fail");
         operation.failed = true;
-        operation.receiver().map(|receiver| self.receivers.remove(&receiver));
+        operation
+            .receiver()
+            .map(|receiver| self.receivers.remove(&receiver));
         for sender in operation.pending_senders() {
-            self.peers[sender.index()].incoming.forget(ticket, operation.key);
+            self.peers[sender.index()]
+                .incoming
+                .forget(ticket, operation.key);
         }
-        self.peers.iter_mut().for_each(|peer| peer.outgoing.forget(ticket));
+        self.peers
+            .iter_mut()
+            .for_each(|peer| peer.outgoing.forget(ticket));
         self.outcomes.put(ticket, Err(error));
         self.remove_failed(ticket);
     }
@@ -395,7 +545,11 @@ impl Progress {
     /// Drops a failed operation unless a frame of it is being written: that must be finished, or
     /// the peer could not make out what follows.
     fn remove_failed(&mut self, ticket: u64) {
-        if !self.peers.iter().any(|peer| peer.outgoing.is_writing(ticket)) {
+        if !self
+            .peers
+            .iter()
+            .any(|peer| peer.outgoing.is_writing(ticket))
+        {
             self.operations.remove(&ticket);
         }
     }
@@ -406,7 +560,13 @@ impl Progress {
             Error::StreamEnded { reason, .. } => reason.clone(),
             other => other.to_string(),
         };
-        self.depart(peer, Gone { orderly: false, reason });
+        self.depart(
+            peer,
+            Gone {
+                orderly: false,
+                reason,
+            },
+        );
         true
     }
 
@@ -428,7 +588,9 @@ impl Progress {
     /// The gone peer, if any, without which an operation cannot be done.
     fn broken_by(&self, ticket: u64) -> Option<Rank> {
         let operation = &self.operations[&ticket];
-        (0..self.transport.ranks()).map(Rank).find(|peer| self.breaks(*peer, operation))
+        (0..self.transport.ranks())
+            .map(Rank)
+            .find(|peer| self.breaks(*peer, operation))
     }
 
     /// Whether a peer's absence breaks an operation. A peer that said goodbye had done its part of
@@ -448,14 +610,21 @@ impl Progress {
 
     fn fail_lost(&mut self, ticket: u64, peer: Rank) {
         let operation = &self.operations[&ticket];
-        let gone = self.peers[peer.index()].gone.as_ref().expect("the peer is gone");
+        let gone = self.peers[peer.index()]
+            .gone
+            .as_ref()
+            .expect("the peer is gone");
         let error = Error::PeerLost {
             peer,
             operation: Arc::clone(&operation.label),
             sequence: operation.key.sequence,
             reason: gone.reason.clone(),
         };
-        self.fail(ticket, error);
+        // Every survivor sees a death itself, and is to name the dead rank rather than this one.
+        match gone.orderly {
+            true => self.fail_and_tell(ticket, error),
+            false => self.fail(ticket, error),
+        }
     }
 }
 
@@ -471,7 +640,10 @@ impl Drop for EndOfThread {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let reason = "the communication thread panicked".into();
-            self.0.put_broken(Error::System { action: "communicate", reason });
+            self.0.put_broken(Error::System {
+                action: "communicate",
+                reason,
+            });
         }
     }
 }

@@ -1,0 +1,534 @@
+//! One suite that every transport passes.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test's helpers may panic as its tests do"
+)]
+
+mod mesh;
+
+use std::io::IoSlice;
+use std::sync::Arc;
+use std::time::Duration;
+
+use collective::{Action as Effect, Algorithm, Kind, Schedule, Step, chunk_range};
+use mesh::{MakeMesh, run};
+use transport::{Action, Communicator, Error, Group, Limits, Operation, Ticket};
+use units::{Bytes, Rank};
+
+/// Declares each function of the suite as a test on each transport.
+macro_rules! on_every_transport {
+    ($($test:ident),* $(,)?) => {
+        mod in_process { $(#[test] fn $test() { super::$test(super::mesh::in_process); })* }
+        mod tcp { $(#[test] fn $test() { super::$test(super::mesh::tcp); })* }
+    };
+}
+
+on_every_transport!(
+    collectives_have_the_bits_that_their_schedule_says,
+    operations_overlap_and_are_waited_for_in_any_order,
+    pipelines_send_and_receive_in_order,
+    frames_of_operations_posted_late_are_kept,
+    back_pressure_holds_a_sender_and_lets_it_go,
+    bytes_of_different_lengths_are_gathered,
+    a_rank_that_is_done_may_leave,
+    a_lost_peer_is_named_by_every_operation_it_is_part_of,
+    a_rank_that_leaves_early_is_named,
+    a_wait_beyond_the_limit_names_who_has_not_answered,
+    different_operations_in_the_same_place_are_noticed,
+    a_failed_collective_fails_for_those_who_post_it_later,
+    garbage_on_a_stream_is_a_lost_peer,
+);
+
+const KINDS: [Kind; 3] = [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather];
+
+fn group(id: u64, ranks: &[u32]) -> Group {
+    Group {
+        id,
+        ranks: ranks.iter().copied().map(Rank).collect(),
+    }
+}
+
+fn all(ranks: u32) -> Group {
+    group(0, &(0..ranks).collect::<Vec<_>>())
+}
+
+/// Numbers whose sum depends on the order of addition.
+fn input(rank: Rank, length: usize, salt: usize) -> Vec<f32> {
+    let value = |i: usize| 1.0 / (1 + (i * 7 + salt * 13 + rank.index() * 31) % 1009) as f32;
+    (0..length).map(value).collect()
+}
+
+fn post(
+    communicator: &mut Communicator,
+    group: &Group,
+    action: Action,
+    buffer: Vec<f32>,
+    label: &str,
+) -> Ticket {
+    let (group, label) = (group.clone(), label.into());
+    communicator
+        .post(Operation {
+            group,
+            action,
+            buffer,
+            label,
+        })
+        .unwrap()
+}
+
+/// The schedule carried out one transfer at a time: what every transport must equal, bit by bit.
+fn reference(schedule: &Schedule, mut buffers: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
+    let ranks = schedule.ranks();
+    let mut executors: Vec<_> = schedule
+        .steps
+        .iter()
+        .map(|steps| collective::Executor::new(steps, schedule.in_flight))
+        .collect();
+    let mut started: Vec<Vec<usize>> = vec![Vec::new(); ranks as usize];
+    while executors.iter().any(|executor| !executor.is_done()) {
+        for (executor, started) in executors.iter_mut().zip(&mut started) {
+            started.extend(std::iter::from_fn(|| executor.start_next()));
+        }
+        for (from, to) in (0..ranks as usize).flat_map(|f| (0..ranks as usize).map(move |t| (f, t)))
+        {
+            let first = |member: usize, peer: usize, sends: bool| {
+                started[member].iter().copied().find(|index| {
+                    let step = schedule.steps[member][*index];
+                    step.is_send() == sends && step.peer() as usize == peer
+                })
+            };
+            let (Some(send), Some(receive)) = (first(from, to, true), first(to, from, false))
+            else {
+                continue;
+            };
+            let Step::Receive { chunk, action, .. } = schedule.steps[to][receive] else {
+                continue;
+            };
+            for i in chunk_range(buffers[to].len(), ranks, chunk) {
+                let value = buffers[from][i];
+                match action {
+                    Effect::Copy => buffers[to][i] = value,
+                    Effect::Reduce => buffers[to][i] += value,
+                }
+            }
+            executors[from].complete(send);
+            executors[to].complete(receive);
+            started[from].retain(|step| *step != send);
+            started[to].retain(|step| *step != receive);
+        }
+    }
+    buffers
+}
+
+/// The part of a result that the kind of collective promises.
+fn promised(kind: Kind, rank: Rank, ranks: u32, buffer: &[f32]) -> Vec<u32> {
+    let range = match kind {
+        Kind::ReduceScatter => chunk_range(buffer.len(), ranks, rank.0),
+        Kind::AllReduce | Kind::AllGather => 0..buffer.len(),
+    };
+    buffer[range].iter().map(|value| value.to_bits()).collect()
+}
+
+fn collectives_have_the_bits_that_their_schedule_says(make: MakeMesh) {
+    for ranks in 1..=5 {
+        let cases = [Algorithm::Ring, Algorithm::Direct]
+            .into_iter()
+            .flat_map(|algorithm| {
+                let lengths = [0, 1, 7, 1_000, if ranks == 3 { 700_001 } else { 10_007 }];
+                KINDS
+                    .into_iter()
+                    .flat_map(move |kind| lengths.map(|length| (algorithm, kind, length)))
+            });
+        let cases: Vec<_> = cases.collect();
+        let results = run(make(ranks), Limits::default(), |mut communicator| {
+            let rank = communicator.rank();
+            let carry_out = |&(algorithm, kind, length): &(Algorithm, Kind, usize)| {
+                let schedule = Arc::new(algorithm.schedule(kind, ranks));
+                let (buffer, action) = (input(rank, length, 0), Action::Collective(schedule));
+                let ticket = post(&mut communicator, &all(ranks), action, buffer, "collective");
+                promised(
+                    kind,
+                    rank,
+                    ranks,
+                    &communicator.wait(ticket).unwrap().buffer,
+                )
+            };
+            cases.iter().map(carry_out).collect::<Vec<_>>()
+        });
+        for (index, &(algorithm, kind, length)) in cases.iter().enumerate() {
+            let inputs = (0..ranks)
+                .map(|rank| input(Rank(rank), length, 0))
+                .collect();
+            let expected = reference(&algorithm.schedule(kind, ranks), inputs);
+            for (rank, buffer) in (0..).map(Rank).zip(&expected) {
+                let expected = promised(kind, rank, ranks, buffer);
+                let case = format!("{algorithm:?} {kind:?} of {length} on {rank} of {ranks}");
+                assert!(results[rank.index()][index] == expected, "{case}");
+            }
+        }
+    }
+}
+
+fn operations_overlap_and_are_waited_for_in_any_order(make: MakeMesh) {
+    let ranks = 4;
+    let groups = [
+        all(ranks),
+        group(1, &[2, 0, 3]),
+        group(2, &[1, 3]),
+        group(3, &[3, 2, 1, 0]),
+    ];
+    let sums = run(make(ranks), Limits::default(), |mut communicator| {
+        let rank = communicator.rank();
+        let mut tickets = Vec::new();
+        for salt in 0..24 {
+            let group = &groups[salt % groups.len()];
+            if group.ranks.contains(&rank) {
+                let algorithm = [Algorithm::Ring, Algorithm::Direct][salt % 2];
+                let schedule = algorithm.schedule(Kind::AllReduce, group.ranks.len() as u32);
+                let action = Action::Collective(Arc::new(schedule));
+                let buffer = input(rank, 100 + 997 * salt, salt);
+                tickets.push((salt, post(&mut communicator, group, action, buffer, "sum")));
+            }
+        }
+        // Every rank waits in an order of its own.
+        let middle = (5 * rank.index()) % tickets.len();
+        tickets.rotate_left(middle);
+        let wait = |(salt, ticket)| (salt, communicator.wait(ticket).unwrap().buffer);
+        let mut sums: Vec<_> = tickets.into_iter().map(wait).collect();
+        sums.sort_by_key(|(salt, _)| *salt);
+        sums
+    });
+    for (rank, sums) in (0..).map(Rank).zip(&sums) {
+        for (salt, sum) in sums {
+            let group = &groups[salt % groups.len()];
+            let member = group.ranks.iter().position(|other| *other == rank).unwrap();
+            let algorithm = [Algorithm::Ring, Algorithm::Direct][salt % 2];
+            let schedule = algorithm.schedule(Kind::AllReduce, group.ranks.len() as u32);
+            let inputs = group
+                .ranks
+                .iter()
+                .map(|rank| input(*rank, sum.len(), *salt))
+                .collect();
+            assert!(
+                reference(&schedule, inputs)[member] == *sum,
+                "{rank}, operation {salt}"
+            );
+        }
+    }
+}
+
+fn pipelines_send_and_receive_in_order(make: MakeMesh) {
+    let ranks = 3;
+    let last = run(make(ranks), Limits::default(), |mut communicator| {
+        let rank = communicator.rank().0;
+        let mut results = Vec::new();
+        for microbatch in 0..10 {
+            let mut buffer = input(Rank(0), 5_000, microbatch);
+            if rank > 0 {
+                let receive = Action::Receive {
+                    from: Rank(rank - 1),
+                };
+                let ticket = post(
+                    &mut communicator,
+                    &all(ranks),
+                    receive,
+                    vec![0.0; 5_000],
+                    "in",
+                );
+                buffer = communicator.wait(ticket).unwrap().buffer;
+            }
+            if rank + 1 < ranks {
+                let send = Action::Send { to: Rank(rank + 1) };
+                let _ = post(&mut communicator, &all(ranks), send, buffer, "out");
+            } else {
+                results.push(buffer);
+            }
+        }
+        results
+    });
+    let expected: Vec<_> = (0..10)
+        .map(|microbatch| input(Rank(0), 5_000, microbatch))
+        .collect();
+    assert!(last[2] == expected);
+}
+
+fn frames_of_operations_posted_late_are_kept(make: MakeMesh) {
+    run(make(2), Limits::default(), |mut communicator| {
+        let schedule = Arc::new(collective::ring(Kind::AllReduce, 2));
+        let sum = |communicator: &mut Communicator| {
+            let buffer = input(communicator.rank(), 9_001, 1);
+            let action = Action::Collective(Arc::clone(&schedule));
+            post(communicator, &all(2), action, buffer, "late")
+        };
+        let other = group(1, &[0, 1]);
+        // The barrier's frames come behind the sum's, which have then arrived at rank 1 too early.
+        let early = (communicator.rank() == Rank(0)).then(|| sum(&mut communicator));
+        communicator.barrier(&other).unwrap();
+        let ticket = early.unwrap_or_else(|| sum(&mut communicator));
+        let inputs = vec![input(Rank(0), 9_001, 1), input(Rank(1), 9_001, 1)];
+        let expected = &reference(&schedule, inputs)[communicator.rank().index()];
+        assert!(communicator.wait(ticket).unwrap().buffer == *expected);
+    });
+}
+
+fn back_pressure_holds_a_sender_and_lets_it_go(make: MakeMesh) {
+    let limits = Limits {
+        early: Bytes(1),
+        ..Limits::default()
+    };
+    let length = 1 << 20;
+    run(make(2), limits, |mut communicator| {
+        let peer = Rank(1 - communicator.rank().0);
+        let mut tickets = Vec::new();
+        for round in 0..8 {
+            let action = match communicator.rank() {
+                Rank(0) => Action::Send { to: peer },
+                _ => Action::Receive { from: peer },
+            };
+            let buffer = match communicator.rank() {
+                Rank(0) => input(Rank(0), length, round),
+                _ => vec![0.0; length],
+            };
+            tickets.push(post(&mut communicator, &all(2), action, buffer, "held"));
+            if communicator.rank() == Rank(1) {
+                let received = communicator.wait(tickets.remove(0)).unwrap().buffer;
+                assert!(received == input(Rank(0), length, round), "round {round}");
+            }
+        }
+        tickets
+            .into_iter()
+            .for_each(|ticket| drop(communicator.wait(ticket).unwrap()));
+    });
+}
+
+fn bytes_of_different_lengths_are_gathered(make: MakeMesh) {
+    let texts = ["", "a", "some more bytes", "\u{ff}"];
+    let gathered = run(make(4), Limits::default(), |mut communicator| {
+        let own = texts[communicator.rank().index()].as_bytes();
+        let all = all(4);
+        let nothing = communicator.all_gather_bytes(&all, &[]).unwrap();
+        assert_eq!(nothing, vec![Vec::<u8>::new(); 4]);
+        communicator.all_gather_bytes(&all, own).unwrap()
+    });
+    let expected: Vec<_> = texts.iter().map(|text| text.as_bytes().to_vec()).collect();
+    assert!(gathered.iter().all(|gathered| *gathered == expected));
+}
+
+fn a_rank_that_is_done_may_leave(make: MakeMesh) {
+    let received = run(make(2), Limits::default(), |mut communicator| {
+        if communicator.rank() == Rank(0) {
+            let send = Action::Send { to: Rank(1) };
+            let _ = post(
+                &mut communicator,
+                &all(2),
+                send,
+                vec![7.0; 300_000],
+                "parting gift",
+            );
+            return Vec::new();
+        }
+        let receive = Action::Receive { from: Rank(0) };
+        let ticket = post(
+            &mut communicator,
+            &all(2),
+            receive,
+            vec![0.0; 300_000],
+            "parting gift",
+        );
+        communicator.wait(ticket).unwrap().buffer
+    });
+    assert!(received[1] == vec![7.0; 300_000]);
+}
+
+fn lost_peer(outcome: Result<transport::Completed, Error>) -> (Rank, String, u64) {
+    match outcome {
+        Err(Error::PeerLost {
+            peer,
+            operation,
+            sequence,
+            ..
+        }) => (peer, operation.to_string(), sequence),
+        other => panic!("expected a lost peer, got {other:?}"),
+    }
+}
+
+fn a_lost_peer_is_named_by_every_operation_it_is_part_of(make: MakeMesh) {
+    let mut mesh = make(4);
+    let ends: Vec<_> = [3, 2, 0]
+        .map(|rank| mesh.remove(rank))
+        .into_iter()
+        .collect();
+    // The bare end of rank 1 dies without a goodbye, as the process behind it would.
+    let dying = std::sync::Mutex::new(mesh.pop());
+    let without = group(1, &[0, 2, 3]);
+    run(ends, Limits::default(), |mut communicator| {
+        let mut sum = |group: &Group, label| {
+            let action = collective::ring(Kind::AllReduce, group.ranks.len() as u32);
+            let action = Action::Collective(Arc::new(action));
+            post(&mut communicator, group, action, vec![1.0; 500_000], label)
+        };
+        let (first, second) = (sum(&all(4), "first"), sum(&all(4), "second"));
+        let survivors = sum(&without, "survivors");
+        communicator.barrier(&without).unwrap();
+        drop(dying.lock().unwrap().take());
+        assert_eq!(
+            lost_peer(communicator.wait(first)),
+            (Rank(1), "first".into(), 0)
+        );
+        assert_eq!(
+            lost_peer(communicator.wait(second)),
+            (Rank(1), "second".into(), 1)
+        );
+        assert!(communicator.wait(survivors).unwrap().buffer == vec![3.0; 500_000]);
+        let action = Action::Send { to: Rank(1) };
+        let later = post(&mut communicator, &all(4), action, vec![1.0], "later");
+        assert_eq!(
+            lost_peer(communicator.wait(later)),
+            (Rank(1), "later".into(), 0)
+        );
+        communicator.barrier(&without).unwrap();
+    });
+}
+
+fn a_rank_that_leaves_early_is_named(make: MakeMesh) {
+    run(make(2), Limits::default(), |mut communicator| {
+        if communicator.rank() == Rank(0) {
+            let receive = Action::Receive { from: Rank(1) };
+            let ticket = post(&mut communicator, &all(2), receive, vec![0.0], "never sent");
+            assert_eq!(
+                lost_peer(communicator.wait(ticket)),
+                (Rank(1), "never sent".into(), 0)
+            );
+        }
+    });
+}
+
+fn a_wait_beyond_the_limit_names_who_has_not_answered(make: MakeMesh) {
+    let limits = Limits {
+        wait: Duration::from_millis(50),
+        ..Limits::default()
+    };
+    let over = std::sync::Barrier::new(3);
+    run(make(3), limits, |mut communicator| {
+        if communicator.rank() == Rank(0) {
+            let gather = Arc::new(collective::direct(Kind::AllGather, 3));
+            let action = Action::Collective(gather);
+            let ticket = post(
+                &mut communicator,
+                &all(3),
+                action,
+                vec![0.0; 3],
+                "unanswered",
+            );
+            let Err(Error::Timeout {
+                operation,
+                waiting_for,
+                ..
+            }) = communicator.wait(ticket)
+            else {
+                panic!("nobody answered");
+            };
+            assert_eq!(
+                (&*operation, &waiting_for[..]),
+                ("unanswered", &[Rank(1), Rank(2)][..])
+            );
+        }
+
+        over.wait();
+    });
+}
+
+/// Whoever compares first names the difference; the others may hear of it before they compare.
+fn different_operations_in_the_same_place_are_noticed(make: MakeMesh) {
+    let outcomes = run(make(4), Limits::default(), |mut communicator| {
+        let length = 1_000 + 4 * communicator.rank().index();
+        let action = Action::Collective(Arc::new(collective::ring(Kind::AllReduce, 4)));
+        let ticket = post(
+            &mut communicator,
+            &all(4),
+            action,
+            vec![0.0; length],
+            "unequal",
+        );
+        let outcome = communicator.wait(ticket).unwrap_err();
+        // The streams are still in order.
+        communicator.barrier(&group(1, &[0, 1, 2, 3])).unwrap();
+        outcome
+    });
+    let mut named = 0;
+    for (rank, outcome) in (0..).zip(outcomes) {
+        match outcome {
+            Error::Mismatch {
+                peer,
+                expected,
+                sent,
+                ..
+            } => {
+                let size = |rank: u32| Bytes(1_000 + 4 * u64::from(rank));
+                assert_eq!((expected, sent), (size(rank), size(peer.0)));
+                named += 1;
+            }
+            other => assert!(matches!(other, Error::FailedElsewhere { .. }), "{other}"),
+        }
+    }
+    assert!(named > 0);
+}
+
+fn a_failed_collective_fails_for_those_who_post_it_later(make: MakeMesh) {
+    let (failed, done) = (std::sync::Barrier::new(3), std::sync::Barrier::new(3));
+    run(make(3), Limits::default(), |mut communicator| {
+        let rank = communicator.rank();
+        if rank == Rank(2) {
+            failed.wait();
+        }
+        let action = Action::Collective(Arc::new(collective::ring(Kind::AllReduce, 3)));
+        let buffer = vec![0.0; if rank == Rank(0) { 300 } else { 303 }];
+        let ticket = post(&mut communicator, &all(3), action, buffer, "unequal");
+        // Rank 1 receives from rank 0 and sees that it differs; the others hear of it.
+        match communicator.wait(ticket).unwrap_err() {
+            Error::Mismatch { peer, .. } => assert_eq!((rank, peer), (Rank(1), Rank(0))),
+            Error::FailedElsewhere { peer, .. } => assert!(rank != Rank(1) && peer == Rank(1)),
+            other => panic!("{other}"),
+        }
+        if rank != Rank(2) {
+            failed.wait();
+        }
+        done.wait();
+    });
+}
+
+fn garbage_on_a_stream_is_a_lost_peer(make: MakeMesh) {
+    let mut seed = 1_u64;
+    for _ in 0..20 {
+        let mut mesh = make(2);
+        let mut stranger = mesh.pop().unwrap();
+        let mut byte = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 56) as u8
+        };
+        let garbage: Vec<u8> = (0..200).map(|_| byte()).collect();
+        stranger
+            .try_write(Rank(0), &[IoSlice::new(&garbage)])
+            .unwrap();
+        run(mesh, Limits::default(), |mut communicator| {
+            let receive = Action::Receive { from: Rank(1) };
+            let ticket = post(
+                &mut communicator,
+                &all(2),
+                receive,
+                vec![0.0; 100],
+                "receive",
+            );
+            let Err(Error::PeerLost {
+                peer: Rank(1),
+                reason,
+                ..
+            }) = communicator.wait(ticket)
+            else {
+                panic!("that was no frame");
+            };
+            assert!(reason.contains("unknown kind"), "{reason}");
+        });
+        drop(stranger);
+    }
+}

@@ -1,0 +1,76 @@
+//! Meshes of every transport, for tests that are the same on all.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::thread;
+use std::time::Duration;
+
+use transport::{Communicator, Error, InProcess, Limits, Rendezvous, Tcp, Transport};
+use units::Rank;
+
+/// Makes the ends of a mesh of so many ranks, in rank order.
+pub type MakeMesh = fn(u32) -> Vec<Box<dyn Transport>>;
+
+/// A mesh whose pipes hold less than most frames, so that reads and writes are partial.
+pub fn in_process(ranks: u32) -> Vec<Box<dyn Transport>> {
+    let mesh = InProcess::mesh_with_capacity(ranks, 1_001);
+    mesh.into_iter()
+        .map(|end| Box::new(end) as Box<dyn Transport>)
+        .collect()
+}
+
+/// A mesh of loopback sockets.
+pub fn tcp(ranks: u32) -> Vec<Box<dyn Transport>> {
+    let identities = vec![String::from("job"); ranks as usize];
+    let ends = meet(identities).into_iter().map(|end| end.unwrap());
+    ends.map(|end| Box::new(end) as Box<dyn Transport>)
+        .collect()
+}
+
+/// Lets one rank per identity meet on a port that the system chooses.
+pub fn meet(identities: Vec<String>) -> Vec<Result<Tcp, Error>> {
+    let ranks = identities.len() as u32;
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let timeout = Duration::from_secs(60);
+    let mut listener = Some(listener);
+    let join = |(rank, identity)| {
+        let rendezvous = Rendezvous {
+            rank: Rank(rank),
+            ranks,
+            address,
+            identity,
+            timeout,
+        };
+        let listener = listener.take();
+        thread::spawn(move || rendezvous.meet(listener))
+    };
+    let threads: Vec<_> = (0..).zip(identities).map(join).collect();
+    threads
+        .into_iter()
+        .map(|thread| thread.join().unwrap())
+        .collect()
+}
+
+/// Runs `body` as every rank of a mesh at once; what each returns, in rank order.
+#[allow(
+    dead_code,
+    reason = "not every test file that includes this module runs ranks"
+)]
+pub fn run<T: Send>(
+    mesh: Vec<Box<dyn Transport>>,
+    limits: Limits,
+    body: impl Fn(Communicator) -> T + Sync,
+) -> Vec<T> {
+    thread::scope(|scope| {
+        let rank = |end| {
+            let body = &body;
+            scope.spawn(move || body(Communicator::new(end, limits).unwrap()))
+        };
+        let threads: Vec<_> = mesh.into_iter().map(rank).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    })
+}
