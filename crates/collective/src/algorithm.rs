@@ -67,9 +67,7 @@ impl Algorithm {
 /// When `ranks` is 0.
 #[must_use]
 pub fn ring(kind: Kind, ranks: u32) -> Schedule {
-    phases(kind, ranks, |member, action| {
-        ring_phase(member, ranks, action)
-    })
+    phases(kind, ranks, |member, action| ring_phase(member, ranks, action))
 }
 
 /// The direct schedule: every member sends to every other in one round per phase.
@@ -96,17 +94,8 @@ fn phases(kind: Kind, ranks: u32, phase: impl Fn(u32, Action) -> Vec<Step>) -> S
         Kind::ReduceScatter => &[Action::Reduce],
         Kind::AllGather => &[Action::Copy],
     };
-    let list = |member| {
-        actions
-            .iter()
-            .flat_map(|action| phase(member, *action))
-            .collect()
-    };
-    Schedule {
-        kind,
-        in_flight: 1,
-        steps: (0..ranks).map(list).collect(),
-    }
+    let list = |member| actions.iter().flat_map(|action| phase(member, *action)).collect();
+    Schedule { kind, in_flight: 1, steps: (0..ranks).map(list).collect() }
 }
 
 /// One trip around the ring. A reduction starts one chunk earlier than a copy, so that it ends with
@@ -116,19 +105,9 @@ fn ring_phase(member: u32, ranks: u32, action: Action) -> Vec<Step> {
     let back = |distance: u32| (member + 2 * ranks - distance) % ranks;
     (0..ranks - 1)
         .flat_map(|round| {
-            let send = Step::Send {
-                to: (member + 1) % ranks,
-                chunk: back(round + lag),
-            };
+            let send = Step::Send { to: (member + 1) % ranks, chunk: back(round + lag) };
             let chunk = back(round + lag + 1);
-            [
-                send,
-                Step::Receive {
-                    from: back(1),
-                    chunk,
-                    action,
-                },
-            ]
+            [send, Step::Receive { from: back(1), chunk, action }]
         })
         .collect()
 }
@@ -137,26 +116,22 @@ fn ring_phase(member: u32, ranks: u32, action: Action) -> Vec<Step> {
 /// member is everyone's first target.
 fn direct_reduce(member: u32, ranks: u32) -> Vec<Step> {
     let sends = others_after(member, ranks).map(|to| Step::Send { to, chunk: to });
-    let receives = (0..ranks)
-        .filter(|from| *from != member)
-        .map(|from| Step::Receive {
-            from,
-            chunk: member,
-            action: Action::Reduce,
-        });
+    let receives = (0..ranks).filter(|from| *from != member).map(|from| Step::Receive {
+        from,
+        chunk: member,
+        action: Action::Reduce,
+    });
     sends.chain(receives).collect()
 }
 
 /// Every member sends its own chunk to every other member.
 fn direct_copy(member: u32, ranks: u32) -> Vec<Step> {
     let sends = others_after(member, ranks).map(|to| Step::Send { to, chunk: member });
-    let receives = (0..ranks)
-        .filter(|from| *from != member)
-        .map(|from| Step::Receive {
-            from,
-            chunk: from,
-            action: Action::Copy,
-        });
+    let receives = (0..ranks).filter(|from| *from != member).map(|from| Step::Receive {
+        from,
+        chunk: from,
+        action: Action::Copy,
+    });
     sends.chain(receives).collect()
 }
 
@@ -191,10 +166,7 @@ mod tests {
                 assert_eq!(rounds, cost.rounds, "{algorithm:?} {kind:?} {ranks}");
                 let expected = cost.bytes_per_rank.0 as usize / 4;
                 let sent = elements_sent(&schedule, elements);
-                assert!(
-                    sent.iter().all(|sent| *sent == expected),
-                    "{sent:?} {expected}"
-                );
+                assert!(sent.iter().all(|sent| *sent == expected), "{sent:?} {expected}");
             }
         }
     }
@@ -214,11 +186,7 @@ mod tests {
     #[test]
     fn a_reduction_ends_where_a_copy_starts() {
         let schedule = ring(Kind::ReduceScatter, 3);
-        let last = Step::Receive {
-            from: 0,
-            chunk: 1,
-            action: Action::Reduce,
-        };
+        let last = Step::Receive { from: 0, chunk: 1, action: Action::Reduce };
         assert_eq!(schedule.steps[1].last(), Some(&last));
         let schedule = ring(Kind::AllGather, 3);
         assert_eq!(schedule.steps[1][0], Step::Send { to: 2, chunk: 1 });

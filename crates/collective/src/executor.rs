@@ -103,12 +103,7 @@ impl Executor {
 
     /// Lets a stream's next step start if nothing holds it back.
     fn admit(&mut self, stream: usize) {
-        let Stream {
-            sends,
-            steps,
-            started,
-            done,
-        } = &self.streams[stream];
+        let Stream { sends, steps, started, done } = &self.streams[stream];
         let Some(&next) = steps.get(*started) else {
             return;
         };
@@ -125,12 +120,7 @@ impl Executor {
             let key = (step.is_send(), step.peer());
             let number = *numbers.entry(key).or_insert_with(|| {
                 let sends = step.is_send();
-                self.streams.push(Stream {
-                    sends,
-                    steps: Vec::new(),
-                    started: 0,
-                    done: 0,
-                });
+                self.streams.push(Stream { sends, steps: Vec::new(), started: 0, done: 0 });
                 self.streams.len() - 1
             });
             self.streams[number].steps.push(index);
@@ -154,9 +144,7 @@ impl Executor {
                 last_receive.insert(step.chunk(), index);
             }
             self.nodes[index].blockers = blockers.len();
-            blockers
-                .into_iter()
-                .for_each(|blocker| self.nodes[blocker].blocks.push(index));
+            blockers.into_iter().for_each(|blocker| self.nodes[blocker].blocks.push(index));
         }
     }
 }
@@ -197,11 +185,7 @@ mod tests {
 
     #[test]
     fn a_chunk_under_way_is_not_overwritten() {
-        let copy = Step::Receive {
-            from: 1,
-            chunk: 0,
-            action: Action::Copy,
-        };
+        let copy = Step::Receive { from: 1, chunk: 0, action: Action::Copy };
         let mut executor = Executor::new(&[Step::Send { to: 1, chunk: 0 }, copy], 1);
         assert_eq!(drain(&mut executor), [0]);
         executor.complete(0);

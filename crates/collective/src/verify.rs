@@ -121,13 +121,7 @@ impl Schedule {
             for (step, action) in list.iter().enumerate() {
                 let (peer, chunk) = (action.peer(), action.chunk());
                 if peer >= ranks || peer == member || chunk >= ranks {
-                    return Err(Error::OutOfRange {
-                        member,
-                        step,
-                        peer,
-                        chunk,
-                        ranks,
-                    });
+                    return Err(Error::OutOfRange { member, step, peer, chunk, ranks });
                 }
             }
         }
@@ -172,10 +166,7 @@ impl Contributors {
     }
 
     fn add(&mut self, other: &Self) {
-        self.0
-            .iter_mut()
-            .zip(&other.0)
-            .for_each(|(word, more)| *word |= more);
+        self.0.iter_mut().zip(&other.0).for_each(|(word, more)| *word |= more);
     }
 
     fn list(&self) -> Vec<u32> {
@@ -215,9 +206,7 @@ impl<'a> Run<'a> {
         let mut run = Self {
             schedule,
             executors: schedule.steps.iter().map(executor).collect(),
-            held: (0..ranks)
-                .map(|m| (0..ranks).map(|c| start(m, c)).collect())
-                .collect(),
+            held: (0..ranks).map(|m| (0..ranks).map(|c| start(m, c)).collect()).collect(),
             pairs: BTreeMap::new(),
             next_sends: Vec::new(),
         };
@@ -254,11 +243,7 @@ impl<'a> Run<'a> {
             match self.schedule.steps[member as usize][step] {
                 Step::Send { .. } => self.next_sends.push((member, step)),
                 Step::Receive { from, .. } => {
-                    self.pairs
-                        .entry((from, member))
-                        .or_default()
-                        .receives
-                        .push_back(step);
+                    self.pairs.entry((from, member)).or_default().receives.push_back(step);
                     receiving.push((from, member));
                 }
             }
@@ -280,33 +265,18 @@ impl<'a> Run<'a> {
             unreachable!("only receives are queued as receives");
         };
         if sent != chunk {
-            return Err(Error::WrongChunk {
-                member: to,
-                step,
-                chunk,
-                from,
-                sent,
-            });
+            return Err(Error::WrongChunk { member: to, step, chunk, from, sent });
         }
         let arriving = self.held[from as usize][chunk as usize].clone();
         let held = &mut self.held[to as usize][chunk as usize];
         if arriving.is_empty() || (action == Action::Reduce && held.is_empty()) {
-            return Err(Error::Unfilled {
-                member: to,
-                step,
-                chunk,
-            });
+            return Err(Error::Unfilled { member: to, step, chunk });
         }
         match (action, held.first_shared(&arriving)) {
             (Action::Copy, _) => *held = arriving,
             (Action::Reduce, None) => held.add(&arriving),
             (Action::Reduce, Some(contributor)) => {
-                return Err(Error::DoubleReduction {
-                    member: to,
-                    step,
-                    chunk,
-                    contributor,
-                });
+                return Err(Error::DoubleReduction { member: to, step, chunk, contributor });
             }
         }
         Ok(())
@@ -340,12 +310,7 @@ impl<'a> Run<'a> {
             let held = &self.held[member as usize][chunk as usize];
             if *held != expected {
                 let (held, expected) = (held.list(), expected.list());
-                return Err(Error::WrongResult {
-                    member,
-                    chunk,
-                    held,
-                    expected,
-                });
+                return Err(Error::WrongResult { member, chunk, held, expected });
             }
         }
         Ok(())
@@ -362,11 +327,7 @@ mod tests {
     fn schedules() -> impl Strategy<Value = Schedule> {
         let kinds = [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather];
         let algorithms = [Algorithm::Ring, Algorithm::Direct];
-        (
-            prop::sample::select(algorithms.to_vec()),
-            prop::sample::select(kinds.to_vec()),
-            2..9_u32,
-        )
+        (prop::sample::select(algorithms.to_vec()), prop::sample::select(kinds.to_vec()), 2..9_u32)
             .prop_map(|(algorithm, kind, ranks)| algorithm.schedule(kind, ranks))
     }
 
@@ -408,42 +369,23 @@ mod tests {
     fn a_swapped_chunk_names_member_step_and_chunk() {
         let mut schedule = ring(Kind::AllReduce, 4);
         schedule.steps[2][0] = Step::Send { to: 3, chunk: 3 };
-        let error = Error::WrongChunk {
-            member: 3,
-            step: 1,
-            chunk: 1,
-            from: 2,
-            sent: 3,
-        };
+        let error = Error::WrongChunk { member: 3, step: 1, chunk: 1, from: 2, sent: 3 };
         assert_eq!(schedule.verify(), Err(error));
     }
 
     #[test]
     fn a_repeated_reduction_is_found() {
         let mut schedule = direct(Kind::ReduceScatter, 3);
-        let again = Step::Receive {
-            from: 1,
-            chunk: 0,
-            action: Action::Reduce,
-        };
+        let again = Step::Receive { from: 1, chunk: 0, action: Action::Reduce };
         schedule.steps[0].push(again);
         schedule.steps[1].push(Step::Send { to: 0, chunk: 0 });
-        let error = Error::DoubleReduction {
-            member: 0,
-            step: 4,
-            chunk: 0,
-            contributor: 1,
-        };
+        let error = Error::DoubleReduction { member: 0, step: 4, chunk: 0, contributor: 1 };
         assert_eq!(schedule.verify(), Err(error));
     }
 
     #[test]
     fn a_cycle_of_waiting_members_is_a_deadlock() {
-        let receive = |from| Step::Receive {
-            from,
-            chunk: 0,
-            action: Action::Copy,
-        };
+        let receive = |from| Step::Receive { from, chunk: 0, action: Action::Copy };
         let schedule = Schedule {
             kind: Kind::AllReduce,
             in_flight: 1,
@@ -452,13 +394,7 @@ mod tests {
                 vec![receive(0), Step::Send { to: 0, chunk: 0 }],
             ],
         };
-        let error = Error::Deadlock {
-            member: 0,
-            step: 0,
-            chunk: 0,
-            peer: 1,
-            in_flight: 1,
-        };
+        let error = Error::Deadlock { member: 0, step: 0, chunk: 0, peer: 1, in_flight: 1 };
         assert_eq!(schedule.verify(), Err(error));
     }
 
@@ -466,12 +402,7 @@ mod tests {
     fn a_schedule_of_another_kind_has_the_wrong_result() {
         let mut schedule = ring(Kind::ReduceScatter, 2);
         schedule.kind = Kind::AllReduce;
-        let error = Error::WrongResult {
-            member: 0,
-            chunk: 1,
-            held: vec![0],
-            expected: vec![0, 1],
-        };
+        let error = Error::WrongResult { member: 0, chunk: 1, held: vec![0], expected: vec![0, 1] };
         assert_eq!(schedule.verify(), Err(error));
     }
 }

@@ -16,7 +16,10 @@ use clap::{Args, Parser, Subcommand};
 
 /// Plans, simulates and trains Llama-class models over many ranks.
 #[derive(Debug, Parser)]
-#[command(version, after_help = "Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug.")]
+#[command(
+    version,
+    after_help = "Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug."
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -101,7 +104,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<Train>() {
         Some(Train::Process { code: Some(code), .. }) => *code as u8,
         Some(Train::Communication { source: Transport::Refused { .. }, .. }) => BAD_INPUT,
-        Some(Train::Process { .. } | Train::Communication { .. } | Train::Diverged { .. }) => FAILED,
+        Some(Train::Process { .. } | Train::Communication { .. } | Train::Diverged { .. }) => {
+            FAILED
+        }
         _ => BAD_INPUT,
     }
 }

@@ -34,7 +34,6 @@ const RENDEZVOUS: Duration = Duration::from_secs(120);
 /// Names the file that ranks write their measurements to instead of training.
 const MEASURE_ONLY: &str = "PHALANX_MEASURE_ONLY";
 
-
 fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
@@ -54,8 +53,8 @@ pub fn measure_only(args: &JobArgs, job: &Job) -> Result<Machine> {
     let folder = std::env::temp_dir();
     let file = folder.join(format!("phalanx-machine-{}.json", std::process::id()));
     let outcome = start(args, job, Some(&file));
-    let machine = outcome
-        .and_then(|()| Machine::read(&file, &job.model, job.layout.shape(&job.batch())));
+    let machine =
+        outcome.and_then(|()| Machine::read(&file, &job.model, job.layout.shape(&job.batch())));
     drop(std::fs::remove_file(&file));
     machine
 }
@@ -98,13 +97,15 @@ fn alone() -> Identity {
 
 /// Reads the text, or the tokens it became in an earlier run.
 fn prepare(job: &Job, quiet: bool) -> Result<(Prepared, Sampler)> {
-    ensure!(!job.data.text.is_empty(), "[data] text is missing; name files, folders or globs of text");
+    ensure!(
+        !job.data.text.is_empty(),
+        "[data] text is missing; name files, folders or globs of text"
+    );
     let tokenizer = match &job.data.tokenizer {
         Some(path) => TokenizerSource::File(path.clone()),
         None => TokenizerSource::Train { vocabulary: job.model.vocabulary },
     };
-    let source =
-        Source { patterns: job.data.text.clone(), limit: job.data.limit_bytes, tokenizer };
+    let source = Source { patterns: job.data.text.clone(), limit: job.data.limit_bytes, tokenizer };
     let progress = Progress::new("reading text", 100, quiet);
     let cache = job.run.folder.join("cache");
     let prepared = data::prepare(&source, &cache, &environment, &mut |at| {
@@ -246,13 +247,8 @@ impl<'a> Session<'a> {
         let baseline = self.baseline_program()?;
         let threads = self.job.cluster.threads_per_rank;
         let microbatches = self.batches.step(&baseline, Rank(0), 0)?;
-        let measured = train::measure(
-            &self.device,
-            &baseline,
-            &microbatches,
-            communicator,
-            threads as usize,
-        )?;
+        let measured =
+            train::measure(&self.device, &baseline, &microbatches, communicator, threads as usize)?;
         let ranks = self.job.cluster.accelerators;
         let machine = Machine::new(&measured, &self.job.model, baseline.shape, ranks, threads);
         if self.speaks() {
@@ -565,7 +561,10 @@ impl std::fmt::Display for Figures {
         if let (Some(predicted), Some(error)) = (self.predicted_step_time_s, self.prediction_error)
         {
             let (measured, percent) = (self.step_time_s, 100.0 * error);
-            write!(f, "\nstep time      predicted {predicted}, measured {measured} (median): {percent:+.1} %")?;
+            write!(
+                f,
+                "\nstep time      predicted {predicted}, measured {measured} (median): {percent:+.1} %"
+            )?;
         }
         if let (Some(efficiency), Some(bound), Some(baseline)) =
             (self.scaling_efficiency, self.scaling_efficiency_bound, &self.scaling_baseline)

@@ -18,12 +18,8 @@ use transport::{
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
 /// Buffer sizes in bytes, and how often each is measured.
-const SIZES: [(usize, usize); 4] = [
-    (1 << 10, 2000),
-    (1 << 20, 200),
-    (12 << 20, 40),
-    (64 << 20, 10),
-];
+const SIZES: [(usize, usize); 4] =
+    [(1 << 10, 2000), (1 << 20, 200), (12 << 20, 40), (64 << 20, 10)];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<_> = std::env::args().collect();
@@ -33,9 +29,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     println!("transport      buffer      time      each way   CPU per byte");
     let mut mesh = InProcess::mesh(2);
-    let other = mesh
-        .pop()
-        .map(|end| std::thread::spawn(move || measure(Box::new(end))));
+    let other = mesh.pop().map(|end| std::thread::spawn(move || measure(Box::new(end))));
     let end = mesh.pop().ok_or("a mesh of two has two ends")?;
     let rows = measure(Box::new(end))?;
     drop(other.map(|thread| thread.join()));
@@ -44,10 +38,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
     let program = std::env::current_exe()?;
-    let mut child = Command::new(program)
-        .arg(address.to_string())
-        .stdout(Stdio::null())
-        .spawn()?;
+    let mut child = Command::new(program).arg(address.to_string()).stdout(Stdio::null()).spawn()?;
     let tcp = rendezvous(Rank(0), address).meet(Some(listener))?;
     // The other process does the same work, so both together take twice this one's time.
     print("tcp", &measure(Box::new(tcp))?, 2.0);
@@ -57,13 +48,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 fn rendezvous(rank: Rank, address: SocketAddr) -> Rendezvous {
     let timeout = Duration::from_secs(10);
-    Rendezvous {
-        rank,
-        ranks: 2,
-        address,
-        identity: "bandwidth".into(),
-        timeout,
-    }
+    Rendezvous { rank, ranks: 2, address, identity: "bandwidth".into(), timeout }
 }
 
 /// Buffer size, median time, and this process's processor time per operation.
@@ -72,10 +57,7 @@ type Row = (usize, Seconds, Seconds);
 fn measure(transport: Box<dyn Transport>) -> Result<Vec<Row>, Error> {
     let mut communicator = Communicator::new(transport, Limits::default())?;
     let schedule = Arc::new(Algorithm::Ring.schedule(Kind::AllReduce, 2));
-    let group = Group {
-        id: 0,
-        ranks: Arc::new([Rank(0), Rank(1)]),
-    };
+    let group = Group { id: 0, ranks: Arc::new([Rank(0), Rank(1)]) };
     let label: Arc<str> = "all-reduce".into();
     let mut rows = Vec::new();
     for (bytes, repeats) in SIZES {
@@ -87,12 +69,7 @@ fn measure(transport: Box<dyn Transport>) -> Result<Vec<Row>, Error> {
             let (start, cpu_start) = (Instant::now(), cpu_seconds());
             let action = Action::Collective(Arc::clone(&schedule));
             let (group, label) = (group.clone(), Arc::clone(&label));
-            let ticket = communicator.post(Operation {
-                group,
-                action,
-                buffer,
-                label,
-            })?;
+            let ticket = communicator.post(Operation { group, action, buffer, label })?;
             buffer = communicator.wait(ticket)?.buffer;
             // The first two warm up: memory is touched, buffers have grown.
             if repeat >= 2 {
@@ -101,11 +78,7 @@ fn measure(transport: Box<dyn Transport>) -> Result<Vec<Row>, Error> {
             }
         }
         times.sort_by(f64::total_cmp);
-        rows.push((
-            bytes,
-            Seconds(times[repeats / 2]),
-            Seconds(cpu / repeats as f64),
-        ));
+        rows.push((bytes, Seconds(times[repeats / 2]), Seconds(cpu / repeats as f64)));
     }
     Ok(rows)
 }
@@ -121,10 +94,6 @@ fn print(name: &str, rows: &[Row], processes: f64) {
         let rate: BytesPerSecond = Bytes(*bytes as u64) / *time;
         let cpu = Seconds(cpu.0 * processes / *bytes as f64);
         let (size, time) = (Bytes(*bytes as u64).to_string(), time.to_string());
-        println!(
-            "{name:<10} {size:>10} {time:>10} {:>12} {:>11.3}",
-            rate.to_string(),
-            cpu
-        );
+        println!("{name:<10} {size:>10} {time:>10} {:>12} {:>11.3}", rate.to_string(), cpu);
     }
 }

@@ -92,17 +92,7 @@ impl Communicator {
         let thread = Some(thread);
         let gathers = BTreeMap::new();
         let next_ticket = 0;
-        Ok(Self {
-            rank,
-            ranks,
-            limits,
-            next_ticket,
-            commands,
-            waker,
-            outcomes,
-            thread,
-            gathers,
-        })
+        Ok(Self { rank, ranks, limits, next_ticket, commands, waker, outcomes, thread, gathers })
     }
 
     /// The rank that communicates.
@@ -130,11 +120,7 @@ impl Communicator {
         self.outcomes.check()?;
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        self.command(Command::Post {
-            ticket,
-            operation,
-            posted: Instant::now(),
-        });
+        self.command(Command::Post { ticket, operation, posted: Instant::now() });
         Ok(Ticket(ticket))
     }
 
@@ -156,9 +142,7 @@ impl Communicator {
             return outcome;
         }
         self.command(Command::Expire { ticket: ticket.0 });
-        self.outcomes
-            .take(ticket.0, None)
-            .expect("an expired operation has an outcome")
+        self.outcomes.take(ticket.0, None).expect("an expired operation has an outcome")
     }
 
     /// Gathers from every rank of the group some bytes, of any length; in the order of the group.
@@ -196,12 +180,7 @@ impl Communicator {
         let position = position.expect("a rank gathers in its own groups");
         buffer[chunk_range(size * own.len(), size as u32, position as u32)].copy_from_slice(own);
         let (group, action) = (group.clone(), Action::Collective(schedule));
-        let ticket = self.post(Operation {
-            group,
-            action,
-            buffer,
-            label: label.into(),
-        })?;
+        let ticket = self.post(Operation { group, action, buffer, label: label.into() })?;
         Ok(self.wait(ticket)?.buffer)
     }
 
@@ -215,15 +194,10 @@ impl Communicator {
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        self.command(Command::Close {
-            flush: !std::thread::panicking(),
-        });
+        self.command(Command::Close { flush: !std::thread::panicking() });
         let ended = self.thread.take().map(JoinHandle::join);
         let failed = matches!(ended, Some(Err(_)));
-        assert!(
-            !failed || std::thread::panicking(),
-            "the communication thread panicked"
-        );
+        assert!(!failed || std::thread::panicking(), "the communication thread panicked");
     }
 }
 
@@ -274,10 +248,7 @@ impl Outcomes {
                 return Some(outcome);
             }
             state = match deadline {
-                None => self
-                    .changed
-                    .wait(state)
-                    .expect("nothing panics while it holds outcomes"),
+                None => self.changed.wait(state).expect("nothing panics while it holds outcomes"),
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
@@ -291,8 +262,6 @@ impl Outcomes {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state
-            .lock()
-            .expect("nothing panics while it holds outcomes")
+        self.state.lock().expect("nothing panics while it holds outcomes")
     }
 }

@@ -106,17 +106,11 @@ pub enum Error {
 impl Error {
     /// Turns an input-output error into one that says what was tried.
     pub(crate) fn system(action: &'static str) -> impl Fn(std::io::Error) -> Self {
-        move |error| Self::System {
-            action,
-            reason: error.to_string(),
-        }
+        move |error| Self::System { action, reason: error.to_string() }
     }
 
     /// A stream with `peer` that ended for `reason`.
     pub(crate) fn ended(peer: Rank, reason: impl ToString) -> Self {
-        Self::StreamEnded {
-            peer,
-            reason: reason.to_string(),
-        }
+        Self::StreamEnded { peer, reason: reason.to_string() }
     }
 }

@@ -40,15 +40,7 @@ impl Header {
 
     /// A frame without payload.
     pub(crate) const fn notice(kind: Kind, group: u64, sequence: u64) -> Self {
-        Self {
-            key: Key {
-                kind,
-                group,
-                sequence,
-            },
-            chunk: 0,
-            bytes: 0,
-        }
+        Self { key: Key { kind, group, sequence }, chunk: 0, bytes: 0 }
     }
 
     /// The header on the wire: little-endian kind, chunk, group, sequence, bytes.
@@ -72,26 +64,12 @@ impl Header {
             other => return Err(format!("it sent a frame of unknown kind {other:#x}")),
         };
         let bytes = u64_at(wire, 24);
-        let limit = if matches!(kind, Kind::Goodbye | Kind::Abort) {
-            0
-        } else {
-            limit
-        };
+        let limit = if matches!(kind, Kind::Goodbye | Kind::Abort) { 0 } else { limit };
         if bytes > limit || !bytes.is_multiple_of(4) {
-            return Err(format!(
-                "it sent a {kind:?} frame of {bytes} bytes (limit {limit})"
-            ));
+            return Err(format!("it sent a {kind:?} frame of {bytes} bytes (limit {limit})"));
         }
-        let key = Key {
-            kind,
-            group: u64_at(wire, 8),
-            sequence: u64_at(wire, 16),
-        };
-        Ok(Self {
-            key,
-            chunk: u32_at(wire, 4),
-            bytes,
-        })
+        let key = Key { kind, group: u64_at(wire, 8), sequence: u64_at(wire, 16) };
+        Ok(Self { key, chunk: u32_at(wire, 4), bytes })
     }
 }
 

@@ -39,11 +39,7 @@ impl InProcess {
         assert!(capacity > 0, "a pipe of no capacity never moves a byte");
         let all = 0..ranks as usize;
         let signals: Vec<Arc<Signal>> = all.clone().map(|_| Arc::default()).collect();
-        let row = || {
-            all.clone()
-                .map(|_| Arc::new(Pipe::new(capacity)))
-                .collect::<Vec<_>>()
-        };
+        let row = || all.clone().map(|_| Arc::new(Pipe::new(capacity))).collect::<Vec<_>>();
         let pipes: Vec<_> = all.clone().map(|_| row()).collect();
         let end = |rank: usize| Self {
             rank: Rank(rank as u32),
@@ -103,10 +99,7 @@ impl Transport for InProcess {
 
 impl Drop for InProcess {
     fn drop(&mut self) {
-        self.to
-            .iter()
-            .chain(&self.from)
-            .for_each(|pipe| pipe.lock().closed = true);
+        self.to.iter().chain(&self.from).for_each(|pipe| pipe.lock().closed = true);
         self.signals.iter().for_each(|signal| signal.raise());
     }
 }
@@ -124,11 +117,7 @@ struct Contents {
 
 impl Pipe {
     fn new(capacity: usize) -> Self {
-        Self(Mutex::new(Contents {
-            bytes: VecDeque::new(),
-            capacity,
-            closed: false,
-        }))
+        Self(Mutex::new(Contents { bytes: VecDeque::new(), capacity, closed: false }))
     }
 
     fn lock(&self) -> MutexGuard<'_, Contents> {
@@ -139,19 +128,13 @@ impl Pipe {
 impl Contents {
     fn push(&mut self, piece: &[u8]) -> usize {
         let room = self.capacity - self.bytes.len();
-        self.bytes
-            .write(&piece[..piece.len().min(room)])
-            .expect("writing to memory succeeds")
+        self.bytes.write(&piece[..piece.len().min(room)]).expect("writing to memory succeeds")
     }
 
     /// The contents may wrap around in memory, hence two reads.
     fn pop(&mut self, into: &mut [u8]) -> usize {
         let first = self.bytes.read(into).expect("reading from memory succeeds");
-        first
-            + self
-                .bytes
-                .read(&mut into[first..])
-                .expect("reading from memory succeeds")
+        first + self.bytes.read(&mut into[first..]).expect("reading from memory succeeds")
     }
 }
 
@@ -164,18 +147,12 @@ struct Signal {
 
 impl Signal {
     fn raise(&self) {
-        *self
-            .raised
-            .lock()
-            .expect("nothing panics while it holds a signal") = true;
+        *self.raised.lock().expect("nothing panics while it holds a signal") = true;
         self.changed.notify_one();
     }
 
     fn wait(&self, timeout: Option<Duration>) {
-        let raised = self
-            .raised
-            .lock()
-            .expect("nothing panics while it holds a signal");
+        let raised = self.raised.lock().expect("nothing panics while it holds a signal");
         let mut raised = match timeout {
             None => self.changed.wait_while(raised, |raised| !*raised),
             Some(limit) => self

@@ -84,10 +84,7 @@ impl Incoming {
     /// Keeps a frame for later.
     pub(crate) fn keep(&mut self, frame: Early) {
         self.early_bytes += frame.header.bytes;
-        self.early
-            .entry(frame.header.key)
-            .or_default()
-            .push_back(frame);
+        self.early.entry(frame.header.key).or_default().push_back(frame);
     }
 
     /// The oldest kept frame of an operation.
@@ -137,12 +134,7 @@ impl Incoming {
 impl Reading {
     /// A frame of which nothing but the header is read.
     pub(crate) fn new(header: Header, sink: Sink) -> Self {
-        Self {
-            header,
-            sink,
-            done: 0,
-            carry: [0; 4],
-        }
+        Self { header, sink, done: 0, carry: [0; 4] }
     }
 
     /// Whether the payload is complete.
@@ -163,9 +155,7 @@ impl Reading {
             Sink::Discard => read(&mut bytemuck::cast_slice_mut(scratch)[..length])?,
             Sink::Early(payload) => read(&mut bytemuck::cast_slice_mut(payload)[span])?,
             Sink::Chunk((ticket, step)) => {
-                let operation = operations
-                    .get_mut(ticket)
-                    .expect("a sink's operation is active");
+                let operation = operations.get_mut(ticket).expect("a sink's operation is active");
                 match action_of(operation, *step) {
                     Action::Copy => {
                         read(&mut bytemuck::cast_slice_mut(operation.chunk_mut(*step))[span])?
@@ -205,9 +195,7 @@ impl Reading {
     /// Turns an early frame, of which a part is read, over to the receive that has now started.
     pub(crate) fn redirect(&mut self, operation: &mut Active, source: Source) {
         let sink = std::mem::replace(&mut self.sink, Sink::Chunk(source));
-        let Sink::Early(payload) = sink else {
-            panic!("only an early frame is redirected")
-        };
+        let Sink::Early(payload) = sink else { panic!("only an early frame is redirected") };
         let (whole, carried) = (self.done / 4, self.done % 4);
         let bytes: &[u8] = bytemuck::cast_slice(&payload);
         match action_of(operation, source.1) {
@@ -216,10 +204,7 @@ impl Reading {
                 chunk[..self.done].copy_from_slice(&bytes[..self.done]);
             }
             Action::Reduce => {
-                add(
-                    &mut operation.chunk_mut(source.1)[..whole],
-                    &payload[..whole],
-                );
+                add(&mut operation.chunk_mut(source.1)[..whole], &payload[..whole]);
                 self.carry[..carried].copy_from_slice(&bytes[4 * whole..][..carried]);
             }
         }
@@ -242,7 +227,5 @@ fn action_of(operation: &Active, step: usize) -> Action {
 }
 
 fn add(sum: &mut [f32], more: &[f32]) {
-    sum.iter_mut()
-        .zip(more)
-        .for_each(|(sum, more)| *sum += more);
+    sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
 }

@@ -71,17 +71,9 @@ impl Lobby {
         listener.set_nonblocking(true)?;
         let mut listener = mio::net::TcpListener::from_std(listener);
         let poll = Poll::new()?;
-        poll.registry()
-            .register(&mut listener, LISTENER, Interest::READABLE)?;
+        poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
         let (events, guests) = (Events::with_capacity(64), BTreeMap::new());
-        Ok(Self {
-            poll,
-            events,
-            listener,
-            guests,
-            next_token: 0,
-            ready: Vec::new(),
-        })
+        Ok(Self { poll, events, listener, guests, next_token: 0, ready: Vec::new() })
     }
 
     /// The next connection that has said a whole message; `None` once the deadline has passed.
@@ -109,12 +101,7 @@ impl Lobby {
         if tokens.contains(&LISTENER) {
             self.accept()?;
         }
-        self.ready.extend(
-            tokens
-                .iter()
-                .filter(|token| **token != LISTENER)
-                .map(|token| token.0),
-        );
+        self.ready.extend(tokens.iter().filter(|token| **token != LISTENER).map(|token| token.0));
         Ok(())
     }
 
@@ -130,16 +117,8 @@ impl Lobby {
             };
             let token = self.next_token;
             self.next_token += 1;
-            self.poll
-                .registry()
-                .register(&mut socket, Token(token), Interest::READABLE)?;
-            self.guests.insert(
-                token,
-                Speaking {
-                    socket,
-                    said: Vec::new(),
-                },
-            );
+            self.poll.registry().register(&mut socket, Token(token), Interest::READABLE)?;
+            self.guests.insert(token, Speaking { socket, said: Vec::new() });
             if self.guests.len() > GUEST_LIMIT {
                 self.guests.pop_first();
             }
@@ -166,11 +145,7 @@ impl Lobby {
         socket.set_nonblocking(false)?;
         // A guest that has just gone is found out when it is spoken to.
         drop(socket.set_nodelay(true));
-        Ok(Some(Guest {
-            socket,
-            version,
-            body: speaking.said.split_off(PREFIX_BYTES),
-        }))
+        Ok(Some(Guest { socket, version, body: speaking.said.split_off(PREFIX_BYTES) }))
     }
 }
 
@@ -189,10 +164,7 @@ impl Speaking {
             if missing == 0 {
                 return Ok(Some(version));
             }
-            match (&mut self.socket)
-                .take(missing as u64)
-                .read_to_end(&mut self.said)
-            {
+            match (&mut self.socket).take(missing as u64).read_to_end(&mut self.said) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(_) => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),

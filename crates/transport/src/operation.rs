@@ -56,26 +56,14 @@ pub struct Operation {
 impl Operation {
     /// Refuses, on the caller's thread, what only a bug can ask for.
     pub(crate) fn check(&self, own: Rank) {
-        let Self {
-            group: Group { ranks, .. },
-            action,
-            label,
-            ..
-        } = self;
+        let Self { group: Group { ranks, .. }, action, label, .. } = self;
         assert!(ranks.contains(&own), "`{label}`: {own} is not in the group");
         match action {
             Action::Collective(schedule) => {
-                assert_eq!(
-                    schedule.ranks() as usize,
-                    ranks.len(),
-                    "`{label}`: schedule and group"
-                );
+                assert_eq!(schedule.ranks() as usize, ranks.len(), "`{label}`: schedule and group");
             }
             Action::Send { to: peer } | Action::Receive { from: peer } => {
-                assert!(
-                    *peer != own && ranks.contains(peer),
-                    "`{label}`: {peer} is no peer"
-                );
+                assert!(*peer != own && ranks.contains(peer), "`{label}`: {peer} is no peer");
             }
         }
     }
@@ -96,56 +84,29 @@ pub(crate) struct Active {
 
 /// Where an operation's steps come from.
 enum Work {
-    Collective {
-        ranks: Arc<[Rank]>,
-        schedule: Arc<Schedule>,
-        member: u32,
-    },
-    PointToPoint {
-        peer: Rank,
-        step: Step,
-    },
+    Collective { ranks: Arc<[Rank]>, schedule: Arc<Schedule>, member: u32 },
+    PointToPoint { peer: Rank, step: Step },
 }
 
 impl Active {
     /// Starts a checked operation of rank `own`.
     pub(crate) fn new(operation: Operation, own: Rank, sequence: u64, posted: Instant) -> Self {
-        let Operation {
-            group,
-            action,
-            buffer,
-            label,
-        } = operation;
+        let Operation { group, action, buffer, label } = operation;
         let kind = kind_of(&action);
-        let key = Key {
-            kind,
-            group: group.id,
-            sequence,
-        };
+        let key = Key { kind, group: group.id, sequence };
         let work = Work::new(group, action, own);
         let executor = match &work {
-            Work::Collective {
-                schedule, member, ..
-            } => Executor::new(&schedule.steps[*member as usize], schedule.in_flight),
+            Work::Collective { schedule, member, .. } => {
+                Executor::new(&schedule.steps[*member as usize], schedule.in_flight)
+            }
             Work::PointToPoint { step, .. } => Executor::new(&[*step], 1),
         };
-        Self {
-            label,
-            key,
-            executor,
-            buffer,
-            posted,
-            started: None,
-            failed: false,
-            work,
-        }
+        Self { label, key, executor, buffer, posted, started: None, failed: false, work }
     }
 
     pub(crate) fn step(&self, index: usize) -> Step {
         match &self.work {
-            Work::Collective {
-                schedule, member, ..
-            } => schedule.steps[*member as usize][index],
+            Work::Collective { schedule, member, .. } => schedule.steps[*member as usize][index],
             Work::PointToPoint { step, .. } => *step,
         }
     }
@@ -170,20 +131,14 @@ impl Active {
     pub(crate) fn receiver(&self) -> Option<(Key, Option<Rank>)> {
         match self.work {
             Work::Collective { .. } => Some((self.key, None)),
-            Work::PointToPoint {
-                step: Step::Send { .. },
-                ..
-            } => None,
+            Work::PointToPoint { step: Step::Send { .. }, .. } => None,
             Work::PointToPoint { peer, .. } => Some((self.key, Some(peer))),
         }
     }
 
     /// The peer of every pending receive.
     pub(crate) fn pending_senders(&self) -> Vec<Rank> {
-        let receives = self
-            .executor
-            .pending()
-            .filter(|step| !self.step(*step).is_send());
+        let receives = self.executor.pending().filter(|step| !self.step(*step).is_send());
         receives.map(|step| self.peer(step)).collect()
     }
 
@@ -197,21 +152,14 @@ impl Active {
 
     /// The pending steps with a peer, as (sends, receives).
     pub(crate) fn pending_with(&self, peer: Rank) -> (usize, usize) {
-        let with_peer = self
-            .executor
-            .pending()
-            .filter(|step| self.peer(*step) == peer);
+        let with_peer = self.executor.pending().filter(|step| self.peer(*step) == peer);
         let (sends, receives): (Vec<_>, Vec<_>) = with_peer.partition(|s| self.step(*s).is_send());
         (sends.len(), receives.len())
     }
 
     /// The peers with which a step is pending.
     pub(crate) fn waiting_for(&self) -> Vec<Rank> {
-        let mut peers: Vec<_> = self
-            .executor
-            .pending()
-            .map(|step| self.peer(step))
-            .collect();
+        let mut peers: Vec<_> = self.executor.pending().map(|step| self.peer(step)).collect();
         peers.sort_unstable();
         peers.dedup();
         peers
@@ -220,11 +168,7 @@ impl Active {
     /// The frame header of a step.
     pub(crate) fn header(&self, index: usize) -> Header {
         let bytes = 4 * self.range(index).len() as u64;
-        Header {
-            key: self.key,
-            chunk: self.step(index).chunk(),
-            bytes,
-        }
+        Header { key: self.key, chunk: self.step(index).chunk(), bytes }
     }
 
     /// The elements of a step's chunk.
@@ -257,11 +201,9 @@ impl Active {
 
     fn range(&self, index: usize) -> Range<usize> {
         match &self.work {
-            Work::Collective { schedule, .. } => chunk_range(
-                self.buffer.len(),
-                schedule.ranks(),
-                self.step(index).chunk(),
-            ),
+            Work::Collective { schedule, .. } => {
+                chunk_range(self.buffer.len(), schedule.ranks(), self.step(index).chunk())
+            }
             Work::PointToPoint { .. } => 0..self.buffer.len(),
         }
     }
@@ -274,22 +216,13 @@ impl Work {
             Action::Collective(schedule) => {
                 let position = group.ranks.iter().position(|rank| *rank == own);
                 let member = position.expect("a rank posts in its own groups") as u32;
-                Self::Collective {
-                    ranks: group.ranks,
-                    schedule,
-                    member,
-                }
+                Self::Collective { ranks: group.ranks, schedule, member }
             }
-            Action::Send { to: peer } => Self::PointToPoint {
-                peer,
-                step: Step::Send { to: 0, chunk: 0 },
-            },
+            Action::Send { to: peer } => {
+                Self::PointToPoint { peer, step: Step::Send { to: 0, chunk: 0 } }
+            }
             Action::Receive { from: peer } => {
-                let step = Step::Receive {
-                    from: 0,
-                    chunk: 0,
-                    action: copy,
-                };
+                let step = Step::Receive { from: 0, chunk: 0, action: copy };
                 Self::PointToPoint { peer, step }
             }
         }

@@ -86,22 +86,14 @@ impl Outgoing {
 impl Writing {
     fn new(source: Option<Source>, header: Header) -> Self {
         let total = HEADER_BYTES + header.bytes as usize;
-        Self {
-            source,
-            header: header.encode(),
-            sent: 0,
-            total,
-        }
+        Self { source, header: header.encode(), sent: 0, total }
     }
 
     /// The next bytes of the frame.
     pub(crate) fn pieces<'a>(&'a self, payload: &'a [u8]) -> [IoSlice<'a>; 2] {
         let header = &self.header[self.sent.min(HEADER_BYTES)..];
         let payload = &payload[self.sent.saturating_sub(HEADER_BYTES)..];
-        [
-            IoSlice::new(header),
-            IoSlice::new(&payload[..payload.len().min(PIECE_BYTES)]),
-        ]
+        [IoSlice::new(header), IoSlice::new(&payload[..payload.len().min(PIECE_BYTES)])]
     }
 
     /// Notes that bytes were written; true when they were the last.

@@ -17,11 +17,7 @@ use crate::{Completed, Error, Limits, Operation, Transport};
 /// What the rank asks of the loop.
 pub(crate) enum Command {
     /// Start an operation.
-    Post {
-        ticket: u64,
-        operation: Operation,
-        posted: Instant,
-    },
+    Post { ticket: u64, operation: Operation, posted: Instant },
     /// Fail an operation that was waited for too long.
     Expire { ticket: u64 },
     /// End; before that, complete what was posted and take leave.
@@ -119,23 +115,12 @@ impl Progress {
     fn take_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Post {
-                    ticket,
-                    operation,
-                    posted,
-                } => self.post(ticket, operation, posted),
+                Command::Post { ticket, operation, posted } => self.post(ticket, operation, posted),
                 Command::Expire { ticket } => self.expire(ticket),
                 Command::Close { flush } => {
-                    let grace = if flush {
-                        self.limits.farewell
-                    } else {
-                        Duration::ZERO
-                    };
+                    let grace = if flush { self.limits.farewell } else { Duration::ZERO };
                     let deadline = Instant::now() + grace;
-                    self.closing = Some(Closing {
-                        deadline,
-                        said_goodbye: !flush,
-                    });
+                    self.closing = Some(Closing { deadline, said_goodbye: !flush });
                 }
             }
         }
@@ -162,11 +147,7 @@ impl Progress {
         let Some(closing) = &self.closing else {
             return false;
         };
-        let idle = || {
-            self.peers
-                .iter()
-                .all(|p| p.gone.is_some() || p.outgoing.is_idle())
-        };
+        let idle = || self.peers.iter().all(|p| p.gone.is_some() || p.outgoing.is_idle());
         Instant::now() >= closing.deadline || (closing.said_goodbye && idle())
     }
 
@@ -179,15 +160,10 @@ impl Progress {
     fn move_bytes(&mut self) -> bool {
         let own = self.transport.rank();
         let mut moved = false;
-        for peer in (0..self.transport.ranks())
-            .map(Rank)
-            .filter(|peer| *peer != own)
-        {
+        for peer in (0..self.transport.ranks()).map(Rank).filter(|peer| *peer != own) {
             if self.peers[peer.index()].gone.is_none() {
                 moved |= self.write(peer);
-                moved |= self
-                    .read(peer)
-                    .unwrap_or_else(|error| self.lose(peer, &error));
+                moved |= self.read(peer).unwrap_or_else(|error| self.lose(peer, &error));
             }
         }
         moved
@@ -201,10 +177,7 @@ impl Progress {
             Action::Send { to } => (Lane::To(to), Some(own)),
             Action::Receive { from } => (Lane::From(from), Some(from)),
         };
-        let next = self
-            .sequences
-            .entry((operation.group.id, lane))
-            .or_default();
+        let next = self.sequences.entry((operation.group.id, lane)).or_default();
         let active = Active::new(operation, own, *next, posted);
         *next += 1;
         if !matches!(lane, Lane::To(_)) {
@@ -241,10 +214,7 @@ impl Progress {
     /// Starts a receive with what has come early, or waits for its frame.
     fn start_receive(&mut self, peer: Rank, source: Source) -> Result<(), Error> {
         let (ticket, step) = source;
-        let operation = self
-            .operations
-            .get_mut(&ticket)
-            .expect("its step was just started");
+        let operation = self.operations.get_mut(&ticket).expect("its step was just started");
         let incoming = &mut self.peers[peer.index()].incoming;
         if let Some(early) = incoming.take_early(operation.key) {
             operation.check(peer, step, early.header)?;
@@ -272,9 +242,7 @@ impl Progress {
         let Some(writing) = outgoing.current(&self.operations) else {
             return false;
         };
-        let chunk = writing
-            .source
-            .map(|(ticket, step)| self.operations[&ticket].chunk(step));
+        let chunk = writing.source.map(|(ticket, step)| self.operations[&ticket].chunk(step));
         let pieces = writing.pieces(bytemuck::cast_slice(chunk.unwrap_or_default()));
         let Ok(written) = self.transport.try_write(peer, &pieces) else {
             outgoing.broken = true;
@@ -294,10 +262,7 @@ impl Progress {
     fn finish_write(&mut self, peer: Rank, source: Option<Source>) {
         self.peers[peer.index()].outgoing.finish();
         if let Some((ticket, step)) = source {
-            let operation = self
-                .operations
-                .get_mut(&ticket)
-                .expect("it was being written");
+            let operation = self.operations.get_mut(&ticket).expect("it was being written");
             if operation.failed {
                 return self.remove_failed(ticket);
             }
@@ -308,13 +273,7 @@ impl Progress {
 
     /// Reads the next piece; whether anything moved.
     fn read(&mut self, peer: Rank) -> Result<bool, Error> {
-        let Self {
-            peers,
-            transport,
-            operations,
-            scratch,
-            ..
-        } = self;
+        let Self { peers, transport, operations, scratch, .. } = self;
         let incoming = &mut peers[peer.index()].incoming;
         let Some(reading) = &mut incoming.reading else {
             return self.read_header(peer);
@@ -331,11 +290,7 @@ impl Progress {
     fn read_header(&mut self, peer: Rank) -> Result<bool, Error> {
         let header = &mut self.peers[peer.index()].incoming.header;
         let missing = &mut header.bytes[header.filled..];
-        let moved = if missing.is_empty() {
-            0
-        } else {
-            self.transport.try_read(peer, missing)?
-        };
+        let moved = if missing.is_empty() { 0 } else { self.transport.try_read(peer, missing)? };
         header.filled += moved;
         Ok((header.filled == HEADER_BYTES && self.open_frame(peer)?) || moved > 0)
     }
@@ -348,13 +303,7 @@ impl Progress {
             .map_err(|reason| Error::ended(peer, reason))?;
         match header.key.kind {
             Kind::Goodbye => {
-                self.depart(
-                    peer,
-                    Gone {
-                        orderly: true,
-                        reason: "it left the job".into(),
-                    },
-                );
+                self.depart(peer, Gone { orderly: true, reason: "it left the job".into() });
                 return Ok(true);
             }
             Kind::Abort => return Ok(self.take_abort(peer, header.key)),
@@ -379,10 +328,7 @@ impl Progress {
     /// Matches a frame with the receive that waits for it. A frame that does not fit fails the
     /// operation only; what follows on the stream is still in order.
     fn claim(&mut self, peer: Rank, ticket: u64, header: Header) -> Sink {
-        let operation = self
-            .operations
-            .get_mut(&ticket)
-            .expect("a receiver is active");
+        let operation = self.operations.get_mut(&ticket).expect("a receiver is active");
         operation.started.get_or_insert_with(Instant::now);
         let step = self.peers[peer.index()].incoming.take_expected(ticket);
         let step = step.expect("it expects a frame");
@@ -402,10 +348,7 @@ impl Progress {
             Sink::Discard => {}
             Sink::Early(payload) => incoming.keep(Early { header, payload }),
             Sink::Chunk((ticket, step)) => {
-                let operation = self
-                    .operations
-                    .get_mut(&ticket)
-                    .expect("its frame was read");
+                let operation = self.operations.get_mut(&ticket).expect("its frame was read");
                 operation.executor.complete(step);
                 self.advance(ticket);
             }
@@ -418,33 +361,16 @@ impl Progress {
             Kind::PointToPoint => Lane::From(peer),
             Kind::Collective | Kind::Goodbye | Kind::Abort => Lane::Collective,
         };
-        self.sequences
-            .get(&(key.group, lane))
-            .is_some_and(|next| key.sequence < *next)
+        self.sequences.get(&(key.group, lane)).is_some_and(|next| key.sequence < *next)
     }
 
     fn finish(&mut self, ticket: u64) {
         let operation = self.operations.remove(&ticket).expect("it was just driven");
-        operation
-            .receiver()
-            .map(|receiver| self.receivers.remove(&receiver));
+        operation.receiver().map(|receiver| self.receivers.remove(&receiver));
         let finished = Instant::now();
-        let Active {
-            buffer,
-            posted,
-            started,
-            ..
-        } = operation;
+        let Active { buffer, posted, started, .. } = operation;
         let started = started.unwrap_or(finished);
-        self.outcomes.put(
-            ticket,
-            Ok(Completed {
-                buffer,
-                posted,
-                started,
-                finished,
-            }),
-        );
+        self.outcomes.put(ticket, Ok(Completed { buffer, posted, started, finished }));
     }
 
     fn expire(&mut self, ticket: u64) {
@@ -462,10 +388,7 @@ impl Progress {
 
     /// Takes a peer's notice that a collective failed there; false while there is no room for it.
     fn take_abort(&mut self, peer: Rank, notice: Key) -> bool {
-        let key = Key {
-            kind: Kind::Collective,
-            ..notice
-        };
+        let key = Key { kind: Kind::Collective, ..notice };
         let past = self.is_past(key, peer);
         let incoming = &mut self.peers[peer.index()].incoming;
         match self.receivers.get(&(key, None)) {
@@ -482,39 +405,23 @@ impl Progress {
     fn aborted_by(&mut self, ticket: u64) -> Option<Rank> {
         let key = self.operations[&ticket].key;
         let peers = (0..).map(Rank).zip(&mut self.peers);
-        peers
-            .filter_map(|(rank, peer)| peer.incoming.take_abort(key).then_some(rank))
-            .last()
+        peers.filter_map(|(rank, peer)| peer.incoming.take_abort(key).then_some(rank)).last()
     }
 
     fn fail_elsewhere(&mut self, ticket: u64, peer: Rank) {
         let Active { label, key, .. } = &self.operations[&ticket];
         let (operation, sequence) = (Arc::clone(label), key.sequence);
-        self.fail(
-            ticket,
-            Error::FailedElsewhere {
-                peer,
-                operation,
-                sequence,
-            },
-        );
+        self.fail(ticket, Error::FailedElsewhere { peer, operation, sequence });
     }
 
     /// Reports a failure that the other members of a collective cannot see for themselves.
     fn fail_and_tell(&mut self, ticket: u64, error: Error) {
         let operation = &self.operations[&ticket];
-        let Key {
-            group, sequence, ..
-        } = operation.key;
-        for member in operation
-            .members()
-            .iter()
-            .filter(|rank| **rank != self.transport.rank())
-        {
+        let Key { group, sequence, .. } = operation.key;
+        for member in operation.members().iter().filter(|rank| **rank != self.transport.rank()) {
             let peer = &mut self.peers[member.index()];
             if peer.gone.is_none() {
-                peer.outgoing
-                    .push_notice(Header::notice(Kind::Abort, group, sequence));
+                peer.outgoing.push_notice(Header::notice(Kind::Abort, group, sequence));
             }
         }
         self.fail(ticket, error);
@@ -522,22 +429,13 @@ impl Progress {
 
     /// Reports an operation's failure and takes it apart.
     fn fail(&mut self, ticket: u64, error: Error) {
-        let operation = self
-            .operations
-            .get_mut(&ticket)
-            .expect("only active operations fail");
+        let operation = self.operations.get_mut(&ticket).expect("only active operations fail");
         operation.failed = true;
-        operation
-            .receiver()
-            .map(|receiver| self.receivers.remove(&receiver));
+        operation.receiver().map(|receiver| self.receivers.remove(&receiver));
         for sender in operation.pending_senders() {
-            self.peers[sender.index()]
-                .incoming
-                .forget(ticket, operation.key);
+            self.peers[sender.index()].incoming.forget(ticket, operation.key);
         }
-        self.peers
-            .iter_mut()
-            .for_each(|peer| peer.outgoing.forget(ticket));
+        self.peers.iter_mut().for_each(|peer| peer.outgoing.forget(ticket));
         self.outcomes.put(ticket, Err(error));
         self.remove_failed(ticket);
     }
@@ -545,11 +443,7 @@ impl Progress {
     /// Drops a failed operation unless a frame of it is being written: that must be finished, or
     /// the peer could not make out what follows.
     fn remove_failed(&mut self, ticket: u64) {
-        if !self
-            .peers
-            .iter()
-            .any(|peer| peer.outgoing.is_writing(ticket))
-        {
+        if !self.peers.iter().any(|peer| peer.outgoing.is_writing(ticket)) {
             self.operations.remove(&ticket);
         }
     }
@@ -560,13 +454,7 @@ impl Progress {
             Error::StreamEnded { reason, .. } => reason.clone(),
             other => other.to_string(),
         };
-        self.depart(
-            peer,
-            Gone {
-                orderly: false,
-                reason,
-            },
-        );
+        self.depart(peer, Gone { orderly: false, reason });
         true
     }
 
@@ -588,9 +476,7 @@ impl Progress {
     /// The gone peer, if any, without which an operation cannot be done.
     fn broken_by(&self, ticket: u64) -> Option<Rank> {
         let operation = &self.operations[&ticket];
-        (0..self.transport.ranks())
-            .map(Rank)
-            .find(|peer| self.breaks(*peer, operation))
+        (0..self.transport.ranks()).map(Rank).find(|peer| self.breaks(*peer, operation))
     }
 
     /// Whether a peer's absence breaks an operation. A peer that said goodbye had done its part of
@@ -610,10 +496,7 @@ impl Progress {
 
     fn fail_lost(&mut self, ticket: u64, peer: Rank) {
         let operation = &self.operations[&ticket];
-        let gone = self.peers[peer.index()]
-            .gone
-            .as_ref()
-            .expect("the peer is gone");
+        let gone = self.peers[peer.index()].gone.as_ref().expect("the peer is gone");
         let error = Error::PeerLost {
             peer,
             operation: Arc::clone(&operation.label),
@@ -640,10 +523,7 @@ impl Drop for EndOfThread {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let reason = "the communication thread panicked".into();
-            self.0.put_broken(Error::System {
-                action: "communicate",
-                reason,
-            });
+            self.0.put_broken(Error::System { action: "communicate", reason });
         }
     }
 }

@@ -54,10 +54,7 @@ struct Hello {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum Verdict {
     /// All are here: the addresses by rank, and a number that other jobs do not have.
-    Start {
-        job: u64,
-        addresses: Vec<SocketAddr>,
-    },
+    Start { job: u64, addresses: Vec<SocketAddr> },
     /// The job does not start because of this rank.
     Refused { rank: Rank, reason: String },
 }
@@ -80,12 +77,7 @@ impl Rendezvous {
     /// # Panics
     /// When `rank` is not below `ranks`.
     pub fn meet(self, listener: Option<TcpListener>) -> Result<Tcp, Error> {
-        assert!(
-            self.rank.0 < self.ranks,
-            "{} of {} ranks",
-            self.rank,
-            self.ranks
-        );
+        assert!(self.rank.0 < self.ranks, "{} of {} ranks", self.rank, self.ranks);
         let deadline = Instant::now() + self.timeout;
         if self.address.ip().is_unspecified() {
             return Err(self.failed("name the address of one interface, reachable by every rank"));
@@ -108,10 +100,7 @@ impl Rendezvous {
         let outcome = self.gather(listener, deadline, &mut arrived);
         let verdict = match &outcome {
             Ok(()) => self.start(&mut arrived),
-            Err((rank, reason)) => Verdict::Refused {
-                rank: *rank,
-                reason: reason.clone(),
-            },
+            Err((rank, reason)) => Verdict::Refused { rank: *rank, reason: reason.clone() },
         };
         for (socket, _) in &arrived {
             // Whoever cannot be told any more sees the connection end.
@@ -147,13 +136,8 @@ impl Rendezvous {
             arrived.push((guest.socket, hello));
             if let Some((rank, reason)) = &objection {
                 told += arrived.len();
-                let verdict = Verdict::Refused {
-                    rank: *rank,
-                    reason: reason.clone(),
-                };
-                arrived
-                    .drain(..)
-                    .for_each(|(socket, _)| drop(send(&socket, &verdict, deadline)));
+                let verdict = Verdict::Refused { rank: *rank, reason: reason.clone() };
+                arrived.drain(..).for_each(|(socket, _)| drop(send(&socket, &verdict, deadline)));
             }
         }
         objection.map_or(Ok(()), Err)
@@ -167,19 +151,11 @@ impl Rendezvous {
         arrived: &[(TcpStream, Hello)],
     ) -> Option<String> {
         if version != VERSION {
-            Some(format!(
-                "it speaks version {version} of the protocol, rank 0 speaks {VERSION}"
-            ))
+            Some(format!("it speaks version {version} of the protocol, rank 0 speaks {VERSION}"))
         } else if hello.ranks != self.ranks {
-            Some(format!(
-                "it was started for {} ranks, rank 0 for {}",
-                hello.ranks, self.ranks
-            ))
+            Some(format!("it was started for {} ranks, rank 0 for {}", hello.ranks, self.ranks))
         } else if hello.rank.0 >= self.ranks || hello.rank == self.rank {
-            Some(format!(
-                "there are ranks 0 to {}, and 0 is taken",
-                self.ranks - 1
-            ))
+            Some(format!("there are ranks 0 to {}, and 0 is taken", self.ranks - 1))
         } else if arrived.iter().any(|(_, other)| other.rank == hello.rank) {
             Some("two processes were started with this rank".into())
         } else if hello.identity != self.identity {
@@ -192,16 +168,11 @@ impl Rendezvous {
     /// Who had not come when the time was over.
     fn missing(&self, arrived: &[(TcpStream, Hello)]) -> (Rank, String) {
         let here: BTreeSet<_> = arrived.iter().map(|(_, hello)| hello.rank).collect();
-        let missing: Vec<_> = (1..self.ranks)
-            .map(Rank)
-            .filter(|r| !here.contains(r))
-            .collect();
+        let missing: Vec<_> = (1..self.ranks).map(Rank).filter(|r| !here.contains(r)).collect();
         let names: Vec<_> = missing.iter().map(|rank| rank.0.to_string()).collect();
         let (address, timeout) = (self.address, self.timeout);
-        let reason = format!(
-            "not at {address} within {timeout:?}; ranks missing: {}",
-            names.join(", ")
-        );
+        let reason =
+            format!("not at {address} within {timeout:?}; ranks missing: {}", names.join(", "));
         (missing[0], reason)
     }
 
@@ -222,12 +193,7 @@ impl Rendezvous {
         let listener = listen_beside(&host).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let identity = self.identity.clone();
-        let hello = Hello {
-            rank: self.rank,
-            ranks: self.ranks,
-            identity,
-            address,
-        };
+        let hello = Hello { rank: self.rank, ranks: self.ranks, identity, address };
         send(&host, &hello, deadline).map_err(failed)?;
         match receive(&host, deadline).map_err(failed)? {
             Verdict::Refused { rank, reason } => Err(Error::Refused { rank, reason }),
@@ -254,15 +220,8 @@ impl Rendezvous {
         let lower = 1..self.rank.index();
         for (socket, address) in sockets[lower.clone()].iter_mut().zip(&addresses[lower]) {
             let stream = self.connect_patiently(*address, deadline)?;
-            send(
-                &stream,
-                &Greeting {
-                    job,
-                    rank: self.rank,
-                },
-                deadline,
-            )
-            .map_err(|e| self.failed(format!("cannot greet a peer at {address}: {e}")))?;
+            send(&stream, &Greeting { job, rank: self.rank }, deadline)
+                .map_err(|e| self.failed(format!("cannot greet a peer at {address}: {e}")))?;
             *socket = Some(stream);
         }
         Ok(())
@@ -319,10 +278,7 @@ impl Rendezvous {
     }
 
     fn failed(&self, reason: impl Into<String>) -> Error {
-        Error::Rendezvous {
-            address: self.address,
-            reason: reason.into(),
-        }
+        Error::Rendezvous { address: self.address, reason: reason.into() }
     }
 }
 
@@ -331,9 +287,7 @@ fn difference(ours: &str, theirs: &str, rank: Rank) -> String {
     let only = |name: String, these: &str, those: &str| {
         let those: BTreeSet<_> = those.lines().collect();
         let lines = these.lines().filter(|line| !those.contains(line));
-        lines
-            .map(|line| format!("\n  {name}: {line}"))
-            .collect::<Vec<_>>()
+        lines.map(|line| format!("\n  {name}: {line}")).collect::<Vec<_>>()
     };
     let mut lines = only("rank 0".into(), ours, theirs);
     lines.extend(only(rank.to_string(), theirs, ours));
@@ -342,11 +296,7 @@ fn difference(ours: &str, theirs: &str, rank: Rank) -> String {
     }
     let omitted = lines.len().saturating_sub(LINES_SHOWN);
     lines.truncate(LINES_SHOWN);
-    let more = if omitted > 0 {
-        format!("\n  and {omitted} more")
-    } else {
-        String::new()
-    };
+    let more = if omitted > 0 { format!("\n  and {omitted} more") } else { String::new() };
     format!("its job differs from rank 0's:{}{more}", lines.concat())
 }
 
@@ -366,11 +316,7 @@ fn connect(address: SocketAddr, deadline: Instant) -> io::Result<TcpStream> {
 
 fn time_left(deadline: Instant) -> io::Result<Duration> {
     let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        Err(ErrorKind::TimedOut.into())
-    } else {
-        Ok(left)
-    }
+    if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
 /// Sends a message on a blocking socket.

@@ -43,30 +43,16 @@ impl Tcp {
         let waker =
             mio::Waker::new(poll.registry(), WAKER).map_err(Error::system("create a waker"))?;
         let stream = |(peer, socket): (usize, Option<TcpStream>)| {
-            socket
-                .map(|socket| Stream::register(socket, &poll, Token(peer)))
-                .transpose()
+            socket.map(|socket| Stream::register(socket, &poll, Token(peer))).transpose()
         };
-        let streams = sockets
-            .into_iter()
-            .enumerate()
-            .map(stream)
-            .collect::<Result<_, _>>();
+        let streams = sockets.into_iter().enumerate().map(stream).collect::<Result<_, _>>();
         let streams = streams.map_err(Error::system("watch a socket"))?;
         let events = Events::with_capacity(EVENTS);
-        Ok(Self {
-            rank,
-            streams,
-            poll,
-            events,
-            waker: Arc::new(waker),
-        })
+        Ok(Self { rank, streams, poll, events, waker: Arc::new(waker) })
     }
 
     fn stream(&mut self, peer: Rank) -> &mut Stream {
-        self.streams[peer.index()]
-            .as_mut()
-            .expect("a rank has a stream to every rank but itself")
+        self.streams[peer.index()].as_mut().expect("a rank has a stream to every rank but itself")
     }
 }
 
@@ -74,14 +60,8 @@ impl Stream {
     fn register(socket: TcpStream, poll: &Poll, token: Token) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         let mut socket = mio::net::TcpStream::from_std(socket);
-        poll.registry()
-            .register(&mut socket, token, Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self {
-            socket,
-            readable: true,
-            writable: true,
-            ending: false,
-        })
+        poll.registry().register(&mut socket, token, Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Self { socket, readable: true, writable: true, ending: false })
     }
 
     /// Less than was asked for means full, which saves the call that would only say so.
@@ -135,15 +115,11 @@ impl Transport for Tcp {
     }
 
     fn try_write(&mut self, peer: Rank, pieces: &[IoSlice<'_>]) -> Result<usize, Error> {
-        self.stream(peer)
-            .write(pieces)
-            .map_err(|error| Error::ended(peer, error))
+        self.stream(peer).write(pieces).map_err(|error| Error::ended(peer, error))
     }
 
     fn try_read(&mut self, peer: Rank, into: &mut [u8]) -> Result<usize, Error> {
-        self.stream(peer)
-            .read(into)
-            .map_err(|error| Error::ended(peer, error))
+        self.stream(peer).read(into).map_err(|error| Error::ended(peer, error))
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> Result<(), Error> {

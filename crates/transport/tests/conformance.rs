@@ -1,8 +1,5 @@
 //! One suite that every transport passes.
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test's helpers may panic as its tests do"
-)]
+#![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
 
 mod mesh;
 
@@ -42,10 +39,7 @@ on_every_transport!(
 const KINDS: [Kind; 3] = [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather];
 
 fn group(id: u64, ranks: &[u32]) -> Group {
-    Group {
-        id,
-        ranks: ranks.iter().copied().map(Rank).collect(),
-    }
+    Group { id, ranks: ranks.iter().copied().map(Rank).collect() }
 }
 
 fn all(ranks: u32) -> Group {
@@ -66,14 +60,7 @@ fn post(
     label: &str,
 ) -> Ticket {
     let (group, label) = (group.clone(), label.into());
-    communicator
-        .post(Operation {
-            group,
-            action,
-            buffer,
-            label,
-        })
-        .unwrap()
+    communicator.post(Operation { group, action, buffer, label }).unwrap()
 }
 
 /// The schedule carried out one transfer at a time: what every transport must equal, bit by bit.
@@ -131,14 +118,10 @@ fn promised(kind: Kind, rank: Rank, ranks: u32, buffer: &[f32]) -> Vec<u32> {
 
 fn collectives_have_the_bits_that_their_schedule_says(make: MakeMesh) {
     for ranks in 1..=5 {
-        let cases = [Algorithm::Ring, Algorithm::Direct]
-            .into_iter()
-            .flat_map(|algorithm| {
-                let lengths = [0, 1, 7, 1_000, if ranks == 3 { 700_001 } else { 10_007 }];
-                KINDS
-                    .into_iter()
-                    .flat_map(move |kind| lengths.map(|length| (algorithm, kind, length)))
-            });
+        let cases = [Algorithm::Ring, Algorithm::Direct].into_iter().flat_map(|algorithm| {
+            let lengths = [0, 1, 7, 1_000, if ranks == 3 { 700_001 } else { 10_007 }];
+            KINDS.into_iter().flat_map(move |kind| lengths.map(|length| (algorithm, kind, length)))
+        });
         let cases: Vec<_> = cases.collect();
         let results = run(make(ranks), Limits::default(), |mut communicator| {
             let rank = communicator.rank();
@@ -146,19 +129,12 @@ fn collectives_have_the_bits_that_their_schedule_says(make: MakeMesh) {
                 let schedule = Arc::new(algorithm.schedule(kind, ranks));
                 let (buffer, action) = (input(rank, length, 0), Action::Collective(schedule));
                 let ticket = post(&mut communicator, &all(ranks), action, buffer, "collective");
-                promised(
-                    kind,
-                    rank,
-                    ranks,
-                    &communicator.wait(ticket).unwrap().buffer,
-                )
+                promised(kind, rank, ranks, &communicator.wait(ticket).unwrap().buffer)
             };
             cases.iter().map(carry_out).collect::<Vec<_>>()
         });
         for (index, &(algorithm, kind, length)) in cases.iter().enumerate() {
-            let inputs = (0..ranks)
-                .map(|rank| input(Rank(rank), length, 0))
-                .collect();
+            let inputs = (0..ranks).map(|rank| input(Rank(rank), length, 0)).collect();
             let expected = reference(&algorithm.schedule(kind, ranks), inputs);
             for (rank, buffer) in (0..).map(Rank).zip(&expected) {
                 let expected = promised(kind, rank, ranks, buffer);
@@ -171,12 +147,7 @@ fn collectives_have_the_bits_that_their_schedule_says(make: MakeMesh) {
 
 fn operations_overlap_and_are_waited_for_in_any_order(make: MakeMesh) {
     let ranks = 4;
-    let groups = [
-        all(ranks),
-        group(1, &[2, 0, 3]),
-        group(2, &[1, 3]),
-        group(3, &[3, 2, 1, 0]),
-    ];
+    let groups = [all(ranks), group(1, &[2, 0, 3]), group(2, &[1, 3]), group(3, &[3, 2, 1, 0])];
     let sums = run(make(ranks), Limits::default(), |mut communicator| {
         let rank = communicator.rank();
         let mut tickets = Vec::new();
@@ -204,15 +175,8 @@ fn operations_overlap_and_are_waited_for_in_any_order(make: MakeMesh) {
             let member = group.ranks.iter().position(|other| *other == rank).unwrap();
             let algorithm = [Algorithm::Ring, Algorithm::Direct][salt % 2];
             let schedule = algorithm.schedule(Kind::AllReduce, group.ranks.len() as u32);
-            let inputs = group
-                .ranks
-                .iter()
-                .map(|rank| input(*rank, sum.len(), *salt))
-                .collect();
-            assert!(
-                reference(&schedule, inputs)[member] == *sum,
-                "{rank}, operation {salt}"
-            );
+            let inputs = group.ranks.iter().map(|rank| input(*rank, sum.len(), *salt)).collect();
+            assert!(reference(&schedule, inputs)[member] == *sum, "{rank}, operation {salt}");
         }
     }
 }
@@ -225,16 +189,8 @@ fn pipelines_send_and_receive_in_order(make: MakeMesh) {
         for microbatch in 0..10 {
             let mut buffer = input(Rank(0), 5_000, microbatch);
             if rank > 0 {
-                let receive = Action::Receive {
-                    from: Rank(rank - 1),
-                };
-                let ticket = post(
-                    &mut communicator,
-                    &all(ranks),
-                    receive,
-                    vec![0.0; 5_000],
-                    "in",
-                );
+                let receive = Action::Receive { from: Rank(rank - 1) };
+                let ticket = post(&mut communicator, &all(ranks), receive, vec![0.0; 5_000], "in");
                 buffer = communicator.wait(ticket).unwrap().buffer;
             }
             if rank + 1 < ranks {
@@ -246,9 +202,7 @@ fn pipelines_send_and_receive_in_order(make: MakeMesh) {
         }
         results
     });
-    let expected: Vec<_> = (0..10)
-        .map(|microbatch| input(Rank(0), 5_000, microbatch))
-        .collect();
+    let expected: Vec<_> = (0..10).map(|microbatch| input(Rank(0), 5_000, microbatch)).collect();
     assert!(last[2] == expected);
 }
 
@@ -272,10 +226,7 @@ fn frames_of_operations_posted_late_are_kept(make: MakeMesh) {
 }
 
 fn back_pressure_holds_a_sender_and_lets_it_go(make: MakeMesh) {
-    let limits = Limits {
-        early: Bytes(1),
-        ..Limits::default()
-    };
+    let limits = Limits { early: Bytes(1), ..Limits::default() };
     let length = 1 << 20;
     run(make(2), limits, |mut communicator| {
         let peer = Rank(1 - communicator.rank().0);
@@ -295,9 +246,7 @@ fn back_pressure_holds_a_sender_and_lets_it_go(make: MakeMesh) {
                 assert!(received == input(Rank(0), length, round), "round {round}");
             }
         }
-        tickets
-            .into_iter()
-            .for_each(|ticket| drop(communicator.wait(ticket).unwrap()));
+        tickets.into_iter().for_each(|ticket| drop(communicator.wait(ticket).unwrap()));
     });
 }
 
@@ -318,23 +267,11 @@ fn a_rank_that_is_done_may_leave(make: MakeMesh) {
     let received = run(make(2), Limits::default(), |mut communicator| {
         if communicator.rank() == Rank(0) {
             let send = Action::Send { to: Rank(1) };
-            let _ = post(
-                &mut communicator,
-                &all(2),
-                send,
-                vec![7.0; 300_000],
-                "parting gift",
-            );
+            let _ = post(&mut communicator, &all(2), send, vec![7.0; 300_000], "parting gift");
             return Vec::new();
         }
         let receive = Action::Receive { from: Rank(0) };
-        let ticket = post(
-            &mut communicator,
-            &all(2),
-            receive,
-            vec![0.0; 300_000],
-            "parting gift",
-        );
+        let ticket = post(&mut communicator, &all(2), receive, vec![0.0; 300_000], "parting gift");
         communicator.wait(ticket).unwrap().buffer
     });
     assert!(received[1] == vec![7.0; 300_000]);
@@ -342,22 +279,16 @@ fn a_rank_that_is_done_may_leave(make: MakeMesh) {
 
 fn lost_peer(outcome: Result<transport::Completed, Error>) -> (Rank, String, u64) {
     match outcome {
-        Err(Error::PeerLost {
-            peer,
-            operation,
-            sequence,
-            ..
-        }) => (peer, operation.to_string(), sequence),
+        Err(Error::PeerLost { peer, operation, sequence, .. }) => {
+            (peer, operation.to_string(), sequence)
+        }
         other => panic!("expected a lost peer, got {other:?}"),
     }
 }
 
 fn a_lost_peer_is_named_by_every_operation_it_is_part_of(make: MakeMesh) {
     let mut mesh = make(4);
-    let ends: Vec<_> = [3, 2, 0]
-        .map(|rank| mesh.remove(rank))
-        .into_iter()
-        .collect();
+    let ends: Vec<_> = [3, 2, 0].map(|rank| mesh.remove(rank)).into_iter().collect();
     // The bare end of rank 1 dies without a goodbye, as the process behind it would.
     let dying = std::sync::Mutex::new(mesh.pop());
     let without = group(1, &[0, 2, 3]);
@@ -371,21 +302,12 @@ fn a_lost_peer_is_named_by_every_operation_it_is_part_of(make: MakeMesh) {
         let survivors = sum(&without, "survivors");
         communicator.barrier(&without).unwrap();
         drop(dying.lock().unwrap().take());
-        assert_eq!(
-            lost_peer(communicator.wait(first)),
-            (Rank(1), "first".into(), 0)
-        );
-        assert_eq!(
-            lost_peer(communicator.wait(second)),
-            (Rank(1), "second".into(), 1)
-        );
+        assert_eq!(lost_peer(communicator.wait(first)), (Rank(1), "first".into(), 0));
+        assert_eq!(lost_peer(communicator.wait(second)), (Rank(1), "second".into(), 1));
         assert!(communicator.wait(survivors).unwrap().buffer == vec![3.0; 500_000]);
         let action = Action::Send { to: Rank(1) };
         let later = post(&mut communicator, &all(4), action, vec![1.0], "later");
-        assert_eq!(
-            lost_peer(communicator.wait(later)),
-            (Rank(1), "later".into(), 0)
-        );
+        assert_eq!(lost_peer(communicator.wait(later)), (Rank(1), "later".into(), 0));
         communicator.barrier(&without).unwrap();
     });
 }
@@ -395,43 +317,24 @@ fn a_rank_that_leaves_early_is_named(make: MakeMesh) {
         if communicator.rank() == Rank(0) {
             let receive = Action::Receive { from: Rank(1) };
             let ticket = post(&mut communicator, &all(2), receive, vec![0.0], "never sent");
-            assert_eq!(
-                lost_peer(communicator.wait(ticket)),
-                (Rank(1), "never sent".into(), 0)
-            );
+            assert_eq!(lost_peer(communicator.wait(ticket)), (Rank(1), "never sent".into(), 0));
         }
     });
 }
 
 fn a_wait_beyond_the_limit_names_who_has_not_answered(make: MakeMesh) {
-    let limits = Limits {
-        wait: Duration::from_millis(50),
-        ..Limits::default()
-    };
+    let limits = Limits { wait: Duration::from_millis(50), ..Limits::default() };
     let over = std::sync::Barrier::new(3);
     run(make(3), limits, |mut communicator| {
         if communicator.rank() == Rank(0) {
             let gather = Arc::new(collective::direct(Kind::AllGather, 3));
             let action = Action::Collective(gather);
-            let ticket = post(
-                &mut communicator,
-                &all(3),
-                action,
-                vec![0.0; 3],
-                "unanswered",
-            );
-            let Err(Error::Timeout {
-                operation,
-                waiting_for,
-                ..
-            }) = communicator.wait(ticket)
+            let ticket = post(&mut communicator, &all(3), action, vec![0.0; 3], "unanswered");
+            let Err(Error::Timeout { operation, waiting_for, .. }) = communicator.wait(ticket)
             else {
                 panic!("nobody answered");
             };
-            assert_eq!(
-                (&*operation, &waiting_for[..]),
-                ("unanswered", &[Rank(1), Rank(2)][..])
-            );
+            assert_eq!((&*operation, &waiting_for[..]), ("unanswered", &[Rank(1), Rank(2)][..]));
         }
 
         over.wait();
@@ -443,13 +346,7 @@ fn different_operations_in_the_same_place_are_noticed(make: MakeMesh) {
     let outcomes = run(make(4), Limits::default(), |mut communicator| {
         let length = 1_000 + 4 * communicator.rank().index();
         let action = Action::Collective(Arc::new(collective::ring(Kind::AllReduce, 4)));
-        let ticket = post(
-            &mut communicator,
-            &all(4),
-            action,
-            vec![0.0; length],
-            "unequal",
-        );
+        let ticket = post(&mut communicator, &all(4), action, vec![0.0; length], "unequal");
         let outcome = communicator.wait(ticket).unwrap_err();
         // The streams are still in order.
         communicator.barrier(&group(1, &[0, 1, 2, 3])).unwrap();
@@ -458,12 +355,7 @@ fn different_operations_in_the_same_place_are_noticed(make: MakeMesh) {
     let mut named = 0;
     for (rank, outcome) in (0..).zip(outcomes) {
         match outcome {
-            Error::Mismatch {
-                peer,
-                expected,
-                sent,
-                ..
-            } => {
+            Error::Mismatch { peer, expected, sent, .. } => {
                 let size = |rank: u32| Bytes(1_000 + 4 * u64::from(rank));
                 assert_eq!((expected, sent), (size(rank), size(peer.0)));
                 named += 1;
@@ -507,23 +399,11 @@ fn garbage_on_a_stream_is_a_lost_peer(make: MakeMesh) {
             (seed >> 56) as u8
         };
         let garbage: Vec<u8> = (0..200).map(|_| byte()).collect();
-        stranger
-            .try_write(Rank(0), &[IoSlice::new(&garbage)])
-            .unwrap();
+        stranger.try_write(Rank(0), &[IoSlice::new(&garbage)]).unwrap();
         run(mesh, Limits::default(), |mut communicator| {
             let receive = Action::Receive { from: Rank(1) };
-            let ticket = post(
-                &mut communicator,
-                &all(2),
-                receive,
-                vec![0.0; 100],
-                "receive",
-            );
-            let Err(Error::PeerLost {
-                peer: Rank(1),
-                reason,
-                ..
-            }) = communicator.wait(ticket)
+            let ticket = post(&mut communicator, &all(2), receive, vec![0.0; 100], "receive");
+            let Err(Error::PeerLost { peer: Rank(1), reason, .. }) = communicator.wait(ticket)
             else {
                 panic!("that was no frame");
             };

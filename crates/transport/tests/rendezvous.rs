@@ -1,8 +1,5 @@
 //! Processes that belong together find each other; others are refused, and every rank learns why.
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test's helpers may panic as its tests do"
-)]
+#![allow(clippy::unwrap_used, reason = "a test's helpers may panic as its tests do")]
 
 mod mesh;
 
@@ -16,13 +13,7 @@ use units::Rank;
 
 fn rendezvous(rank: u32, ranks: u32, address: SocketAddr) -> Rendezvous {
     let (identity, timeout) = ("job".into(), Duration::from_secs(60));
-    Rendezvous {
-        rank: Rank(rank),
-        ranks,
-        address,
-        identity,
-        timeout,
-    }
+    Rendezvous { rank: Rank(rank), ranks, address, identity, timeout }
 }
 
 fn listener() -> (TcpListener, SocketAddr) {
@@ -72,10 +63,7 @@ fn two_processes_of_one_rank_are_refused() {
     let (listener, address) = listener();
     let others = vec![rendezvous(1, 3, address), rendezvous(1, 3, address)];
     let (rank, reason) = refusal(meet(rendezvous(0, 3, address), listener, others));
-    assert_eq!(
-        (rank, &*reason),
-        (Rank(1), "two processes were started with this rank")
-    );
+    assert_eq!((rank, &*reason), (Rank(1), "two processes were started with this rank"));
 }
 
 #[test]
@@ -83,19 +71,13 @@ fn another_world_size_is_refused() {
     let (listener, address) = listener();
     let others = vec![rendezvous(1, 5, address), rendezvous(2, 3, address)];
     let (rank, reason) = refusal(meet(rendezvous(0, 3, address), listener, others));
-    assert_eq!(
-        (rank, &*reason),
-        (Rank(1), "it was started for 5 ranks, rank 0 for 3")
-    );
+    assert_eq!((rank, &*reason), (Rank(1), "it was started for 5 ranks, rank 0 for 3"));
 }
 
 #[test]
 fn a_rank_that_does_not_come_is_named() {
     let (listener, address) = listener();
-    let host = Rendezvous {
-        timeout: Duration::from_millis(300),
-        ..rendezvous(0, 3, address)
-    };
+    let host = Rendezvous { timeout: Duration::from_millis(300), ..rendezvous(0, 3, address) };
     let (rank, reason) = refusal(meet(host, listener, vec![]));
     assert_eq!(rank, Rank(1));
     assert!(reason.contains("ranks missing: 1, 2"), "{reason}");
@@ -105,10 +87,7 @@ fn a_rank_that_does_not_come_is_named() {
 fn nobody_listening_is_an_error_with_the_address() {
     let (listener, address) = listener();
     drop(listener);
-    let alone = Rendezvous {
-        timeout: Duration::from_millis(50),
-        ..rendezvous(1, 2, address)
-    };
+    let alone = Rendezvous { timeout: Duration::from_millis(50), ..rendezvous(1, 2, address) };
     let Err(Error::Rendezvous { reason, .. }) = alone.meet(None) else {
         panic!("nobody was there")
     };
@@ -151,8 +130,5 @@ fn a_single_rank_needs_no_network() {
 #[test]
 fn all_interfaces_are_no_address() {
     let everywhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 4_000));
-    assert!(matches!(
-        rendezvous(0, 2, everywhere).meet(None),
-        Err(Error::Rendezvous { .. })
-    ));
+    assert!(matches!(rendezvous(0, 2, everywhere).meet(None), Err(Error::Rendezvous { .. })));
 }

@@ -14,17 +14,14 @@ pub type MakeMesh = fn(u32) -> Vec<Box<dyn Transport>>;
 /// A mesh whose pipes hold less than most frames, so that reads and writes are partial.
 pub fn in_process(ranks: u32) -> Vec<Box<dyn Transport>> {
     let mesh = InProcess::mesh_with_capacity(ranks, 1_001);
-    mesh.into_iter()
-        .map(|end| Box::new(end) as Box<dyn Transport>)
-        .collect()
+    mesh.into_iter().map(|end| Box::new(end) as Box<dyn Transport>).collect()
 }
 
 /// A mesh of loopback sockets.
 pub fn tcp(ranks: u32) -> Vec<Box<dyn Transport>> {
     let identities = vec![String::from("job"); ranks as usize];
     let ends = meet(identities).into_iter().map(|end| end.unwrap());
-    ends.map(|end| Box::new(end) as Box<dyn Transport>)
-        .collect()
+    ends.map(|end| Box::new(end) as Box<dyn Transport>).collect()
 }
 
 /// Lets one rank per identity meet on a port that the system chooses.
@@ -35,28 +32,16 @@ pub fn meet(identities: Vec<String>) -> Vec<Result<Tcp, Error>> {
     let timeout = Duration::from_secs(60);
     let mut listener = Some(listener);
     let join = |(rank, identity)| {
-        let rendezvous = Rendezvous {
-            rank: Rank(rank),
-            ranks,
-            address,
-            identity,
-            timeout,
-        };
+        let rendezvous = Rendezvous { rank: Rank(rank), ranks, address, identity, timeout };
         let listener = listener.take();
         thread::spawn(move || rendezvous.meet(listener))
     };
     let threads: Vec<_> = (0..).zip(identities).map(join).collect();
-    threads
-        .into_iter()
-        .map(|thread| thread.join().unwrap())
-        .collect()
+    threads.into_iter().map(|thread| thread.join().unwrap()).collect()
 }
 
 /// Runs `body` as every rank of a mesh at once; what each returns, in rank order.
-#[allow(
-    dead_code,
-    reason = "not every test file that includes this module runs ranks"
-)]
+#[allow(dead_code, reason = "not every test file that includes this module runs ranks")]
 pub fn run<T: Send>(
     mesh: Vec<Box<dyn Transport>>,
     limits: Limits,
@@ -68,9 +53,6 @@ pub fn run<T: Send>(
             scope.spawn(move || body(Communicator::new(end, limits).unwrap()))
         };
         let threads: Vec<_> = mesh.into_iter().map(rank).collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .collect()
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
