@@ -50,6 +50,16 @@ pub enum Step {
     },
 }
 
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::AllReduce => "all-reduce",
+            Self::ReduceScatter => "reduce-scatter",
+            Self::AllGather => "all-gather",
+        })
+    }
+}
+
 impl Step {
     /// The chunk that the step reads or writes.
     #[must_use]
