@@ -80,6 +80,8 @@ pub struct Stage<O: Operators> {
     values: BTreeMap<(u32, Value), O::Tensor>,
     saved: BTreeMap<(u32, Value), O::Tensor>,
     gradients: BTreeMap<(u32, Value), O::Tensor>,
+    /// The loss is a mean over this many tokens.
+    global_tokens: f64,
     optimizer: Optimizer,
     updates: u64,
     /// Squared gradient norm and loss: this rank's share, then every rank's.
@@ -96,8 +98,6 @@ pub struct StageSpec {
     sharded: bool,
     attention: AttentionDims,
     tokens: usize,
-    /// The loss is a mean over this many tokens.
-    global_tokens: f64,
     blocks: Vec<Block>,
 }
 
@@ -106,8 +106,6 @@ impl StageSpec {
     #[must_use]
     pub fn new(config: &Config, program: &Program, rank: Rank, blocks: Vec<Block>) -> Self {
         let data = program.mesh.degree(Axis::Data);
-        let tokens = program.shape.tokens();
-        let global = tokens * u64::from(program.microbatches) * u64::from(data);
         Self {
             rank,
             ranks: program.mesh.ranks(),
@@ -120,8 +118,7 @@ impl StageSpec {
                 kv_heads: config.kv_heads as usize,
                 head_dim: config.head_dim as usize,
             },
-            tokens: tokens as usize,
-            global_tokens: global as f64,
+            tokens: program.shape.tokens() as usize,
             blocks,
         }
     }
@@ -164,6 +161,7 @@ impl<O: Operators> Stage<O> {
             values: BTreeMap::new(),
             saved: BTreeMap::new(),
             gradients: BTreeMap::new(),
+            global_tokens: 1.0,
             optimizer,
             updates: 0,
             share: [0.0; 2],
@@ -186,9 +184,10 @@ impl<O: Operators> Stage<O> {
         }
     }
 
-    /// Prepares for a step (or an evaluation) on these microbatches.
-    pub fn begin(&mut self, microbatches: Vec<Microbatch>, learning_rate: f32) {
+    /// Prepares for a step (or an evaluation) by `program` on these microbatches.
+    pub fn begin(&mut self, program: &Program, microbatches: Vec<Microbatch>, learning_rate: f32) {
         self.microbatches = microbatches;
+        self.global_tokens = program.global_tokens() as f64;
         self.optimizer.learning_rate = learning_rate;
         self.values.clear();
         self.saved.clear();

@@ -111,7 +111,7 @@ fn holds(name: &str) {
     let mut stage = golden.stage(&program);
 
     for step in 0..=10 {
-        stage.begin(vec![golden.microbatch()], 1e-2);
+        stage.begin(&program, vec![golden.microbatch()], 1e-2);
         for instruction in program.instructions(Rank(0)) {
             let first = step == 0;
             match instruction {

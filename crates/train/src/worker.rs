@@ -112,7 +112,7 @@ impl<O: Operators> Worker<O> {
         learning_rate: f64,
         clock: Clock,
     ) -> Result<Vec<Span>, Error> {
-        self.stage.begin(microbatches, learning_rate as f32);
+        self.stage.begin(program, microbatches, learning_rate as f32);
         let mut execution = Execution {
             rank: self.rank,
             clock,

@@ -76,7 +76,7 @@ impl<O: Operators> Stage<O> {
                 let mut logits = take(&mut self.values, (mb, Value::Logits));
                 let targets = &self.microbatches[mb as usize].targets;
                 let words = self.config.vocabulary as usize;
-                let weight = 1.0 / self.program.global_tokens;
+                let weight = 1.0 / self.global_tokens;
                 let loss = self.operators.cross_entropy(&mut logits, targets, words, weight as f32);
                 self.share[1] += loss * weight;
                 self.gradients.insert((mb, Value::Logits), logits);
