@@ -18,13 +18,16 @@ fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to an integer
     const LN2_HIGH: f32 = 0.693_359_4; // exact in few bits, so n * LN2_HIGH is exact
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.clamp(-87.0, 88.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    // Not `clamp`: these two selects let a NaN through.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND; // its low bits hold n
+    let n = shifted - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
     let tail =
         r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r / 5040.0))));
     let polynomial = 1.0 + r + r * r * (0.5 + tail);
-    polynomial * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    polynomial * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
 /// Folds `f` over two slices of one length in [`LANES`] lanes, then the lanes by `combine`.
