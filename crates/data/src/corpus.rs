@@ -38,7 +38,7 @@ pub struct Corpus {
 impl Corpus {
     /// Finds the files of `patterns` and reads them once, to count and to fingerprint.
     ///
-    /// A pattern is a file, a folder (every text file below it) or a glob, after [`expand`]. A
+    /// A pattern is a file, a folder (every text file below it) or a glob of both, after [`expand`]. A
     /// `.jsonl` file holds one document per line, under `text`; every other file is one document.
     /// Empty documents are none. With `limit`, documents are taken whole until it is reached.
     ///
@@ -167,11 +167,7 @@ fn find_all(
             found.insert(plain(path), true);
             continue;
         }
-        let files = if path.is_dir() {
-            find(written, &format!("{}/**/*", Pattern::escape(&expanded)))?
-        } else {
-            find(written, &expanded)?
-        };
+        let files = if path.is_dir() { below(written, path)? } else { find(written, &expanded)? };
         if files.is_empty() {
             return Err(Error::NothingMatched { written: written.clone(), expanded });
         }
@@ -182,19 +178,40 @@ fn find_all(
     Ok(found)
 }
 
-/// The files that one glob matches.
+/// The files that one glob matches, and those below the folders it matches.
 fn find(written: &str, pattern: &str) -> Result<Vec<PathBuf>, Error> {
-    let entries = glob::glob_with(pattern, SKIP_HIDDEN)
-        .map_err(|source| Error::Pattern { written: written.into(), source })?;
     let mut files = Vec::new();
-    for entry in entries {
-        let path = entry
-            .map_err(|error| Error::Read { path: error.path().into(), source: error.into() })?;
-        if path.is_file() {
+    let mut walked: Option<PathBuf> = None;
+    for path in matches(written, pattern)? {
+        // `**` matches a folder before what lies in it, which need not be walked again.
+        if walked.as_ref().is_some_and(|folder| path.starts_with(folder)) {
+            continue;
+        }
+        if path.is_dir() {
+            files.extend(below(written, &path)?);
+            walked = Some(path);
+        } else if path.is_file() {
             files.push(plain(&path));
         }
     }
     Ok(files)
+}
+
+/// Every file below a folder.
+fn below(written: &str, folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let pattern = format!("{}/**/*", Pattern::escape(&folder.to_string_lossy()));
+    let paths = matches(written, &pattern)?.into_iter();
+    Ok(paths.filter(|path| path.is_file()).map(|path| plain(&path)).collect())
+}
+
+/// What a glob matches, folders too.
+fn matches(written: &str, pattern: &str) -> Result<Vec<PathBuf>, Error> {
+    let entries = glob::glob_with(pattern, SKIP_HIDDEN)
+        .map_err(|source| Error::Pattern { written: written.into(), source })?;
+    let paths = entries.map(|entry| {
+        entry.map_err(|error| Error::Read { path: error.path().into(), source: error.into() })
+    });
+    paths.collect()
 }
 
 /// A path without `./` in it, so that a file found by two patterns is read once.

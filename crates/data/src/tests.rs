@@ -82,6 +82,23 @@ mod corpus {
     }
 
     #[test]
+    fn a_glob_that_matches_a_folder_takes_the_files_below_it() {
+        let folder = folder(&[
+            ("a-1/src/lib.rs", b"one"),
+            ("a-1/src/deep/er.rs", b"two"),
+            ("a-1/tests/it.rs", b"elsewhere"),
+            ("a-2/src/lib.rs", b"three"),
+            ("a-2/src/.hidden", b"hidden"),
+            ("a-2/src/binary", b"\0"),
+        ]);
+        let corpus = open(&folder, &["a-*/src"]).unwrap();
+        assert_eq!(texts(&corpus), ["two", "one", "three"]);
+        assert_eq!(corpus.skipped(), 1, "a folder may hold what is not text");
+        let corpus = open(&folder, &["a-1/**/*"]).unwrap();
+        assert_eq!(texts(&corpus), ["two", "one", "elsewhere"]);
+    }
+
+    #[test]
     fn home_and_environment_are_expanded() {
         let folder = folder(&[(".cargo/registry/x/lib.rs", b"library")]);
         let home = pattern(&folder, "");

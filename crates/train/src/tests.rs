@@ -1,1 +1,409 @@
+//! The promise of the runtime: a layout, a transport or a repetition changes nothing that a job
+//! computes.
 
+use std::convert::Infallible;
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::LazyLock;
+use std::thread;
+use std::time::Duration;
+
+use checkpoint::hugging_face::Weights;
+use compute::{Cpu, Optimizer, Precision, Stage};
+use data::{Sampler, Sampling, Source, TokenFile, TokenizerSource};
+use model::{Block, Config, Llama3Scaling, Rotary};
+use plan::{Batch, Layout, Shard, lower, lower_evaluation};
+use program::Mesh;
+use tempfile::TempDir;
+use transport::{Communicator, InProcess, Limits, Rendezvous, Transport};
+use units::Rank;
+
+use crate::*;
+
+const STEPS: u64 = 20;
+/// How far the loss and the gradient norm may be from those of one rank, relative.
+const LOSS_TOLERANCE: f64 = 1e-5;
+/// How far a block's parameters may be, norm-wise.
+const PARAMETER_TOLERANCE: f64 = 1e-4;
+const SHARDS: [Shard; 4] = [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters];
+
+/// Four layers, so that pipeline 4 has one each, with grouped queries and scaled frequencies.
+fn config(tied_embeddings: bool) -> Config {
+    let scaling = Llama3Scaling {
+        factor: 8.0,
+        low_frequency_factor: 1.0,
+        high_frequency_factor: 4.0,
+        original_context: 64,
+    };
+    Config {
+        layers: 4,
+        hidden: 32,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 8,
+        feed_forward: 48,
+        vocabulary: 272,
+        tied_embeddings,
+        norm_epsilon: 1e-5,
+        rotary: Rotary { theta: 10_000.0, scaling: Some(scaling) },
+        context: 64,
+    }
+}
+
+fn layout(data: u32, pipeline: u32, micro_batch: u64, shard: Shard) -> Layout {
+    Layout { mesh: Mesh { tensor: 1, context: 1, data, pipeline }, micro_batch, shard }
+}
+
+/// A token file that all tests read.
+struct Text {
+    tokens: TokenFile,
+    /// Where it lies.
+    _folder: TempDir,
+}
+
+static TEXT: LazyLock<Text> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text.txt");
+    fs::write(&text, prose()).unwrap();
+    let source = Source {
+        patterns: vec![text.to_str().unwrap().to_owned()],
+        limit: None,
+        tokenizer: TokenizerSource::Train { vocabulary: config(false).vocabulary },
+    };
+    let prepared = data::prepare(&source, folder.path(), &|_| None, &mut |_| {}).unwrap();
+    Text { tokens: prepared.tokens, _folder: folder }
+});
+
+/// Sentences with a structure that a small model can find.
+fn prose() -> String {
+    let (who, does) = (["the rank", "a stage", "one shard"], ["sends", "keeps", "sums"]);
+    let what = ["its chunk", "the loss", "every gradient", "a block"];
+    let sentence = |index: usize| {
+        let mixed = index * index / 7;
+        format!("{} {} {}.\n", who[mixed % 3], does[mixed / 3 % 3], what[index % 4])
+    };
+    (0..1500).map(sentence).collect()
+}
+
+fn batches(Batch { sequence, global_batch }: Batch) -> Batches {
+    let file = TokenFile::open(TEXT.tokens.path()).unwrap();
+    let sampling = Sampling { sequence, global_batch, seed: 7, held_out: Sampling::HELD_OUT };
+    let sampler = Sampler::new(file.tokens(), sampling).unwrap();
+    Batches::new(file, sampler)
+}
+
+/// What is trained; the layout comes on top.
+#[derive(Clone)]
+struct Job {
+    config: Config,
+    batch: Batch,
+    precision: Precision,
+    peak: f64,
+}
+
+impl Job {
+    fn new(tied_embeddings: bool) -> Self {
+        Self {
+            config: config(tied_embeddings),
+            batch: Batch { sequence: 16, global_batch: 8 },
+            precision: Precision::Fp32,
+            peak: 3e-3,
+        }
+    }
+
+    /// One rank, the whole batch at once: what every other layout is held against.
+    fn reference(&self) -> Layout {
+        Layout::one_rank(self.batch.global_batch)
+    }
+
+    /// Clipping below the first steps' norms, warm-up and decay: all that a step can depend on.
+    fn optimizer(&self) -> Optimizer {
+        Optimizer {
+            learning_rate: 0.0,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            clip_norm: Some(0.5),
+        }
+    }
+
+    fn settings(&self) -> Settings {
+        let learning_rate =
+            LearningRate { peak: self.peak, floor: 0.1 * self.peak, warmup_steps: 4, steps: STEPS };
+        Settings { learning_rate, evaluate_every: 10 }
+    }
+}
+
+/// What one rank saw and what it holds at the end.
+#[derive(Debug, Clone, PartialEq)]
+struct View {
+    /// Loss and gradient norm of every step.
+    steps: Vec<[f64; 2]>,
+    /// Held-out losses.
+    evaluations: Vec<f64>,
+    /// The part of each held block that the rank updates.
+    held: Vec<(Block, Range<usize>, Vec<f32>)>,
+}
+
+/// A run of every rank, and the model it left.
+#[derive(Debug, Clone, PartialEq)]
+struct Trained {
+    steps: Vec<[f64; 2]>,
+    evaluations: Vec<f64>,
+    /// By block, as a reader of the exported folder finds it.
+    parameters: Vec<(Block, Vec<f32>)>,
+}
+
+/// One rank's run, from fresh parameters to the exported model.
+fn run_rank(
+    job: &Job,
+    layout: &Layout,
+    transport: Box<dyn Transport>,
+    folder: &Path,
+) -> Result<View, Error> {
+    let programs = Programs {
+        step: lower(&job.config, layout, &job.batch).unwrap(),
+        evaluation: lower_evaluation(&job.config, layout, &job.batch).unwrap(),
+    };
+    let device = Device {
+        operators: Cpu::new(1, job.precision),
+        config: job.config.clone(),
+        optimizer: job.optimizer(),
+    };
+    let communicator = Communicator::new(transport, Limits::default()).unwrap();
+    let Ok(mut worker) = Worker::new(device, &programs.step, communicator, |block, values| {
+        Stage::<Cpu>::fresh(&job.config, 11, block, values);
+        Ok::<(), Infallible>(())
+    });
+    let mut view = View { steps: Vec::new(), evaluations: Vec::new(), held: Vec::new() };
+    run(&mut worker, &programs, &batches(job.batch), &job.settings(), &mut |event| match *event {
+        Event::Step { loss, gradient_norm, .. } => view.steps.push([loss, gradient_norm]),
+        Event::Evaluation { loss, .. } => view.evaluations.push(loss),
+    })?;
+    export(&mut worker, &programs.step, &job.config, folder)?;
+    for block in programs.step.held_blocks(worker.rank()) {
+        let (range, values) = worker.stage().master(block);
+        view.held.push((block, range, values));
+    }
+    Ok(view)
+}
+
+/// Runs every rank on a thread of its own.
+fn run_all<F>(
+    job: &Job,
+    layout: &Layout,
+    folder: &Path,
+    transports: impl IntoIterator<Item = F>,
+) -> Vec<Result<View, Error>>
+where
+    F: FnOnce() -> Box<dyn Transport> + Send,
+{
+    thread::scope(|scope| {
+        let start = |transport: F| scope.spawn(move || run_rank(job, layout, transport(), folder));
+        let ranks: Vec<_> = transports.into_iter().map(start).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+fn in_process(ranks: u32) -> impl Iterator<Item = impl FnOnce() -> Box<dyn Transport> + Send> {
+    let mesh = InProcess::mesh(ranks).into_iter();
+    mesh.map(|transport| move || Box::new(transport) as Box<dyn Transport>)
+}
+
+fn tcp(ranks: u32) -> impl Iterator<Item = impl FnOnce() -> Box<dyn Transport> + Send> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut listener = Some(listener);
+    (0..ranks).map(move |rank| {
+        let identity = "the same job".to_owned();
+        let timeout = Duration::from_secs(60);
+        let rendezvous = Rendezvous { rank: Rank(rank), ranks, address, identity, timeout };
+        let listener = listener.take().filter(|_| rank == 0);
+        move || Box::new(rendezvous.meet(listener).unwrap()) as Box<dyn Transport>
+    })
+}
+
+/// Runs every rank, and checks that all tell the same story: every event, and every parameter that
+/// any of them holds.
+fn train_over<F>(job: &Job, layout: &Layout, transports: impl IntoIterator<Item = F>) -> Trained
+where
+    F: FnOnce() -> Box<dyn Transport> + Send,
+{
+    let folder = tempfile::tempdir().unwrap();
+    let views: Result<Vec<View>, Error> =
+        run_all(job, layout, folder.path(), transports).into_iter().collect();
+    let views = views.unwrap_or_else(|error| panic!("{layout:?}: {error}"));
+    let parameters = exported(&job.config, folder.path());
+    for view in &views {
+        assert_eq!(view.steps, views[0].steps, "{layout:?}");
+        assert_eq!(view.evaluations, views[0].evaluations, "{layout:?}");
+        for (block, range, values) in &view.held {
+            let (_, whole) = parameters.iter().find(|(other, _)| other == block).unwrap();
+            assert!(whole[range.clone()] == *values, "{layout:?}: {block} is not what was written");
+        }
+    }
+    let View { steps, evaluations, .. } = views[0].clone();
+    Trained { steps, evaluations, parameters }
+}
+
+fn train(job: &Job, layout: &Layout) -> Trained {
+    train_over(job, layout, in_process(layout.mesh.ranks()))
+}
+
+fn exported(config: &Config, folder: &Path) -> Vec<(Block, Vec<f32>)> {
+    let weights = Weights::open(folder).unwrap();
+    weights.check(config).unwrap();
+    let read = |block| {
+        let mut values = vec![0.0; config.block_elements(block) as usize];
+        weights.read_block(config, block, &mut values).unwrap();
+        (block, values)
+    };
+    config.blocks().map(read).collect()
+}
+
+/// The length of the difference of two vectors over the length of the second.
+fn distance(one: &[f32], other: &[f32]) -> f64 {
+    let square = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum();
+    let pairs = one.iter().zip(other);
+    let difference: f64 =
+        square(&mut pairs.map(|(one, other)| f64::from(*one) - f64::from(*other)));
+    let whole: f64 = square(&mut other.iter().map(|value| f64::from(*value)));
+    (difference / whole).sqrt()
+}
+
+/// Holds a layout to the run of one rank.
+fn assert_same(layout: &Layout, trained: &Trained, reference: &Trained) {
+    assert_eq!(trained.steps.len() as u64, STEPS);
+    let within = |found: f64, expected: f64| (found / expected - 1.0).abs() <= LOSS_TOLERANCE;
+    for (step, (found, expected)) in trained.steps.iter().zip(&reference.steps).enumerate() {
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(within(*found, *expected), "{layout:?}, step {step}: {found} not {expected}");
+        }
+    }
+    assert_eq!(trained.evaluations.len(), reference.evaluations.len());
+    for (found, expected) in trained.evaluations.iter().zip(&reference.evaluations) {
+        assert!(within(*found, *expected), "{layout:?}: held out {found}, not {expected}");
+    }
+    for ((block, found), (_, expected)) in trained.parameters.iter().zip(&reference.parameters) {
+        let distance = distance(found, expected);
+        assert!(distance <= PARAMETER_TOLERANCE, "{layout:?}: {block} is {distance} away");
+    }
+}
+
+fn every_layout_trains_the_same(layouts: impl IntoIterator<Item = Layout>) {
+    let layouts: Vec<Layout> = layouts.into_iter().collect();
+    for tied in [false, true] {
+        let job = Job::new(tied);
+        let expected = train(&job, &job.reference());
+        for layout in &layouts {
+            assert_same(layout, &train(&job, layout), &expected);
+        }
+    }
+}
+
+#[test]
+fn training_learns() {
+    let job = Job::new(false);
+    let trained = train(&job, &job.reference());
+    let (first, last) = (trained.steps[0][0], trained.steps[STEPS as usize - 1][0]);
+    let uniform = (job.config.vocabulary as f64).ln();
+    assert!((first - uniform).abs() < 0.1, "a fresh model knows nothing: {first}");
+    assert!(last < first - 0.5, "{first} -> {last}");
+    assert!(trained.evaluations[1] < trained.evaluations[0]);
+    // Else clipping would not be held to anything.
+    assert!(trained.steps.iter().any(|[_, norm]| *norm > 0.5));
+}
+
+#[test]
+fn accumulation_changes_nothing() {
+    every_layout_trains_the_same([1, 2, 4].map(|micro_batch| layout(1, 1, micro_batch, SHARDS[0])));
+}
+
+#[test]
+fn data_parallelism_changes_nothing_at_any_shard_level() {
+    let cases = [(2, 4), (2, 1), (4, 2), (4, 1)];
+    every_layout_trains_the_same(
+        SHARDS.into_iter().flat_map(|shard| cases.map(|(data, mb)| layout(data, 1, mb, shard))),
+    );
+}
+
+#[test]
+fn a_degree_that_divides_no_block_changes_nothing() {
+    let batch = Batch { sequence: 16, global_batch: 9 };
+    let job = Job { batch, ..Job::new(true) };
+    assert_ne!(job.config.block_elements(Block::Embedding) % 3, 0);
+    let expected = train(&job, &job.reference());
+    for (pipeline, shard) in [(1, Shard::Optimizer), (2, Shard::None), (2, Shard::Parameters)] {
+        let layout = layout(3, pipeline, 1, shard);
+        assert_same(&layout, &train(&job, &layout), &expected);
+    }
+}
+
+#[test]
+fn pipelines_change_nothing() {
+    let cases = [(2, 8), (2, 2), (2, 1), (4, 8), (4, 2), (4, 1)];
+    every_layout_trains_the_same(cases.map(|(pipeline, mb)| layout(1, pipeline, mb, Shard::None)));
+}
+
+#[test]
+fn data_and_pipeline_together_change_nothing() {
+    every_layout_trains_the_same(
+        SHARDS.into_iter().flat_map(|shard| [4, 1].map(|mb| layout(2, 2, mb, shard))),
+    );
+}
+
+#[test]
+fn repetition_changes_no_bit() {
+    for (layout, precision) in [
+        (layout(1, 1, 4, Shard::None), Precision::Fp32),
+        (layout(4, 1, 1, Shard::Gradients), Precision::Fp32),
+        (layout(2, 2, 2, Shard::Parameters), Precision::Fp32),
+        (layout(2, 2, 2, Shard::Optimizer), Precision::Bf16),
+    ] {
+        let job = Job { precision, ..Job::new(true) };
+        assert!(train(&job, &layout) == train(&job, &layout), "{layout:?} {precision:?}");
+    }
+}
+
+#[test]
+fn the_transport_changes_no_bit() {
+    for layout in [layout(4, 1, 1, Shard::Optimizer), layout(2, 2, 2, Shard::Parameters)] {
+        let (job, ranks) = (Job::new(true), layout.mesh.ranks());
+        let one = train_over(&job, &layout, in_process(ranks));
+        let other = train_over(&job, &layout, tcp(ranks));
+        assert!(one == other, "{layout:?}: {:?} and {:?}", one.steps, other.steps);
+    }
+}
+
+#[test]
+fn bf16_stays_close_to_fp32() {
+    let job = Job::new(false);
+    let low = Job { precision: Precision::Bf16, ..job.clone() };
+    for layout in [job.reference(), layout(2, 2, 2, Shard::Parameters)] {
+        let (fp32, bf16) = (train(&job, &layout), train(&low, &layout));
+        assert!(fp32.steps != bf16.steps, "bf16 rounds");
+        for ([exact, _], [rounded, _]) in fp32.steps.iter().zip(&bf16.steps) {
+            assert!((rounded / exact - 1.0).abs() < 0.02, "{layout:?}: {rounded}, not {exact}");
+        }
+    }
+}
+
+#[test]
+fn a_loss_that_is_no_number_stops_every_rank_at_the_same_step() {
+    let job = Job { peak: 1e30, ..Job::new(false) };
+    for layout in
+        [job.reference(), layout(4, 1, 1, Shard::None), layout(2, 2, 2, Shard::Parameters)]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        let outcomes = run_all(&job, &layout, folder.path(), in_process(layout.mesh.ranks()));
+        for outcome in outcomes {
+            let error = outcome.unwrap_err();
+            assert!(matches!(error, Error::Diverged { step: 2, .. }), "{layout:?}: {error}");
+            assert!(error.to_string().contains("learning_rate"), "{error}");
+        }
+        assert!(!folder.path().join("config.json").exists(), "nothing is exported");
+    }
+}
