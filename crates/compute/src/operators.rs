@@ -104,7 +104,7 @@ pub trait Operators: Clone {
     fn host_buffer(&self, elements: usize) -> Vec<f32>;
     /// Gives a host buffer back for recycling.
     fn recycle(&self, buffer: Vec<f32>);
-    /// A copy of part of a tensor.
+    /// A copy of part of a tensor, bit for bit.
     fn slice(&self, tensor: &Self::Tensor, range: Range<usize>) -> Self::Tensor;
     /// A copy rounded to the device's compute precision; the tensor itself when that is fp32.
     fn cast(&self, tensor: &Self::Tensor) -> Self::Tensor;
@@ -159,7 +159,8 @@ pub trait Operators: Clone {
         dims: &AttentionDims,
         inverse: bool,
     );
-    /// Weighted values `[r, heads * head_dim]`, and the log-sum-exp of every query's scores.
+    /// Weighted values `[r, heads * head_dim]`, and the log-sum-exp of every query's scores,
+    /// `[sequences, heads, length]`.
     fn attention(&self, qkv: &Self::Tensor, dims: &AttentionDims) -> (Self::Tensor, Self::Tensor);
     /// Gradient of `qkv`; scores are recomputed from the saved log-sum-exp.
     fn attention_backward(
@@ -206,8 +207,10 @@ pub trait Operators: Clone {
         gradient_scale: f32,
     ) -> f64;
 
-    /// `into += other`.
+    /// `into += other`, for values on their way.
     fn add(&self, into: &mut Self::Tensor, other: &Self::Tensor);
+    /// `into += other` in fp32 whatever the precision, for sums of gradients.
+    fn accumulate(&self, into: &mut Self::Tensor, other: &Self::Tensor);
     /// Sum of squares of part of a tensor.
     fn square_sum(&self, tensor: &Self::Tensor, range: Range<usize>) -> f64;
     /// Updates part of the parameters and their two moments.
