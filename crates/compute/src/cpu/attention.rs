@@ -208,13 +208,7 @@ impl Head {
         }
     }
 
-    fn backward(
-        &mut self,
-        dims: &AttentionDims,
-        log_sums: &[f32],
-        dk: &mut [f32],
-        dv: &mut [f32],
-    ) {
+    fn backward(&mut self, dims: &AttentionDims, log_sums: &[f32], dk: &mut [f32], dv: &mut [f32]) {
         for (first, queries, keys) in dims.blocks() {
             let p = &mut self.weights[..queries * keys];
             let ds = &mut self.gradients[..queries * keys];
