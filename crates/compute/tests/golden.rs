@@ -1,6 +1,8 @@
 //! Held to what Hugging Face transformers and `torch.optim.AdamW` compute (`golden/`).
 //! Logits within 1e-4 absolute; gradients and parameters within 1e-4 relative, by norm.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic on its own files")]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

@@ -260,3 +260,35 @@ pub fn adamw(
         *parameter = *parameter * kept - step * *mean / (square.sqrt() / root + epsilon);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_wherever_its_result_is_a_normal_number() {
+        const STEPS: u32 = 1_000_000;
+        for step in 0..=STEPS {
+            let x = -87.0 + 175.0 * (step as f32 / STEPS as f32);
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 1e-6, "e^{x} is off by {error:.1e}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn exp_is_finite_beyond_its_range() {
+        assert_eq!(exp(-1e30), exp(-87.0));
+        assert_eq!(exp(1e30), exp(88.0));
+    }
+
+    #[test]
+    fn bf16_ties_go_to_even() {
+        let (ulp, half) = (1.0 / 128.0, 1.0 / 256.0);
+        let mut values = [1.0, 1.0 + half, 1.0 + ulp + half, 1.0 + half * 1.01, f32::NAN];
+        round_to_bf16(&mut values);
+        assert_eq!(values[..4], [1.0, 1.0, 1.0 + 2.0 * ulp, 1.0 + ulp]);
+        assert!(values[4].is_nan());
+    }
+}
