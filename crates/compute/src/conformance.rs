@@ -59,6 +59,8 @@ macro_rules! conforms {
 conforms!(cpu, Cpu::new(1, Precision::Fp32), FP32);
 conforms!(cpu_of_two_threads, Cpu::new(2, Precision::Fp32), FP32);
 conforms!(cpu_in_bf16, Cpu::new(1, Precision::Bf16), BF16);
+#[cfg(feature = "burn")]
+conforms!(burn, crate::Burn::flex(), FP32);
 
 /// A device, and how far what it writes in its own precision may be off.
 struct Suite<O> {
