@@ -62,7 +62,7 @@ fn part(window: &Window<'_, Tensor<1>>, elements: usize) -> Tensor<1> {
     window.flat.clone().slice(window.start..window.start + elements)
 }
 
-/// Replaces the first `elements` of a window by `f` of them.
+/// Replaces the elements of a window, seen in `shape`, by `f` of them.
 fn update<const D: usize>(
     window: WindowMut<'_, Tensor<1>>,
     shape: [usize; D],
@@ -82,13 +82,21 @@ fn rows(flat: &Tensor<1>, width: usize) -> Tensor<2> {
     flat.clone().reshape([elements / width, width])
 }
 
+/// The first `rows * columns` of a window as a matrix.
 fn matrix(window: &Window<'_, Tensor<1>>, rows: usize, columns: usize) -> Tensor<2> {
     part(window, rows * columns).reshape([rows, columns])
 }
 
+/// The elements of a tensor in order.
 fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
     let elements = tensor.shape().num_elements();
     tensor.reshape([elements])
+}
+
+/// A tensor cut in two along `dim`, the first piece `first` long.
+fn split<const D: usize>(tensor: Tensor<D>, dim: usize, first: usize) -> [Tensor<D>; 2] {
+    let rest = tensor.dims()[dim] - first;
+    [tensor.clone().narrow(dim, 0, first), tensor.narrow(dim, first, rest)]
 }
 
 /// Rows of a table that reach as far as `words` do: a window does not know its own end.
@@ -199,18 +207,15 @@ impl Operators for Burn {
         dims: &AttentionDims,
         inverse: bool,
     ) {
-        let half = dims.head_dim / 2;
-        let table = |flat: &Tensor<1>| flat.clone().reshape([1, dims.length, 1, half]);
-        let (cos, sin) = (table(rotation.cos), table(rotation.sin));
+        let AttentionDims { sequences, length, heads, kv_heads, head_dim } = *dims;
+        let half = head_dim / 2;
+        let cos = rotation.cos.clone().reshape([1, length, 1, half]);
+        let sin = rotation.sin.clone().reshape([1, length, 1, half]);
         let sin = if inverse { -sin } else { sin };
-        let heads = dims.heads + 2 * dims.kv_heads;
         qkv.inplace(|qkv| {
-            let [low, high, values] = {
-                let qkv = qkv.reshape([dims.sequences, dims.length, heads, dims.head_dim]);
-                let [turned, values] = split(qkv, 2, dims.heads + dims.kv_heads);
-                let [low, high] = split(turned, 3, half);
-                [low, high, values]
-            };
+            let qkv = qkv.reshape([sequences, length, heads + 2 * kv_heads, head_dim]);
+            let [turning, values] = split(qkv, 2, heads + kv_heads);
+            let [low, high] = split(turning, 3, half);
             let turned_low = low.clone() * cos.clone() - high.clone() * sin.clone();
             let turned_high = high * cos + low * sin;
             let turned = Tensor::cat(vec![turned_low, turned_high], 3);
@@ -304,8 +309,8 @@ impl Operators for Burn {
         gradient: &Tensor<1>,
         range: Range<usize>,
     ) {
-        let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay, .. } = *settings;
-        let gradient = gradient.clone().slice(range.clone()) * settings.gradient_scale;
+        let AdamW { beta1, beta2, epsilon, gradient_scale, .. } = *settings;
+        let gradient = gradient.clone().slice(range.clone()) * gradient_scale;
         let (start, shape) = (range.start, [range.len()]);
         update(WindowMut { flat: mean, start }, shape, |mean| {
             mean * beta1 + gradient.clone() * (1.0 - beta1)
@@ -313,19 +318,11 @@ impl Operators for Burn {
         update(WindowMut { flat: square, start }, shape, |square| {
             square * beta2 + gradient.square() * (1.0 - beta2)
         });
-        let correction = |beta: f32| 1.0 - f64::from(beta).powf(settings.update as f64);
-        let step = (f64::from(learning_rate) / correction(beta1)) as f32;
-        let root = correction(beta2).sqrt() as f32;
+        let (step, root) = settings.bias_corrected();
         let (mean, square) = (mean.clone().slice(range.clone()), square.clone().slice(range));
         let moved = mean * step / (square.sqrt() / root + epsilon);
         update(WindowMut { flat: parameters, start }, shape, |parameters| {
-            parameters * (1.0 - learning_rate * weight_decay) - moved
+            parameters * settings.kept() - moved
         });
     }
-}
-
-/// A tensor cut in two along `dim`, the first piece `first` long.
-fn split<const D: usize>(tensor: Tensor<D>, dim: usize, first: usize) -> [Tensor<D>; 2] {
-    let rest = tensor.dims()[dim] - first;
-    [tensor.clone().narrow(dim, 0, first), tensor.narrow(dim, first, rest)]
 }

@@ -57,6 +57,12 @@ impl AttentionDims {
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
+
+    /// What products of queries and keys are multiplied by: `1 / sqrt(head_dim)`.
+    #[must_use]
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
 }
 
 /// Cosines and sines of every position and pair, `[length, head_dim / 2]` each.
@@ -85,6 +91,23 @@ pub struct AdamW {
     pub gradient_scale: f32,
     /// This update's number, from 1, for the bias corrections.
     pub update: u64,
+}
+
+impl AdamW {
+    /// The learning rate over the bias correction of the first moment, and the root of the bias
+    /// correction of the second; computed in f64, as torch does.
+    #[must_use]
+    pub fn bias_corrected(&self) -> (f32, f32) {
+        let correction = |beta: f32| 1.0 - f64::from(beta).powf(self.update as f64);
+        let rate = f64::from(self.learning_rate) / correction(self.beta1);
+        (rate as f32, correction(self.beta2).sqrt() as f32)
+    }
+
+    /// What is left of a parameter after decay.
+    #[must_use]
+    pub fn kept(&self) -> f32 {
+        1.0 - self.learning_rate * self.weight_decay
+    }
 }
 
 /// The operators of a device. All arithmetic is fp32 unless the device was made for a lower

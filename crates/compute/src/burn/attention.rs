@@ -35,7 +35,7 @@ struct Block {
 }
 
 impl AttentionDims {
-    fn group(&self) -> usize {
+    fn group_size(&self) -> usize {
         self.heads / self.kv_heads
     }
 
@@ -43,16 +43,16 @@ impl AttentionDims {
         self.sequences * self.kv_heads
     }
 
-    /// From `[r, heads * head_dim]` of values that belong to queries to how [`Heads`] has them.
+    /// From `[r, heads * head_dim]` to `[sequences * kv_heads, group, length, head_dim]`.
     fn by_head(&self, tokens: Tensor<1>) -> Tensor<4> {
-        let shape = [self.sequences, self.length, self.kv_heads, self.group(), self.head_dim];
+        let shape = [self.sequences, self.length, self.kv_heads, self.group_size(), self.head_dim];
         let tokens = tokens.reshape(shape).permute([0, 2, 3, 1, 4]);
-        tokens.reshape([self.batch(), self.group(), self.length, self.head_dim])
+        tokens.reshape([self.batch(), self.group_size(), self.length, self.head_dim])
     }
 
-    /// Back from `rows` of every head, `[sequences * kv_heads, .., head_dim]` in any order of
-    /// group and rows that is `[group, rows]`, to `[sequences, rows, heads, head_dim]`.
-    fn by_token<const D: usize>(&self, heads: Tensor<D>, rows: usize) -> Tensor<4> {
+    /// From `[sequences * kv_heads, heads * rows, head_dim]`, where `heads` is the group's size or
+    /// one, to `[sequences, rows, all heads, head_dim]`.
+    fn by_token(&self, heads: Tensor<3>, rows: usize) -> Tensor<4> {
         let count = heads.shape().num_elements() / (self.sequences * rows * self.head_dim);
         let shape = [self.sequences, count, rows, self.head_dim];
         heads.reshape(shape).permute([0, 2, 1, 3])
@@ -70,7 +70,7 @@ impl<'a> Heads<'a> {
         let queries = qkv.clone().narrow(2, 0, heads);
         Self {
             dims,
-            queries: dims.by_head(queries.reshape([sequences * length * heads * head_dim])),
+            queries: dims.by_head(flat(queries)),
             keys: shared(heads),
             values: shared(heads + kv_heads),
         }
@@ -87,8 +87,8 @@ impl<'a> Heads<'a> {
     /// Scores `[sequences * kv_heads, group * queries, keys]`.
     fn scores(&self, block: Block) -> Tensor<3> {
         let queries = rows_of(&self.queries, block);
-        let scores = queries.matmul(self.keys(block).transpose()) * scale(self.dims);
-        let shape = [self.dims.batch(), self.dims.group(), block.queries, block.keys];
+        let scores = queries.matmul(self.keys(block).transpose()) * self.dims.scale();
+        let shape = [self.dims.batch(), self.dims.group_size(), block.queries, block.keys];
         let unseen = Tensor::<2, Bool>::tril_mask(
             [block.queries, block.keys],
             block.first as i64,
@@ -105,10 +105,6 @@ fn blocks(length: usize) -> impl Iterator<Item = Block> {
         let queries = BLOCK.min(length - first);
         Block { first, queries, keys: first + queries }
     })
-}
-
-fn scale(dims: &AttentionDims) -> f32 {
-    1.0 / (dims.head_dim as f32).sqrt()
 }
 
 /// A block's rows of every head of a group, below each other.
@@ -145,14 +141,14 @@ pub fn backward(
     let heads = Heads::new(qkv, dims);
     let deltas = dims.by_head(dy.clone() * y.clone()).sum_dim(3);
     let dy = dims.by_head(dy.clone());
-    let log_sums = log_sums.clone().reshape([dims.batch(), dims.group(), dims.length, 1]);
+    let log_sums = log_sums.clone().reshape([dims.batch(), dims.group_size(), dims.length, 1]);
     let mut dq = Vec::new();
     let (mut dk, mut dv) = (heads.keys.zeros_like(), heads.values.zeros_like());
     for block in blocks(dims.length) {
         let weights = (heads.scores(block) - rows_of(&log_sums, block)).exp();
         let dy = rows_of(&dy, block);
         let dweights = dy.clone().matmul(heads.values(block).transpose());
-        let dscores = weights.clone() * (dweights - rows_of(&deltas, block)) * scale(dims);
+        let dscores = weights.clone() * (dweights - rows_of(&deltas, block)) * dims.scale();
         dq.push(dims.by_token(dscores.clone().matmul(heads.keys(block)), block.queries));
         let queries = rows_of(&heads.queries, block);
         dk = add_rows(dk, dscores.transpose().matmul(queries));

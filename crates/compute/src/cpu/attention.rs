@@ -41,10 +41,6 @@ impl AttentionDims {
         self.heads * self.head_dim
     }
 
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
-    }
-
     /// Elements of one head's queries, keys, values or outputs in one sequence.
     fn head_elements(&self) -> usize {
         self.length * self.head_dim

@@ -244,13 +244,8 @@ pub fn adamw(
     [mean, square]: [&mut [f32]; 2],
     gradient: &[f32],
 ) {
-    let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay, gradient_scale, update } =
-        *settings;
-    // Bias corrections in f64, as torch computes them.
-    let correction = |beta: f32| 1.0 - f64::from(beta).powf(update as f64);
-    let step = (f64::from(learning_rate) / correction(beta1)) as f32;
-    let root = correction(beta2).sqrt() as f32;
-    let kept = 1.0 - learning_rate * weight_decay;
+    let AdamW { beta1, beta2, epsilon, gradient_scale, .. } = *settings;
+    let ((step, root), kept) = (settings.bias_corrected(), settings.kept());
     let moments = mean.iter_mut().zip(square.iter_mut());
     for ((parameter, (mean, square)), gradient) in parameters.iter_mut().zip(moments).zip(gradient)
     {
