@@ -41,10 +41,6 @@ impl AttentionDims {
         self.heads * self.head_dim
     }
 
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
-    }
-
     /// Elements of one head's queries, keys, values or outputs in one sequence.
     fn head_elements(&self) -> usize {
         self.length * self.head_dim
@@ -208,13 +204,7 @@ impl Head {
         }
     }
 
-    fn backward(
-        &mut self,
-        dims: &AttentionDims,
-        log_sums: &[f32],
-        dk: &mut [f32],
-        dv: &mut [f32],
-    ) {
+    fn backward(&mut self, dims: &AttentionDims, log_sums: &[f32], dk: &mut [f32], dv: &mut [f32]) {
         for (first, queries, keys) in dims.blocks() {
             let p = &mut self.weights[..queries * keys];
             let ds = &mut self.gradients[..queries * keys];

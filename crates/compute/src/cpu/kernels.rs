@@ -244,13 +244,8 @@ pub fn adamw(
     [mean, square]: [&mut [f32]; 2],
     gradient: &[f32],
 ) {
-    let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay, gradient_scale, update } =
-        *settings;
-    // Bias corrections in f64, as torch computes them.
-    let correction = |beta: f32| 1.0 - f64::from(beta).powf(update as f64);
-    let step = (f64::from(learning_rate) / correction(beta1)) as f32;
-    let root = correction(beta2).sqrt() as f32;
-    let kept = 1.0 - learning_rate * weight_decay;
+    let AdamW { beta1, beta2, epsilon, gradient_scale, .. } = *settings;
+    let ((step, root), kept) = (settings.bias_corrected(), settings.kept());
     let moments = mean.iter_mut().zip(square.iter_mut());
     for ((parameter, (mean, square)), gradient) in parameters.iter_mut().zip(moments).zip(gradient)
     {
@@ -258,5 +253,37 @@ pub fn adamw(
         *mean += (gradient - *mean) * (1.0 - beta1);
         *square = *square * beta2 + gradient * gradient * (1.0 - beta2);
         *parameter = *parameter * kept - step * *mean / (square.sqrt() / root + epsilon);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_wherever_its_result_is_a_normal_number() {
+        const STEPS: u32 = 1_000_000;
+        for step in 0..=STEPS {
+            let x = -87.0 + 175.0 * (step as f32 / STEPS as f32);
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 1e-6, "e^{x} is off by {error:.1e}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn exp_is_finite_beyond_its_range() {
+        assert_eq!(exp(-1e30), exp(-87.0));
+        assert_eq!(exp(1e30), exp(88.0));
+    }
+
+    #[test]
+    fn bf16_ties_go_to_even() {
+        let (ulp, half) = (1.0 / 128.0, 1.0 / 256.0);
+        let mut values = [1.0, 1.0 + half, 1.0 + ulp + half, 1.0 + half * 1.01, f32::NAN];
+        round_to_bf16(&mut values);
+        assert_eq!(values[..4], [1.0, 1.0, 1.0 + 2.0 * ulp, 1.0 + ulp]);
+        assert!(values[4].is_nan());
     }
 }
