@@ -394,8 +394,8 @@ fn replace(text: String, set: &[String]) -> Result<String> {
             let (section, key) = key.split_once('.')?;
             Some((section.trim(), key.trim(), value.trim()))
         });
-        let (section, key, value) = parts
-            .with_context(|| format!("--set {setting}: write it as section.key=value"))?;
+        let (section, key, value) =
+            parts.with_context(|| format!("--set {setting}: write it as section.key=value"))?;
         // A bare word is a string, so that the shell needs no second pair of quotes.
         let value = toml::from_str::<toml::Table>(&format!("value = {value}"))
             .ok()
