@@ -1,1 +1,512 @@
+//! The one suite that every device passes: each operator, forward and backward, held to its naive
+//! definition in f64, over shapes that are small, odd, and cross the blocks devices work in.
 
+mod reference;
+
+use crate::operators::{AdamW, AttentionDims, Operators, ProductDims, Rotation, Window, WindowMut};
+use crate::random;
+use crate::{Cpu, Precision};
+
+/// Largest error of what every device keeps in fp32, relative to the largest element.
+const FP32: f64 = 3e-6;
+
+/// Largest error of what a bf16 device rounds: twice the rounding itself, as some operators read
+/// what another has rounded.
+const BF16: f64 = 1.0 / 256.0;
+
+/// What stands before and after a window, and must stay as it is.
+const MARGIN: usize = 5;
+
+macro_rules! conforms {
+    ($device:ident, $operators:expr, $tolerance:expr) => {
+        conforms!($device, $operators, $tolerance; [
+            a_buffer_comes_back_as_it_went
+            a_slice_is_exact_and_a_cast_is_rounded
+            clones_share_until_one_is_written
+            products
+            product_gradients
+            rms_norm
+            rms_norm_gradients
+            rotary
+            rotary_undone
+            attention
+            attention_is_causal
+            attention_survives_large_scores
+            attention_gradient
+            swiglu
+            swiglu_gradient
+            embedding
+            embedding_gradient
+            cross_entropy
+            cross_entropy_survives_large_logits
+            sums
+            adamw
+        ]);
+    };
+    ($device:ident, $operators:expr, $tolerance:expr; [$($check:ident)*]) => {
+        mod $device {
+            use super::*;
+            $(
+                #[test]
+                fn $check() {
+                    super::$check(&Suite { operators: $operators, tolerance: $tolerance });
+                }
+            )*
+        }
+    };
+}
+
+conforms!(cpu, Cpu::new(1, Precision::Fp32), FP32);
+conforms!(cpu_of_two_threads, Cpu::new(2, Precision::Fp32), FP32);
+conforms!(cpu_in_bf16, Cpu::new(1, Precision::Bf16), BF16);
+#[cfg(feature = "burn")]
+conforms!(burn, crate::Burn::flex(), FP32);
+
+/// A device, and how far what it writes in its own precision may be off.
+struct Suite<O> {
+    operators: O,
+    tolerance: f64,
+}
+
+impl<O: Operators> Suite<O> {
+    fn tensor(&self, values: &[f64]) -> O::Tensor {
+        self.operators.upload(values.iter().map(|v| *v as f32).collect())
+    }
+
+    fn values(&self, tensor: &O::Tensor) -> Vec<f64> {
+        let values = self.operators.download(tensor.clone());
+        values.into_iter().map(f64::from).collect()
+    }
+
+    /// Holds what the device wrote in its precision to the reference.
+    fn check(&self, what: &str, tensor: &O::Tensor, reference: &[f64]) {
+        close(what, &self.values(tensor), reference, self.tolerance);
+    }
+
+    /// Holds what is fp32 on every device to the reference.
+    fn check_fp32(&self, what: &str, tensor: &O::Tensor, reference: &[f64]) {
+        close(what, &self.values(tensor), reference, FP32);
+    }
+
+    /// A buffer whose window holds `values`.
+    fn framed(&self, values: &[f64]) -> O::Tensor {
+        self.tensor(&framed(values))
+    }
+
+    /// Lets `write` add to a window that is not empty, and holds what it added to the reference.
+    fn check_added(&self, what: &str, added: &[f64], write: impl FnOnce(WindowMut<'_, O::Tensor>)) {
+        let before = framed(&normals("what was there before", added.len()));
+        let mut flat = self.tensor(&before);
+        write(WindowMut { flat: &mut flat, start: MARGIN });
+        let after = self.values(&flat);
+        let window = MARGIN..MARGIN + added.len();
+        close(what, &after[window.clone()], &sum(&before[window.clone()], added), FP32);
+        assert_eq!(after[..MARGIN], before[..MARGIN], "{what}: before the window");
+        assert_eq!(after[window.end..], before[window.end..], "{what}: behind the window");
+    }
+}
+
+/// The window in the middle of a buffer that [`Suite::framed`] made.
+fn window<T>(flat: &T) -> Window<'_, T> {
+    Window { flat, start: MARGIN }
+}
+
+fn framed(values: &[f64]) -> Vec<f64> {
+    let margin = normals("margin", 2 * MARGIN);
+    [&margin[..MARGIN], values, &margin[MARGIN..]].concat()
+}
+
+/// Standard normal fp32 numbers, the same for the same name.
+fn normals(name: &str, elements: usize) -> Vec<f64> {
+    let stream = random::stream(1, name);
+    let draws = (0..elements as u64).map(|index| random::normal(stream, index));
+    draws.map(f64::from).collect()
+}
+
+fn sum(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a + b).collect()
+}
+
+/// Rounded to fp32, as an upload rounds.
+fn scaled(values: Vec<f64>, factor: f64) -> Vec<f64> {
+    let scaled = values.into_iter().map(|v| f64::from((v * factor) as f32));
+    scaled.collect()
+}
+
+fn close(what: &str, ours: &[f64], reference: &[f64], tolerance: f64) {
+    assert_eq!(ours.len(), reference.len(), "{what}: elements");
+    let largest = reference.iter().fold(0.0, |max: f64, v| max.max(v.abs()));
+    for (index, (ours, reference)) in ours.iter().zip(reference).enumerate() {
+        let error = (ours - reference).abs();
+        assert!(
+            error <= tolerance * largest,
+            "{what}: element {index} is {ours} and should be {reference}, off by {:.1e} of the largest",
+            error / largest
+        );
+    }
+}
+
+fn a_buffer_comes_back_as_it_went<O: Operators>(suite: &Suite<O>) {
+    let operators = &suite.operators;
+    for elements in [0, 1, 17, 100] {
+        assert_eq!(operators.download(operators.zeros(elements)), vec![0.0; elements]);
+        let buffer = operators.host_buffer(elements);
+        assert_eq!(buffer.len(), elements);
+        operators.recycle(buffer);
+        let values = normals("buffer", elements);
+        assert_eq!(suite.values(&suite.tensor(&values)), values);
+    }
+}
+
+fn a_slice_is_exact_and_a_cast_is_rounded<O: Operators>(suite: &Suite<O>) {
+    let values = normals("slice", 50);
+    let tensor = suite.tensor(&values);
+    for range in [0..50, 0..1, 3..20, 49..50, 7..7] {
+        let slice = suite.operators.slice(&tensor, range.clone());
+        assert_eq!(suite.values(&slice), values[range], "slices keep fp32 masters whole");
+    }
+    suite.check("cast", &suite.operators.cast(&tensor), &values);
+}
+
+fn clones_share_until_one_is_written<O: Operators>(suite: &Suite<O>) {
+    let values = normals("clone", 20);
+    let doubled = sum(&values, &values);
+    let mut original = suite.tensor(&values);
+    let mut copy = original.clone();
+    let other = suite.tensor(&values);
+    suite.operators.accumulate(&mut copy, &other);
+    assert_eq!(suite.values(&original), values);
+    assert_eq!(suite.values(&copy), doubled);
+    suite.operators.accumulate(&mut original, &copy);
+    assert_eq!(suite.values(&copy), doubled);
+}
+
+/// Rows, inner and outer widths: single, odd, and beyond the registers and blocks of a product.
+fn product_shapes() -> impl Iterator<Item = ProductDims> {
+    [(1, 1, 1), (1, 7, 3), (5, 1, 9), (17, 33, 65), (64, 64, 64), (3, 130, 1), (66, 19, 129)]
+        .into_iter()
+        .map(|(r, k, n)| ProductDims { r, k, n })
+}
+
+fn products<O: Operators>(suite: &Suite<O>) {
+    for dims in product_shapes() {
+        let (x, w) = (normals("x", dims.r * dims.k), normals("w", dims.n * dims.k));
+        let flat = suite.framed(&w);
+        let y = suite.operators.product(&suite.tensor(&x), window(&flat), dims);
+        suite.check(&format!("{dims:?}"), &y, &reference::product(&x, &w, dims));
+    }
+}
+
+fn product_gradients<O: Operators>(suite: &Suite<O>) {
+    for dims in product_shapes() {
+        let (x, w) = (normals("x", dims.r * dims.k), normals("w", dims.n * dims.k));
+        let dy = normals("dy", dims.r * dims.n);
+        let (x_on, dy_on, flat) = (suite.tensor(&x), suite.tensor(&dy), suite.framed(&w));
+        let dx = suite.operators.product_input_gradient(&dy_on, window(&flat), dims);
+        let expected = reference::product_input_gradient(&dy, &w, dims);
+        suite.check(&format!("input, {dims:?}"), &dx, &expected);
+        let expected = reference::product_weight_gradient(&dy, &x, dims);
+        suite.check_added(&format!("weight, {dims:?}"), &expected, |dw| {
+            suite.operators.product_weight_gradient(&dy_on, &x_on, dims, dw);
+        });
+    }
+}
+
+const ROWS_AND_WIDTHS: [(usize, usize); 6] = [(1, 1), (3, 1), (1, 16), (4, 7), (5, 33), (2, 131)];
+
+const EPSILON: f32 = 1e-5;
+
+fn rms_norm<O: Operators>(suite: &Suite<O>) {
+    for (rows, width) in ROWS_AND_WIDTHS {
+        let (x, scale) = (normals("x", rows * width), normals("scale", width));
+        let flat = suite.framed(&scale);
+        let x_on = suite.tensor(&x);
+        let (y, inverse) = suite.operators.rms_norm(&x_on, window(&flat), width, EPSILON);
+        let what = format!("{rows} rows of {width}");
+        suite.check(&what, &y, &reference::rms_norm(&x, &scale, EPSILON.into()));
+        let expected = reference::inverse_rms(&x, width, EPSILON.into());
+        suite.check_fp32(&what, &inverse, &expected);
+    }
+}
+
+fn rms_norm_gradients<O: Operators>(suite: &Suite<O>) {
+    for (rows, width) in ROWS_AND_WIDTHS {
+        let (x, scale) = (normals("x", rows * width), normals("scale", width));
+        let (dy, passing) = (normals("dy", rows * width), normals("passing", rows * width));
+        let (x_on, flat, dy_on) = (suite.tensor(&x), suite.framed(&scale), suite.tensor(&dy));
+        let (_, inverse) = suite.operators.rms_norm(&x_on, window(&flat), width, EPSILON);
+        let mut dx = suite.tensor(&passing);
+        let of_scale = reference::gradient(&scale, &dy, |scale| {
+            reference::rms_norm(&x, scale, EPSILON.into())
+        });
+        let what = format!("{rows} rows of {width}");
+        suite.check_added(&format!("scale, {what}"), &of_scale, |dscale| {
+            let saved = (&x_on, &inverse);
+            suite.operators.rms_norm_backward(&dy_on, saved, window(&flat), width, &mut dx, dscale);
+        });
+        let of_x = reference::gradient(&x, &dy, |x| reference::rms_norm(x, &scale, EPSILON.into()));
+        suite.check(&format!("input, {what}"), &dx, &sum(&passing, &of_x));
+    }
+}
+
+/// One token, odd lengths, groups of 1, 2 and 4 queries to a key, more than one block of queries.
+fn attention_shapes() -> impl Iterator<Item = AttentionDims> {
+    [
+        (1, 1, 1, 1, 2),
+        (2, 3, 1, 1, 4),
+        (2, 5, 2, 1, 2),
+        (1, 7, 4, 2, 6),
+        (1, 17, 4, 1, 2),
+        (1, 65, 2, 2, 4),
+        (2, 70, 2, 1, 2),
+        (1, 131, 1, 1, 2),
+    ]
+    .into_iter()
+    .map(|(sequences, length, heads, kv_heads, head_dim)| AttentionDims {
+        sequences,
+        length,
+        heads,
+        kv_heads,
+        head_dim,
+    })
+}
+
+fn qkv_of(dims: &AttentionDims) -> Vec<f64> {
+    normals("qkv", dims.sequences * dims.length * dims.qkv_width())
+}
+
+/// Cosines and sines of arbitrary angles.
+fn turns(dims: &AttentionDims) -> [Vec<f64>; 2] {
+    let angles = normals("angles", dims.length * dims.head_dim / 2);
+    let rounded = |f: fn(f64) -> f64| angles.iter().map(|a| f64::from(f(*a) as f32)).collect();
+    [rounded(f64::cos), rounded(f64::sin)]
+}
+
+fn rotate<O: Operators>(
+    suite: &Suite<O>,
+    qkv: &mut O::Tensor,
+    dims: &AttentionDims,
+    inverse: bool,
+) {
+    let [cos, sin] = &turns(dims).map(|table| suite.tensor(&table));
+    let rotation = Rotation { cos, sin };
+    suite.operators.rotary(qkv, rotation, dims, inverse);
+}
+
+fn rotary<O: Operators>(suite: &Suite<O>) {
+    for dims in attention_shapes() {
+        let (qkv, [cos, sin]) = (qkv_of(&dims), turns(&dims));
+        let mut rotated = suite.tensor(&qkv);
+        rotate(suite, &mut rotated, &dims, false);
+        let expected = reference::rotary(&qkv, &cos, &sin, &dims);
+        suite.check(&format!("{dims:?}"), &rotated, &expected);
+    }
+}
+
+fn rotary_undone<O: Operators>(suite: &Suite<O>) {
+    for dims in attention_shapes() {
+        let qkv = qkv_of(&dims);
+        let mut rotated = suite.tensor(&qkv);
+        rotate(suite, &mut rotated, &dims, false);
+        rotate(suite, &mut rotated, &dims, true);
+        let twice = 2.0 * suite.tolerance; // rounded on the way there and on the way back
+        close(&format!("{dims:?}"), &suite.values(&rotated), &qkv, twice);
+    }
+}
+
+fn attention<O: Operators>(suite: &Suite<O>) {
+    for dims in attention_shapes() {
+        let qkv = qkv_of(&dims);
+        let (y, log_sums) = suite.operators.attention(&suite.tensor(&qkv), &dims);
+        let (expected, expected_sums) = reference::attention(&qkv, &dims);
+        suite.check(&format!("{dims:?}"), &y, &expected);
+        suite.check_fp32(&format!("log-sum-exp, {dims:?}"), &log_sums, &expected_sums);
+    }
+}
+
+/// A later token changes no bit of an earlier one's output.
+fn attention_is_causal<O: Operators>(suite: &Suite<O>) {
+    for dims in attention_shapes() {
+        let dims = AttentionDims { sequences: 1, ..dims };
+        let width = dims.heads * dims.head_dim;
+        let mut qkv = qkv_of(&dims);
+        let (before, _) = suite.operators.attention(&suite.tensor(&qkv), &dims);
+        let changed = dims.length / 2;
+        let later = normals("later", qkv.len());
+        let first = changed * dims.qkv_width();
+        qkv[first..].copy_from_slice(&later[first..]);
+        let (after, _) = suite.operators.attention(&suite.tensor(&qkv), &dims);
+        let (before, after) = (suite.values(&before), suite.values(&after));
+        assert_eq!(before[..changed * width], after[..changed * width], "{dims:?}");
+        assert_ne!(before[changed * width..], after[changed * width..], "{dims:?}");
+    }
+}
+
+fn attention_survives_large_scores<O: Operators>(suite: &Suite<O>) {
+    for dims in attention_shapes() {
+        let qkv = scaled(qkv_of(&dims), 30.0); // scores of thousands: their exponentials overflow
+        let (y, log_sums) = suite.operators.attention(&suite.tensor(&qkv), &dims);
+        assert!(suite.values(&y).iter().all(|y| y.abs() < 200.0), "{dims:?}");
+        let (_, expected) = reference::attention(&qkv, &dims);
+        suite.check_fp32(&format!("{dims:?}"), &log_sums, &expected);
+    }
+}
+
+fn attention_gradient<O: Operators>(suite: &Suite<O>) {
+    for dims in attention_shapes() {
+        let qkv = qkv_of(&dims);
+        let dy = normals("dy", dims.sequences * dims.length * dims.heads * dims.head_dim);
+        let qkv_on = suite.tensor(&qkv);
+        let (y, log_sums) = suite.operators.attention(&qkv_on, &dims);
+        let saved = (&y, &log_sums);
+        let dqkv = suite.operators.attention_backward(&suite.tensor(&dy), &qkv_on, saved, &dims);
+        let expected = reference::gradient(&qkv, &dy, |qkv| reference::attention(qkv, &dims).0);
+        suite.check(&format!("{dims:?}"), &dqkv, &expected);
+    }
+}
+
+/// Gates in every state, some beyond where `e^gate` overflows.
+fn gates(rows: usize, width: usize) -> Vec<f64> {
+    let mut gate_up = scaled(normals("gate and up", rows * 2 * width), 3.0);
+    if width > 2 {
+        gate_up[0] = -100.0;
+        gate_up[1] = 100.0;
+    }
+    gate_up
+}
+
+fn swiglu<O: Operators>(suite: &Suite<O>) {
+    for (rows, width) in ROWS_AND_WIDTHS {
+        let gate_up = gates(rows, width);
+        let y = suite.operators.swiglu(&suite.tensor(&gate_up), width);
+        let expected = reference::swiglu(&gate_up, width);
+        suite.check(&format!("{rows} rows of {width}"), &y, &expected);
+    }
+}
+
+fn swiglu_gradient<O: Operators>(suite: &Suite<O>) {
+    for (rows, width) in ROWS_AND_WIDTHS {
+        let (gate_up, dy) = (gates(rows, width), normals("dy", rows * width));
+        let (dy_on, gate_up_on) = (suite.tensor(&dy), suite.tensor(&gate_up));
+        let ours = suite.operators.swiglu_backward(&dy_on, &gate_up_on, width);
+        let expected = reference::gradient(&gate_up, &dy, |x| reference::swiglu(x, width));
+        suite.check(&format!("{rows} rows of {width}"), &ours, &expected);
+    }
+}
+
+const VOCABULARY: usize = 6;
+const WORDS: [&[u32]; 4] = [&[0], &[5], &[3, 1, 3, 3, 0], &[2, 2]];
+const EMBEDDING_WIDTHS: [usize; 4] = [1, 7, 16, 65];
+
+fn embedding<O: Operators>(suite: &Suite<O>) {
+    for (words, width) in WORDS.into_iter().zip(EMBEDDING_WIDTHS) {
+        let table = normals("table", VOCABULARY * width);
+        let flat = suite.framed(&table);
+        let y = suite.operators.embedding(words, window(&flat), width);
+        let row = |word: &u32| &table[*word as usize * width..][..width];
+        let expected: Vec<f64> = words.iter().flat_map(row).copied().collect();
+        suite.check(&format!("{words:?} of width {width}"), &y, &expected);
+    }
+}
+
+fn embedding_gradient<O: Operators>(suite: &Suite<O>) {
+    for (words, width) in WORDS.into_iter().zip(EMBEDDING_WIDTHS) {
+        let dy = normals("dy", words.len() * width);
+        let mut added = vec![0.0; VOCABULARY * width];
+        for (word, dy) in words.iter().zip(dy.chunks_exact(width)) {
+            let row = &mut added[*word as usize * width..][..width];
+            row.copy_from_slice(&sum(row, dy));
+        }
+        suite.check_added(&format!("{words:?} of width {width}"), &added, |dtable| {
+            let dy = suite.tensor(&dy);
+            suite.operators.embedding_backward(&dy, words, width, dtable);
+        });
+    }
+}
+
+/// Holds loss and gradient to the reference, and every row of the gradient to a sum of zero.
+fn check_cross_entropy<O: Operators>(suite: &Suite<O>, logits: &[f64], width: usize) {
+    const SCALE: f64 = 0.25;
+    let rows = logits.len() / width;
+    let targets: Vec<u32> = (0..rows).map(|row| (row * 5 % width) as u32).collect();
+    let mut on_device = suite.tensor(logits);
+    let loss = suite.operators.cross_entropy(&mut on_device, &targets, width, SCALE as f32);
+    let what = format!("{rows} rows of {width}");
+    let losses = reference::cross_entropy(logits, &targets, width);
+    let largest = logits.iter().fold(0.0, |max: f64, v| max.max(v.abs()));
+    let expected: f64 = losses.iter().sum();
+    assert!(
+        (loss - expected).abs() <= FP32 * largest * rows as f64,
+        "{what}: {loss} for {expected}"
+    );
+    let expected = reference::gradient(logits, &vec![SCALE; rows], |logits| {
+        reference::cross_entropy(logits, &targets, width)
+    });
+    let gradient = suite.values(&on_device);
+    close(&what, &gradient, &expected, suite.tolerance);
+    for row in gradient.chunks_exact(width) {
+        assert!(row.iter().sum::<f64>().abs() <= suite.tolerance * SCALE, "{what}: {row:?}");
+    }
+}
+
+fn cross_entropy<O: Operators>(suite: &Suite<O>) {
+    for (rows, width) in [(1, 2), (3, 7), (1, 16), (5, 33), (4, 131)] {
+        check_cross_entropy(suite, &normals("logits", rows * width), width);
+    }
+}
+
+fn cross_entropy_survives_large_logits<O: Operators>(suite: &Suite<O>) {
+    check_cross_entropy(suite, &scaled(normals("logits", 5 * 33), 100.0), 33);
+}
+
+fn sums<O: Operators>(suite: &Suite<O>) {
+    for elements in [1, 33, 5000] {
+        let (a, b) = (normals("a", elements), normals("b", elements));
+        let (mut rounded, other) = (suite.tensor(&a), suite.tensor(&b));
+        let mut exact = rounded.clone();
+        suite.operators.add(&mut rounded, &other);
+        suite.check("add", &rounded, &sum(&a, &b));
+        suite.operators.accumulate(&mut exact, &other);
+        suite.check_fp32("accumulate", &exact, &sum(&a, &b));
+        for range in [0..elements, elements / 3..elements - elements / 4, 0..0] {
+            let expected = reference::dot(&a[range.clone()], &a[range.clone()]);
+            let squares = suite.operators.square_sum(&suite.tensor(&a), range);
+            assert!((squares - expected).abs() <= FP32 * expected, "{squares} for {expected}");
+        }
+    }
+}
+
+fn adamw<O: Operators>(suite: &Suite<O>) {
+    const ELEMENTS: usize = 37;
+    const RANGE: std::ops::Range<usize> = 4..35;
+    let before = ["parameters", "mean", "square"].map(|name| normals(name, ELEMENTS));
+    let mut expected = before.clone();
+    expected[1].fill(0.0);
+    expected[2].fill(0.0);
+    let mut state = expected.each_ref().map(|values| suite.tensor(values));
+    for update in 1..=5 {
+        let settings = AdamW {
+            learning_rate: 0.01,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            gradient_scale: 0.5,
+            update,
+        };
+        let gradient = normals(&format!("gradient {update}"), ELEMENTS);
+        let on_device = suite.tensor(&gradient);
+        suite.operators.adamw(&settings, state.each_mut(), &on_device, RANGE);
+        for index in RANGE {
+            let one = [0, 1, 2].map(|part: usize| expected[part][index]);
+            let one = reference::adamw(&settings, one, gradient[index]);
+            (0..3).for_each(|part| expected[part][index] = one[part]);
+        }
+        for (part, expected) in expected.iter().enumerate() {
+            suite.check_fp32(&format!("part {part}, update {update}"), &state[part], expected);
+        }
+    }
+    let parameters = suite.values(&state[0]);
+    assert_eq!(parameters[..RANGE.start], before[0][..RANGE.start], "outside the range");
+    assert_eq!(parameters[RANGE.end..], before[0][RANGE.end..], "outside the range");
+}

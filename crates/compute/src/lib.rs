@@ -5,11 +5,15 @@
 //! of it. There is no autograd: each backward is written out, so that memory is exact, every
 //! operator can be timed, and later axes can cut between any two of them.
 
+#[cfg(feature = "burn")]
+mod burn;
 mod cpu;
 mod operators;
 mod random;
 mod stage;
 
+#[cfg(feature = "burn")]
+pub use burn::Burn;
 pub use cpu::Cpu;
 pub use operators::{AdamW, AttentionDims, Operators, ProductDims, Rotation, Window, WindowMut};
 pub use stage::{Microbatch, Optimizer, Precision, Stage, StageSpec};

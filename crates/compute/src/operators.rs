@@ -57,6 +57,12 @@ impl AttentionDims {
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
+
+    /// What products of queries and keys are multiplied by: `1 / sqrt(head_dim)`.
+    #[must_use]
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
 }
 
 /// Cosines and sines of every position and pair, `[length, head_dim / 2]` each.
@@ -87,6 +93,23 @@ pub struct AdamW {
     pub update: u64,
 }
 
+impl AdamW {
+    /// The learning rate over the bias correction of the first moment, and the root of the bias
+    /// correction of the second; computed in f64, as torch does.
+    #[must_use]
+    pub fn bias_corrected(&self) -> (f32, f32) {
+        let correction = |beta: f32| 1.0 - f64::from(beta).powf(self.update as f64);
+        let rate = f64::from(self.learning_rate) / correction(self.beta1);
+        (rate as f32, correction(self.beta2).sqrt() as f32)
+    }
+
+    /// What is left of a parameter after decay.
+    #[must_use]
+    pub fn kept(&self) -> f32 {
+        1.0 - self.learning_rate * self.weight_decay
+    }
+}
+
 /// The operators of a device. All arithmetic is fp32 unless the device was made for a lower
 /// precision, in which case it rounds what it writes (reductions and optimizer state stay fp32).
 pub trait Operators: Clone {
@@ -104,7 +127,7 @@ pub trait Operators: Clone {
     fn host_buffer(&self, elements: usize) -> Vec<f32>;
     /// Gives a host buffer back for recycling.
     fn recycle(&self, buffer: Vec<f32>);
-    /// A copy of part of a tensor.
+    /// A copy of part of a tensor, bit for bit.
     fn slice(&self, tensor: &Self::Tensor, range: Range<usize>) -> Self::Tensor;
     /// A copy rounded to the device's compute precision; the tensor itself when that is fp32.
     fn cast(&self, tensor: &Self::Tensor) -> Self::Tensor;
@@ -159,7 +182,8 @@ pub trait Operators: Clone {
         dims: &AttentionDims,
         inverse: bool,
     );
-    /// Weighted values `[r, heads * head_dim]`, and the log-sum-exp of every query's scores.
+    /// Weighted values `[r, heads * head_dim]`, and the log-sum-exp of every query's scores,
+    /// `[sequences, heads, length]`.
     fn attention(&self, qkv: &Self::Tensor, dims: &AttentionDims) -> (Self::Tensor, Self::Tensor);
     /// Gradient of `qkv`; scores are recomputed from the saved log-sum-exp.
     fn attention_backward(
@@ -206,8 +230,10 @@ pub trait Operators: Clone {
         gradient_scale: f32,
     ) -> f64;
 
-    /// `into += other`.
+    /// `into += other`, for values on their way.
     fn add(&self, into: &mut Self::Tensor, other: &Self::Tensor);
+    /// `into += other` in fp32 whatever the precision, for sums of gradients.
+    fn accumulate(&self, into: &mut Self::Tensor, other: &Self::Tensor);
     /// Sum of squares of part of a tensor.
     fn square_sum(&self, tensor: &Self::Tensor, range: Range<usize>) -> f64;
     /// Updates part of the parameters and their two moments.

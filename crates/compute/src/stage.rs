@@ -247,7 +247,7 @@ impl<O: Operators> Stage<O> {
         let state = self.state(block);
         let arrived = state.arrived.take().expect("a reduction has arrived");
         match &mut state.reduced {
-            Some(sum) => operators.add(sum, &arrived),
+            Some(sum) => operators.accumulate(sum, &arrived),
             None => state.reduced = Some(arrived),
         }
     }

@@ -1,11 +1,13 @@
 //! Held to what Hugging Face transformers and `torch.optim.AdamW` compute (`golden/`).
 //! Logits within 1e-4 absolute; gradients and parameters within 1e-4 relative, by norm.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic on its own files")]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use checkpoint::hugging_face::Weights;
-use compute::{Cpu, Microbatch, Optimizer, Precision, Stage, StageSpec};
+use compute::{Cpu, Microbatch, Operators, Optimizer, Precision, Stage, StageSpec};
 use model::{Config, Segment};
 use plan::{Batch, Layout, lower};
 use program::{Action, Axis, Buffer, Instruction, Program, Transfer, Value};
@@ -53,7 +55,7 @@ impl Golden {
         }
     }
 
-    fn stage(&self, program: &Program) -> Stage<Cpu> {
+    fn stage<O: Operators>(&self, device: O, program: &Program) -> Stage<O> {
         let blocks: Vec<_> = self.config.blocks().collect();
         let spec = StageSpec::new(&self.config, program, Rank(0), blocks);
         let optimizer = Optimizer {
@@ -64,7 +66,6 @@ impl Golden {
             weight_decay: 0.1,
             clip_norm: None,
         };
-        let device = Cpu::new(1, Precision::Fp32);
         Stage::new(device, self.config.clone(), spec, optimizer, |block, values| {
             self.weights.read_block(&self.config, block, values)
         })
@@ -97,18 +98,18 @@ fn transfer(buffer: Buffer) -> Transfer {
 }
 
 /// Looks at a buffer in passing.
-fn peek(stage: &mut Stage<Cpu>, buffer: Buffer) -> Vec<f32> {
+fn peek<O: Operators>(stage: &mut Stage<O>, buffer: Buffer) -> Vec<f32> {
     let values = stage.take(&transfer(buffer));
     stage.put(&transfer(buffer), values.clone());
     values
 }
 
-fn holds(name: &str) {
+fn holds(device: impl Operators, name: &str) {
     let golden = Golden::open(name);
     let batch = Batch { sequence: LENGTH as u64, global_batch: SEQUENCES as u64 };
     let layout = Layout::one_rank(SEQUENCES as u64);
     let program = lower(&golden.config, &layout, &batch).unwrap();
-    let mut stage = golden.stage(&program);
+    let mut stage = golden.stage(device, &program);
 
     for step in 0..=10 {
         stage.begin(&program, vec![golden.microbatch()], 1e-2);
@@ -145,10 +146,17 @@ fn holds(name: &str) {
 
 #[test]
 fn a_llama_matches_transformers() {
-    holds("tiny-llama");
+    holds(Cpu::new(1, Precision::Fp32), "tiny-llama");
 }
 
 #[test]
 fn a_llama_with_tied_embeddings_matches_transformers() {
-    holds("tiny-llama-tied");
+    holds(Cpu::new(1, Precision::Fp32), "tiny-llama-tied");
+}
+
+#[cfg(feature = "burn")]
+#[test]
+fn a_llama_on_burn_matches_transformers() {
+    holds(compute::Burn::flex(), "tiny-llama");
+    holds(compute::Burn::flex(), "tiny-llama-tied");
 }

@@ -231,10 +231,11 @@ pub struct Job {
 }
 
 impl Job {
-    /// Reads, checks and completes a job file.
-    pub fn read(path: &Path) -> Result<Self> {
+    /// Reads, checks and completes a job file, with the keys of `set` replaced.
+    pub fn read(path: &Path, set: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the job file {}", path.display()))?;
+        let text = replace(text, set).with_context(|| path.display().to_string())?;
         let name = path.file_stem().map_or("job".into(), |stem| stem.to_string_lossy());
         Self::parse(&text, &name).with_context(|| path.display().to_string())
     }
@@ -399,6 +400,31 @@ fn read_config(path: &Path) -> Result<Config> {
     let json = std::fs::read_to_string(&file)
         .with_context(|| format!("[model] config: cannot read {}", file.display()))?;
     model::hugging_face::from_json(&json).with_context(|| file.display().to_string())
+}
+
+/// The job file with some keys replaced, each given as `section.key=value`.
+fn replace(text: String, set: &[String]) -> Result<String> {
+    if set.is_empty() {
+        return Ok(text);
+    }
+    let mut file: toml::Table = toml::from_str(&text).map_err(explain)?;
+    for setting in set {
+        let parts = setting.split_once('=').and_then(|(key, value)| {
+            let (section, key) = key.split_once('.')?;
+            Some((section.trim(), key.trim(), value.trim()))
+        });
+        let (section, key, value) =
+            parts.with_context(|| format!("--set {setting}: write it as section.key=value"))?;
+        // A bare word is a string, so that the shell needs no second pair of quotes.
+        let value = toml::from_str::<toml::Table>(&format!("value = {value}"))
+            .ok()
+            .and_then(|mut table| table.remove("value"))
+            .unwrap_or_else(|| toml::Value::String(value.to_owned()));
+        let section = file.entry(section).or_insert_with(|| toml::Table::new().into());
+        let section = section.as_table_mut().context("a section of the job file is no table")?;
+        section.insert(key.to_owned(), value);
+    }
+    Ok(toml::to_string(&file)?)
 }
 
 /// Adds to an error about an unknown key or word the nearest one that is known.

@@ -58,6 +58,9 @@ enum Command {
 struct JobArgs {
     /// The job file
     job: PathBuf,
+    /// Replace a key of the job file, as in --set training.steps=20; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,

@@ -12,7 +12,7 @@ use crate::output::thousands;
 
 /// Prints the layout, and with `show_program` every instruction.
 pub fn plan(args: &JobArgs, show_program: bool) -> Result<()> {
-    let job = Job::read(&args.job)?;
+    let job = Job::read(&args.job, &args.set)?;
     let program = lowered(&job)?;
     if args.json {
         let description = json!({

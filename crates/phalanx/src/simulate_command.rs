@@ -21,7 +21,7 @@ pub fn simulate(
     efficiency: f64,
     trace_file: Option<&Path>,
 ) -> Result<()> {
-    let job = Job::read(&args.job)?;
+    let job = Job::read(&args.job, &args.set)?;
     let program = lowered(&job)?;
     let (world, source) = world(args, &job, machine, efficiency)?;
     let trace = run(&program, &world)?;

@@ -61,7 +61,7 @@ pub fn measure_only(args: &JobArgs, job: &Job) -> Result<Machine> {
 
 /// The job, if this machine can train it.
 fn checked(args: &JobArgs) -> Result<Job> {
-    let job = Job::read(&args.job)?;
+    let job = Job::read(&args.job, &args.set)?;
     ensure!(
         job.is_local(),
         "[cluster] name = \"{}\" is described, not here: `simulate` it, or train with name = \"local\"",
@@ -82,6 +82,7 @@ fn start(args: &JobArgs, job: &Job, measure_only: Option<&Path>) -> Result<()> {
     let command = || {
         let mut command = Command::new(&program);
         command.arg("train").arg(&args.job);
+        command.args(args.set.iter().flat_map(|setting| ["--set", setting]));
         command.args(args.json.then_some("--json"));
         command.envs(measure_only.map(|file| (MEASURE_ONLY, file)));
         command

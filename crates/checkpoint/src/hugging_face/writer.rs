@@ -195,7 +195,7 @@ fn write_values(file: &mut impl Write, values: &[f32], dtype: Dtype) -> io::Resu
         match dtype {
             Dtype::F32 => bytes.extend(values.iter().flat_map(|value| value.to_le_bytes())),
             Dtype::BF16 => {
-                bytes.extend(values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()))
+                bytes.extend(values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()));
             }
         }
         file.write_all(&bytes)?;

@@ -18,13 +18,16 @@ fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to an integer
     const LN2_HIGH: f32 = 0.693_359_4; // exact in few bits, so n * LN2_HIGH is exact
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = x.clamp(-87.0, 88.0);
-    let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    // Not `clamp`: these two selects let a NaN through.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND; // its low bits hold n
+    let n = shifted - ROUND;
     let r = (x - n * LN2_HIGH) - n * LN2_LOW;
     let tail =
         r * (1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0 + r / 5040.0))));
     let polynomial = 1.0 + r + r * r * (0.5 + tail);
-    polynomial * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    polynomial * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
 /// Folds `f` over two slices of one length in [`LANES`] lanes, then the lanes by `combine`.
@@ -241,13 +244,8 @@ pub fn adamw(
     [mean, square]: [&mut [f32]; 2],
     gradient: &[f32],
 ) {
-    let AdamW { learning_rate, beta1, beta2, epsilon, weight_decay, gradient_scale, update } =
-        *settings;
-    // Bias corrections in f64, as torch computes them.
-    let correction = |beta: f32| 1.0 - f64::from(beta).powf(update as f64);
-    let step = (f64::from(learning_rate) / correction(beta1)) as f32;
-    let root = correction(beta2).sqrt() as f32;
-    let kept = 1.0 - learning_rate * weight_decay;
+    let AdamW { beta1, beta2, epsilon, gradient_scale, .. } = *settings;
+    let ((step, root), kept) = (settings.bias_corrected(), settings.kept());
     let moments = mean.iter_mut().zip(square.iter_mut());
     for ((parameter, (mean, square)), gradient) in parameters.iter_mut().zip(moments).zip(gradient)
     {
@@ -255,5 +253,37 @@ pub fn adamw(
         *mean += (gradient - *mean) * (1.0 - beta1);
         *square = *square * beta2 + gradient * gradient * (1.0 - beta2);
         *parameter = *parameter * kept - step * *mean / (square.sqrt() / root + epsilon);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_wherever_its_result_is_a_normal_number() {
+        const STEPS: u32 = 1_000_000;
+        for step in 0..=STEPS {
+            let x = -87.0 + 175.0 * (step as f32 / STEPS as f32);
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 1e-6, "e^{x} is off by {error:.1e}");
+        }
+        assert_eq!(exp(0.0), 1.0);
+    }
+
+    #[test]
+    fn exp_is_finite_beyond_its_range() {
+        assert_eq!(exp(-1e30), exp(-87.0));
+        assert_eq!(exp(1e30), exp(88.0));
+    }
+
+    #[test]
+    fn bf16_ties_go_to_even() {
+        let (ulp, half) = (1.0 / 128.0, 1.0 / 256.0);
+        let mut values = [1.0, 1.0 + half, 1.0 + ulp + half, 1.0 + half * 1.01, f32::NAN];
+        round_to_bf16(&mut values);
+        assert_eq!(values[..4], [1.0, 1.0, 1.0 + 2.0 * ulp, 1.0 + ulp]);
+        assert!(values[4].is_nan());
     }
 }

@@ -87,14 +87,17 @@ impl Operators for Cpu {
 
     fn slice(&self, tensor: &Tensor, range: Range<usize>) -> Tensor {
         let source = &tensor.values()[range];
-        self.written(source.len(), |values| values.copy_from_slice(source))
+        let mut slice = self.uninitialised(source.len());
+        slice.values_mut().copy_from_slice(source);
+        slice
     }
 
     fn cast(&self, tensor: &Tensor) -> Tensor {
-        match self.precision {
-            Precision::Fp32 => tensor.clone(),
-            Precision::Bf16 => self.slice(tensor, 0..tensor.values().len()),
+        let mut cast = tensor.clone();
+        if self.precision == Precision::Bf16 {
+            self.round(cast.values_mut());
         }
+        cast
     }
 
     fn product(&self, x: &Tensor, w: Window<'_, Tensor>, dims: ProductDims) -> Tensor {
@@ -272,6 +275,10 @@ impl Operators for Cpu {
         let values = into.values_mut();
         kernels::add(values, other.values());
         self.round(values);
+    }
+
+    fn accumulate(&self, into: &mut Tensor, other: &Tensor) {
+        kernels::add(into.values_mut(), other.values());
     }
 
     fn square_sum(&self, tensor: &Tensor, range: Range<usize>) -> f64 {

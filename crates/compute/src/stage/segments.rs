@@ -31,13 +31,7 @@ impl<O: Operators> Stage<O> {
                 self.values.insert((mb, Value::Stream(0)), stream);
             }
             Segment::AttentionNorm | Segment::FeedForwardNorm | Segment::FinalNorm => {
-                let (input, output, block, role) = norm(segment, layer);
-                let scale = self.window(block, role);
-                let x = &self.values[&(mb, input)];
-                let epsilon = self.config.norm_epsilon;
-                let (y, inverse) = self.operators.rms_norm(x, scale, hidden, epsilon);
-                self.values.insert((mb, output), y);
-                self.saved.insert((mb, output), inverse);
+                self.norm_forward(segment, layer, mb);
             }
             Segment::Qkv => {
                 let mut qkv = self.product((mb, Value::AttentionNormed(layer)), segment, layer);
@@ -60,28 +54,47 @@ impl<O: Operators> Stage<O> {
                 self.operators.add(&mut delta, &self.values[&(mb, stream)]);
                 self.values.insert((mb, sum), delta);
             }
-            Segment::FeedForward => {
-                let gate_up = self.product((mb, Value::FeedForwardNormed(layer)), segment, layer);
-                let inner = self.operators.swiglu(&gate_up, self.config.feed_forward as usize);
-                let w = self.window(Block::Layer(layer), Role::Down);
-                let delta = self.operators.product(&inner, w, self.down_dims());
-                self.values.insert((mb, Value::FeedForwardDelta(layer)), delta);
-                self.saved.insert((mb, Value::FeedForwardDelta(layer)), gate_up);
-            }
+            Segment::FeedForward => self.feed_forward(layer, mb),
             Segment::Logits => {
                 let logits = self.product((mb, Value::FinalNormed), segment, layer);
                 self.values.insert((mb, Value::Logits), logits);
             }
-            Segment::Loss => {
-                let mut logits = take(&mut self.values, (mb, Value::Logits));
-                let targets = &self.microbatches[mb as usize].targets;
-                let words = self.config.vocabulary as usize;
-                let weight = 1.0 / self.global_tokens;
-                let loss = self.operators.cross_entropy(&mut logits, targets, words, weight as f32);
-                self.share[1] += loss * weight;
-                self.gradients.insert((mb, Value::Logits), logits);
-            }
+            Segment::Loss => self.loss_forward(mb),
         }
+    }
+
+    fn norm_forward(&mut self, segment: Segment, layer: u32, mb: u32) {
+        let (input, output, block, role) = norm(segment, layer);
+        let (y, inverse) = self.operators.rms_norm(
+            &self.values[&(mb, input)],
+            self.window(block, role),
+            self.config.hidden as usize,
+            self.config.norm_epsilon,
+        );
+        self.values.insert((mb, output), y);
+        self.saved.insert((mb, output), inverse);
+    }
+
+    fn feed_forward(&mut self, layer: u32, mb: u32) {
+        let input = (mb, Value::FeedForwardNormed(layer));
+        let gate_up = self.product(input, Segment::FeedForward, layer);
+        let width = self.config.feed_forward as usize;
+        let inner = self.operators.swiglu(&gate_up, width);
+        let w = self.window(Block::Layer(layer), Role::Down);
+        let delta = self.operators.product(&inner, w, self.down_dims());
+        let output = (mb, Value::FeedForwardDelta(layer));
+        self.values.insert(output, delta);
+        self.saved.insert(output, gate_up);
+    }
+
+    fn loss_forward(&mut self, mb: u32) {
+        let mut logits = take(&mut self.values, (mb, Value::Logits));
+        let targets = &self.microbatches[mb as usize].targets;
+        let words = self.config.vocabulary as usize;
+        let weight = 1.0 / self.global_tokens;
+        let loss = self.operators.cross_entropy(&mut logits, targets, words, weight as f32);
+        self.share[1] += loss * weight;
+        self.gradients.insert((mb, Value::Logits), logits);
     }
 
     fn backward(&mut self, segment: Segment, layer: u32, mb: u32) {

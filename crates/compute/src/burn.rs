@@ -1,0 +1,328 @@
+//! Any device that Burn has a backend for: the operators in terms of its tensors, in fp32 and
+//! without its autodiff.
+
+mod attention;
+
+use std::ops::Range;
+
+use burn_tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData, activation};
+
+use crate::operators::{AdamW, AttentionDims, Operators, ProductDims, Rotation, Window, WindowMut};
+
+/// Operators on a device of Burn's.
+#[derive(Debug, Clone)]
+pub struct Burn {
+    device: Device,
+}
+
+impl Burn {
+    /// The CPU: slower than [`crate::Cpu`], and there to test on any machine what the GPUs run.
+    #[must_use]
+    pub fn flex() -> Self {
+        Self { device: Device::flex() }
+    }
+
+    /// The NVIDIA GPU of this index.
+    #[cfg(feature = "burn-cuda")]
+    #[must_use]
+    pub fn cuda(index: usize) -> Self {
+        Self { device: Device::cuda(index) }
+    }
+
+    /// The AMD GPU of this index.
+    #[cfg(feature = "burn-rocm")]
+    #[must_use]
+    pub fn rocm(index: usize) -> Self {
+        Self { device: Device::rocm(index) }
+    }
+
+    /// The discrete GPU of this index, through Vulkan.
+    #[cfg(feature = "burn-vulkan")]
+    #[must_use]
+    pub fn vulkan(index: usize) -> Self {
+        Self { device: Device::vulkan(burn_tensor::DeviceKind::DiscreteGpu(index)) }
+    }
+
+    /// The GPU of an Apple machine.
+    #[cfg(feature = "burn-metal")]
+    #[must_use]
+    pub fn metal() -> Self {
+        Self { device: Device::metal(burn_tensor::DeviceKind::DefaultDevice) }
+    }
+
+    fn words(&self, words: &[u32]) -> Tensor<1, Int> {
+        let words: Vec<i64> = words.iter().copied().map(i64::from).collect();
+        let count = words.len();
+        Tensor::from_data(TensorData::new(words, [count]), &self.device)
+    }
+}
+
+/// The first `elements` of a window.
+fn part(window: &Window<'_, Tensor<1>>, elements: usize) -> Tensor<1> {
+    window.flat.clone().slice(window.start..window.start + elements)
+}
+
+/// Replaces the elements of a window, seen in `shape`, by `f` of them.
+fn update<const D: usize>(
+    window: WindowMut<'_, Tensor<1>>,
+    shape: [usize; D],
+    f: impl FnOnce(Tensor<D>) -> Tensor<D>,
+) {
+    let elements: usize = shape.iter().product();
+    let range = window.start..window.start + elements;
+    window.flat.inplace(|flat| {
+        let updated = f(flat.clone().slice(range.clone()).reshape(shape));
+        flat.slice_assign(range, updated.reshape([elements]))
+    });
+}
+
+/// A flat tensor as rows of `width`.
+fn rows(flat: &Tensor<1>, width: usize) -> Tensor<2> {
+    let elements = flat.dims()[0];
+    flat.clone().reshape([elements / width, width])
+}
+
+/// The first `rows * columns` of a window as a matrix.
+fn matrix(window: &Window<'_, Tensor<1>>, rows: usize, columns: usize) -> Tensor<2> {
+    part(window, rows * columns).reshape([rows, columns])
+}
+
+/// The elements of a tensor in order.
+fn flat<const D: usize>(tensor: Tensor<D>) -> Tensor<1> {
+    let elements = tensor.shape().num_elements();
+    tensor.reshape([elements])
+}
+
+/// A tensor cut in two along `dim`, the first piece `first` long.
+fn split<const D: usize>(tensor: Tensor<D>, dim: usize, first: usize) -> [Tensor<D>; 2] {
+    let rest = tensor.dims()[dim] - first;
+    [tensor.clone().narrow(dim, 0, first), tensor.narrow(dim, first, rest)]
+}
+
+/// Rows of a table that reach as far as `words` do: a window does not know its own end.
+fn rows_named(words: &[u32]) -> usize {
+    words.iter().max().map_or(0, |word| *word as usize + 1)
+}
+
+/// Brings a tensor to the host.
+///
+/// # Panics
+/// When the device fails: of memory, or altogether.
+fn to_host(tensor: Tensor<1>) -> Vec<f32> {
+    tensor.try_into_vec_as().unwrap_or_else(|error| panic!("the device failed: {error}"))
+}
+
+impl Operators for Burn {
+    type Tensor = Tensor<1>;
+
+    fn zeros(&self, elements: usize) -> Tensor<1> {
+        Tensor::zeros([elements], &self.device)
+    }
+
+    fn upload(&self, values: Vec<f32>) -> Tensor<1> {
+        let elements = values.len();
+        Tensor::from_data(TensorData::new(values, [elements]), &self.device)
+    }
+
+    fn download(&self, tensor: Tensor<1>) -> Vec<f32> {
+        to_host(tensor)
+    }
+
+    fn host_buffer(&self, elements: usize) -> Vec<f32> {
+        vec![0.0; elements]
+    }
+
+    fn recycle(&self, buffer: Vec<f32>) {
+        drop(buffer);
+    }
+
+    fn slice(&self, tensor: &Tensor<1>, range: Range<usize>) -> Tensor<1> {
+        tensor.clone().slice(range)
+    }
+
+    fn cast(&self, tensor: &Tensor<1>) -> Tensor<1> {
+        tensor.clone()
+    }
+
+    fn product(&self, x: &Tensor<1>, w: Window<'_, Tensor<1>>, dims: ProductDims) -> Tensor<1> {
+        let w = matrix(&w, dims.n, dims.k);
+        flat(rows(x, dims.k).matmul(w.transpose()))
+    }
+
+    fn product_input_gradient(
+        &self,
+        dy: &Tensor<1>,
+        w: Window<'_, Tensor<1>>,
+        dims: ProductDims,
+    ) -> Tensor<1> {
+        flat(rows(dy, dims.n).matmul(matrix(&w, dims.n, dims.k)))
+    }
+
+    fn product_weight_gradient(
+        &self,
+        dy: &Tensor<1>,
+        x: &Tensor<1>,
+        dims: ProductDims,
+        dw: WindowMut<'_, Tensor<1>>,
+    ) {
+        let added = rows(dy, dims.n).transpose().matmul(rows(x, dims.k));
+        update(dw, [dims.n, dims.k], |dw| dw + added);
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Tensor<1>,
+        scale: Window<'_, Tensor<1>>,
+        width: usize,
+        epsilon: f32,
+    ) -> (Tensor<1>, Tensor<1>) {
+        let x = rows(x, width);
+        let inverse = (x.clone().square().mean_dim(1) + epsilon).sqrt().recip();
+        let y = x * inverse.clone() * matrix(&scale, 1, width);
+        (flat(y), flat(inverse))
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dy: &Tensor<1>,
+        (x, inverse): (&Tensor<1>, &Tensor<1>),
+        scale: Window<'_, Tensor<1>>,
+        width: usize,
+        dx: &mut Tensor<1>,
+        dscale: WindowMut<'_, Tensor<1>>,
+    ) {
+        let (dy, inverse) = (rows(dy, width), rows(inverse, 1));
+        let normed = rows(x, width) * inverse.clone();
+        let pulled = dy.clone() * matrix(&scale, 1, width);
+        let along = (pulled.clone() * normed.clone()).mean_dim(1);
+        let added = (pulled - normed.clone() * along) * inverse;
+        dx.inplace(|dx| dx + flat(added));
+        update(dscale, [1, width], |dscale| dscale + (dy * normed).sum_dim(0));
+    }
+
+    fn rotary(
+        &self,
+        qkv: &mut Tensor<1>,
+        rotation: Rotation<'_, Tensor<1>>,
+        dims: &AttentionDims,
+        inverse: bool,
+    ) {
+        let AttentionDims { sequences, length, heads, kv_heads, head_dim } = *dims;
+        let half = head_dim / 2;
+        let cos = rotation.cos.clone().reshape([1, length, 1, half]);
+        let sin = rotation.sin.clone().reshape([1, length, 1, half]);
+        let sin = if inverse { -sin } else { sin };
+        qkv.inplace(|qkv| {
+            let qkv = qkv.reshape([sequences, length, heads + 2 * kv_heads, head_dim]);
+            let [turning, values] = split(qkv, 2, heads + kv_heads);
+            let [low, high] = split(turning, 3, half);
+            let turned_low = low.clone() * cos.clone() - high.clone() * sin.clone();
+            let turned_high = high * cos + low * sin;
+            let turned = Tensor::cat(vec![turned_low, turned_high], 3);
+            flat(Tensor::cat(vec![turned, values], 2))
+        });
+    }
+
+    fn attention(&self, qkv: &Tensor<1>, dims: &AttentionDims) -> (Tensor<1>, Tensor<1>) {
+        attention::forward(qkv, dims)
+    }
+
+    fn attention_backward(
+        &self,
+        dy: &Tensor<1>,
+        qkv: &Tensor<1>,
+        saved: (&Tensor<1>, &Tensor<1>),
+        dims: &AttentionDims,
+    ) -> Tensor<1> {
+        attention::backward(dy, qkv, saved, dims)
+    }
+
+    fn swiglu(&self, gate_up: &Tensor<1>, width: usize) -> Tensor<1> {
+        let [gate, up] = split(rows(gate_up, 2 * width), 1, width);
+        flat(activation::silu(gate) * up)
+    }
+
+    fn swiglu_backward(&self, dy: &Tensor<1>, gate_up: &Tensor<1>, width: usize) -> Tensor<1> {
+        let dy = rows(dy, width);
+        let [gate, up] = split(rows(gate_up, 2 * width), 1, width);
+        let sigmoid = activation::sigmoid(gate.clone());
+        let slope = (gate.clone() * (1.0 - sigmoid.clone()) + 1.0) * sigmoid.clone();
+        let dup = dy.clone() * gate * sigmoid;
+        flat(Tensor::cat(vec![dy * up * slope, dup], 1))
+    }
+
+    fn embedding(&self, words: &[u32], table: Window<'_, Tensor<1>>, width: usize) -> Tensor<1> {
+        let table = matrix(&table, rows_named(words), width);
+        flat(table.select(0, self.words(words)))
+    }
+
+    fn embedding_backward(
+        &self,
+        dy: &Tensor<1>,
+        words: &[u32],
+        width: usize,
+        dtable: WindowMut<'_, Tensor<1>>,
+    ) {
+        let (named, dy) = (self.words(words), rows(dy, width));
+        update(dtable, [rows_named(words), width], |dtable| {
+            dtable.select_assign(0, named, dy, IndexingUpdateOp::Add)
+        });
+    }
+
+    fn cross_entropy(
+        &self,
+        logits: &mut Tensor<1>,
+        targets: &[u32],
+        width: usize,
+        gradient_scale: f32,
+    ) -> f64 {
+        let targets = self.words(targets).reshape([targets.len(), 1]);
+        let shifted = {
+            let logits = rows(logits, width);
+            logits.clone() - logits.max_dim(1)
+        };
+        let weights = shifted.clone().exp();
+        let sums = weights.clone().sum_dim(1);
+        let losses = sums.clone().log() - shifted.gather(1, targets.clone());
+        let at_targets = Tensor::full(targets.dims(), -gradient_scale, &self.device);
+        let gradient = weights * sums.recip() * gradient_scale;
+        *logits = flat(gradient.scatter(1, targets, at_targets, IndexingUpdateOp::Add));
+        to_host(flat(losses)).into_iter().map(f64::from).sum()
+    }
+
+    fn add(&self, into: &mut Tensor<1>, other: &Tensor<1>) {
+        into.inplace(|into| into + other.clone());
+    }
+
+    fn accumulate(&self, into: &mut Tensor<1>, other: &Tensor<1>) {
+        self.add(into, other);
+    }
+
+    fn square_sum(&self, tensor: &Tensor<1>, range: Range<usize>) -> f64 {
+        to_host(tensor.clone().slice(range).square().sum())[0].into()
+    }
+
+    fn adamw(
+        &self,
+        settings: &AdamW,
+        [parameters, mean, square]: [&mut Tensor<1>; 3],
+        gradient: &Tensor<1>,
+        range: Range<usize>,
+    ) {
+        let AdamW { beta1, beta2, epsilon, gradient_scale, .. } = *settings;
+        let gradient = gradient.clone().slice(range.clone()) * gradient_scale;
+        let (start, shape) = (range.start, [range.len()]);
+        update(WindowMut { flat: mean, start }, shape, |mean| {
+            mean * beta1 + gradient.clone() * (1.0 - beta1)
+        });
+        update(WindowMut { flat: square, start }, shape, |square| {
+            square * beta2 + gradient.square() * (1.0 - beta2)
+        });
+        let (step, root) = settings.bias_corrected();
+        let (mean, square) = (mean.clone().slice(range.clone()), square.clone().slice(range));
+        let moved = mean * step / (square.sqrt() / root + epsilon);
+        update(WindowMut { flat: parameters, start }, shape, |parameters| {
+            parameters * settings.kept() - moved
+        });
+    }
+}
