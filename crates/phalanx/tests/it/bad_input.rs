@@ -151,6 +151,34 @@ fn settings_out_of_range() {
 }
 
 #[test]
+fn a_key_set_on_the_command_line() {
+    let place = Place::new();
+    place.write("job.toml", JOB);
+    let refusal = |setting: &str| {
+        let answer = place.run(&["train", "job.toml", "--set", setting]);
+        assert_eq!((answer.code, answer.stdout.as_str()), (Some(2), ""), "{}", answer.stderr);
+        assert!(!place.path("runs").exists());
+        answer.stderr
+    };
+    insta::assert_snapshot!(refusal("steps=3"), @"phalanx: job.toml: --set steps=3: write it as section.key=value");
+    insta::assert_snapshot!(refusal("training.step=3"), @r"
+    phalanx: job.toml: TOML parse error at line 20, column 1
+       |
+    20 | step = 3
+       | ^^^^
+    unknown field `step`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `seed`, `evaluate_every`, `evaluation_sequences`
+    did you mean `steps` instead of `step`?
+    ");
+    insta::assert_snapshot!(refusal("training.steps=few"), @r#"
+    phalanx: job.toml: TOML parse error at line 20, column 9
+       |
+    20 | steps = "few"
+       |         ^^^^^
+    invalid type: string "few", expected u64
+    "#);
+}
+
+#[test]
 fn a_job_file_that_is_none() {
     let place = Place::new();
     insta::assert_snapshot!(refusal(&place, "[training\n"), @r"

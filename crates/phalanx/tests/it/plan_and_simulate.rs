@@ -145,8 +145,9 @@ fn every_command_says_what_it_takes() {
       <JOB>  The job file
 
     Options:
-          --json  Print one JSON object instead of text
-      -h, --help  Print help
+          --set <KEY=VALUE>  Replace a key of the job file, as in --set training.steps=20; may be repeated
+          --json             Print one JSON object instead of text
+      -h, --help             Print help
     ");
     insta::assert_snapshot!(place.succeed(&["plan", "--help"]), @r"
     Show how a job is laid out over ranks
@@ -157,9 +158,10 @@ fn every_command_says_what_it_takes() {
       <JOB>  The job file
 
     Options:
-          --json          Print one JSON object instead of text
-          --show-program  Print every rank's instructions
-      -h, --help          Print help
+          --set <KEY=VALUE>  Replace a key of the job file, as in --set training.steps=20; may be repeated
+          --json             Print one JSON object instead of text
+          --show-program     Print every rank's instructions
+      -h, --help             Print help
     ");
     insta::assert_snapshot!(place.succeed(&["simulate", "--help"]), @r"
     Run one step in virtual time: where the time goes
@@ -170,6 +172,7 @@ fn every_command_says_what_it_takes() {
       <JOB>  The job file
 
     Options:
+          --set <KEY=VALUE>          Replace a key of the job file, as in --set training.steps=20; may be repeated
           --json                     Print one JSON object instead of text
           --machine <FILE>           Use the measurements of an earlier run (its machine.json) instead of measuring
           --efficiency <EFFICIENCY>  Share of peak that described accelerators reach [default: 0.6]

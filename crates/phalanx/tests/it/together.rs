@@ -60,7 +60,8 @@ fn ranks_started_by_hand_train_like_local_ones() {
     assert_eq!((first.code, first.stderr.as_str()), (Some(0), ""));
     assert_eq!((second.code, second.stderr.as_str()), (Some(0), ""));
     assert!(first.stdout.contains("held out") && second.stdout.is_empty(), "{}", second.stdout);
-    place.succeed(&["train", "job.toml"]);
+    place.write("job.toml", over(1, ""));
+    place.succeed(&["train", "job.toml", "--set", "cluster.accelerators=2"]);
     assert_eq!(place.losses("runs/job-001", "step"), place.losses("runs/job-002", "step"));
 }
 
