@@ -79,7 +79,7 @@ impl Place {
     /// A folder with a few hundred kilobytes of text.
     pub fn new() -> Self {
         let place = Self(tempfile::tempdir().unwrap());
-        place.write("text.txt", &prose(8000));
+        place.write("text.txt", prose(8000));
         place
     }
 
@@ -190,7 +190,7 @@ impl Answer {
 }
 
 /// Sentences with a structure that a small model finds within a few steps.
-pub fn prose(sentences: usize) -> String {
+fn prose(sentences: usize) -> String {
     let who = ["the first rank", "a later stage", "one shard of four", "the whole group"];
     let does = ["sends", "keeps", "gathers", "reduces", "forgets"];
     let what = ["its chunk", "the loss", "every gradient", "a block", "its parameters", "nothing"];
