@@ -66,6 +66,26 @@ impl Default for ClusterSection {
     }
 }
 
+impl ClusterSection {
+    fn check(&self) -> Result<()> {
+        if self.accelerators == 0 || self.threads_per_rank == 0 {
+            bail!("[cluster] accelerators and threads_per_rank must be at least 1");
+        }
+        if self.name == LOCAL {
+            return Ok(());
+        }
+        let Cluster { accelerators, name, .. } =
+            cluster::catalogue::find(&self.name).context("[cluster] name")?;
+        if self.accelerators > accelerators {
+            bail!(
+                "[cluster] accelerators = {}, but {name} has {accelerators}; lower it, or choose a larger cluster",
+                self.accelerators
+            );
+        }
+        Ok(())
+    }
+}
+
 /// The name of the machine at hand.
 const LOCAL: &str = "local";
 
@@ -226,9 +246,7 @@ impl Job {
         let File { mut training, cluster, data, run, .. } = file;
         training.complete()?;
         let batch = Batch { sequence: training.sequence, global_batch: training.global_batch };
-        if cluster.accelerators == 0 || cluster.threads_per_rank == 0 {
-            bail!("[cluster] accelerators and threads_per_rank must be at least 1");
-        }
+        cluster.check()?;
         let layout = file.layout.complete(&model, &batch, cluster.accelerators)?;
         Ok(Self { model, weights, cluster, training, layout, data, run, name: name.to_owned() })
     }
@@ -251,9 +269,7 @@ impl Job {
 
     /// The cluster of the catalogue it runs on.
     pub fn described_cluster(&self) -> Result<Cluster> {
-        let mut cluster = cluster::catalogue::find(&self.cluster.name)?;
-        cluster.accelerators = self.cluster.accelerators;
-        Ok(cluster)
+        Ok(cluster::catalogue::find(&self.cluster.name)?)
     }
 
     /// How parameters are updated.
@@ -293,7 +309,10 @@ impl Training {
             bail!("[training] {key} is 0; it must be at least 1");
         }
         if !(self.learning_rate.is_finite() && self.learning_rate >= 0.0) {
-            bail!("[training] learning_rate = {} is not a rate", self.learning_rate);
+            bail!(
+                "[training] learning_rate = {} is no rate; it must be at least 0",
+                self.learning_rate
+            );
         }
         self.minimum_learning_rate.get_or_insert(0.1 * self.learning_rate);
         self.warmup_steps.get_or_insert(self.steps / 20);
@@ -441,24 +460,101 @@ mod tests {
     #[test]
     fn an_unknown_key_is_answered_with_the_nearest() {
         let text = format!("[model]\nname = \"tiny\"\n{TRAINING}globel_batch = 2\n");
-        insta::assert_snapshot!(error(&text), @"");
+        insta::assert_snapshot!(error(&text), @r"
+        TOML parse error at line 6, column 1
+          |
+        6 | globel_batch = 2
+          | ^^^^^^^^^^^^
+        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `seed`, `evaluate_every`, `evaluation_sequences`
+        did you mean `global_batch` instead of `globel_batch`?
+        ");
         let text = format!("[model]\nname = \"tiny\"\n{TRAINING}[layout]\nshard = \"gradient\"\n");
-        insta::assert_snapshot!(error(&text), @"");
+        insta::assert_snapshot!(error(&text), @r#"
+        TOML parse error at line 7, column 9
+          |
+        7 | shard = "gradient"
+          |         ^^^^^^^^^^
+        unknown variant `gradient`, expected one of `none`, `optimizer`, `gradients`, `parameters`
+        did you mean `gradients` instead of `gradient`?
+        "#);
     }
 
     #[test]
     fn what_is_missing_or_does_not_fit_is_named() {
-        insta::assert_snapshot!(error(TRAINING), @"");
-        insta::assert_snapshot!(error(&format!("[model]\nname = \"tyny\"\n{TRAINING}")), @"");
-        insta::assert_snapshot!(error(&format!("[model]\nname = \"tiny\"\nheads = 3\n{TRAINING}")), @"");
+        insta::assert_snapshot!(error(TRAINING), @"[model] needs `heads`, or a catalogue `name`, or `config` or `weights` of a Hugging Face model");
+        insta::assert_snapshot!(error(&format!("[model]\nname = \"tyny\"\n{TRAINING}")), @"the catalogue has no model `tyny`; the nearest is `tiny`");
+        insta::assert_snapshot!(error(&format!("[model]\nname = \"tiny\"\nheads = 3\n{TRAINING}")), @"[model]: `heads` = 3 is not a multiple of `kv_heads` = 2; each key/value head serves a whole group of query heads");
         let ranks = "[cluster]\naccelerators = 4\n[layout]\npipeline = 3\n";
-        insta::assert_snapshot!(error(&format!("[model]\nname = \"tiny\"\n{TRAINING}{ranks}")), @"");
-        insta::assert_snapshot!(error("[model]\nname = \"tiny\"\n"), @"");
+        insta::assert_snapshot!(error(&format!("[model]\nname = \"tiny\"\n{TRAINING}{ranks}")), @"layout: tensor 1 x context 1 x pipeline 3 does not divide 4 ranks; choose degrees whose product does, or change [cluster] accelerators");
+        insta::assert_snapshot!(error("[model]\nname = \"tiny\"\n"), @r"
+        TOML parse error at line 1, column 1
+          |
+        1 | [model]
+          | ^
+        missing field `training`
+        ");
     }
 
     #[test]
     fn a_resolved_job_says_everything() {
         let job = Job::parse(&format!("[model]\nname = \"tiny\"\n{TRAINING}"), "test").unwrap();
-        insta::assert_snapshot!(job.resolved(), @"");
+        insta::assert_snapshot!(job.resolved(), @r#"
+        name = "test"
+
+        [model]
+        layers = 4
+        hidden = 128
+        heads = 4
+        kv_heads = 2
+        head_dim = 32
+        feed_forward = 384
+        vocabulary = 2048
+        tied_embeddings = false
+        norm_epsilon = 0.00001
+        context = 2048
+
+        [model.rotary]
+        theta = 500000.0
+
+        [cluster]
+        name = "local"
+        accelerators = 1
+        threads_per_rank = 1
+
+        [training]
+        sequence = 8
+        global_batch = 4
+        precision = "fp32"
+        steps = 100
+        learning_rate = 0.0003
+        minimum_learning_rate = 0.000029999999999999997
+        warmup_steps = 5
+        weight_decay = 0.1
+        beta1 = 0.9
+        beta2 = 0.95
+        epsilon = 0.00000001
+        clip_norm = 1.0
+        seed = 0
+        evaluate_every = 10
+        evaluation_sequences = 32
+
+        [layout]
+        micro_batch = 4
+        shard = "none"
+
+        [layout.mesh]
+        tensor = 1
+        context = 1
+        data = 1
+        pipeline = 1
+
+        [data]
+        text = []
+        held_out = 0.02
+
+        [run]
+        folder = "runs"
+        measure = true
+        "#);
     }
 }

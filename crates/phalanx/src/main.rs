@@ -66,6 +66,9 @@ struct JobArgs {
     json: bool,
 }
 
+/// What every message on standard error begins with.
+const SPEAKER: &str = "phalanx: ";
+
 /// Exit code when the answer is no, or a run failed.
 const FAILED: u8 = 1;
 /// Exit code for bad usage or input.
@@ -79,11 +82,11 @@ fn main() -> ExitCode {
     match outcome {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("phalanx: {error:#}");
+            eprintln!("{SPEAKER}{}", message(&error));
             ExitCode::from(exit_code(&error))
         }
         Err(_) => {
-            eprintln!("phalanx: this is a bug; please report it with the lines above");
+            eprintln!("{SPEAKER}this is a bug; please report it with the lines above");
             ExitCode::from(BUG)
         }
     }
@@ -97,6 +100,18 @@ fn run(cli: Cli) -> Result<()> {
             simulate_command::simulate(&job, machine.as_deref(), efficiency, trace.as_deref())
         }
     }
+}
+
+/// An error and what led to it. Most errors tell their cause themselves; it is not told twice.
+fn message(error: &anyhow::Error) -> String {
+    let mut message = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !message.contains(&cause) {
+            message += ": ";
+            message += &cause;
+        }
+    }
+    message
 }
 
 /// What went wrong decides the code: what a peer or the disk did while training is a failed run,

@@ -30,6 +30,11 @@ impl Progress {
         Self { bar, total, quiet }
     }
 
+    /// Progress that is of no interest once it is over: shown on a terminal, nowhere else.
+    pub fn when_watched(what: &str, total: u64, quiet: bool) -> Self {
+        Self::new(what, total, quiet || !std::io::stdout().is_terminal())
+    }
+
     /// `done` units are done; `line` says how it goes, given the time left when it is known.
     pub fn update(&self, done: u64, line: &str, left: Option<Duration>) {
         if let Some(bar) = &self.bar {

@@ -22,12 +22,12 @@ use train::{
 use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Transport};
 use units::{Bytes, Rank, Seconds};
 
-use crate::JobArgs;
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::output::{Progress, thousands};
 use crate::plan_command::{describe, lowered};
 use crate::run_folder::RunFolder;
+use crate::{JobArgs, SPEAKER};
 
 /// How long ranks wait for each other at the start.
 const RENDEZVOUS: Duration = Duration::from_secs(120);
@@ -87,7 +87,18 @@ fn start(args: &JobArgs, job: &Job, measure_only: Option<&Path>) -> Result<()> {
         command.envs(measure_only.map(|file| (MEASURE_ONLY, file)));
         command
     };
-    Ok(launch(ranks, job.cluster.threads_per_rank as usize, command)?)
+    launch(ranks, job.cluster.threads_per_rank as usize, command).map_err(in_our_words)?;
+    Ok(())
+}
+
+/// What a rank's process said of its end is a message of this program already.
+fn in_our_words(mut error: train::Error) -> train::Error {
+    if let train::Error::Process { reason, .. } = &mut error
+        && let Some(message) = reason.strip_prefix(SPEAKER)
+    {
+        *reason = message.to_owned();
+    }
+    error
 }
 
 /// A job of one rank, which meets nobody.
@@ -107,11 +118,15 @@ fn prepare(job: &Job, quiet: bool) -> Result<(Prepared, Sampler)> {
         None => TokenizerSource::Train { vocabulary: job.model.vocabulary },
     };
     let source = Source { patterns: job.data.text.clone(), limit: job.data.limit_bytes, tokenizer };
-    let progress = Progress::new("reading text", 100, quiet);
+    let progress = Progress::when_watched("reading text", 100, quiet);
     let cache = job.run.folder.join("cache");
     let prepared = data::prepare(&source, &cache, &environment, &mut |at| {
         let percent = (100.0 * (at.done / at.total)) as u64;
-        progress.update(percent, &format!("{:?}, {} of {}", at.stage, at.done, at.total), None);
+        let stage = match at.stage {
+            data::Stage::TrainingTokenizer => "training a tokenizer",
+            data::Stage::Encoding => "encoding",
+        };
+        progress.update(percent, &format!("{stage}, {} of {}", at.done, at.total), None);
     })?;
     ensure!(
         prepared.tokens.vocabulary() <= job.model.vocabulary,

@@ -115,7 +115,9 @@ impl Children {
             if code != Some(0) {
                 let reason = match (status, text.trim()) {
                     (Err(error), _) => error.to_string(),
-                    (Ok(status), "") => status.to_string(),
+                    (Ok(status), "") => format!(
+                        "ended without a word ({status}); if nobody stopped it, see whether memory ran out"
+                    ),
                     (Ok(_), text) => text.to_owned(),
                 };
                 failures.push((rank, reason, code));

@@ -1,0 +1,10 @@
+//! The binary and the repository, held to what they promise.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic on its own files")]
+
+mod bad_input;
+mod place;
+mod plan_and_simulate;
+mod repository;
+mod together;
+mod train;

@@ -1,0 +1,182 @@
+//! Planning and simulating, and what the commands say of themselves.
+
+use serde_json::Value;
+
+use crate::place::{Place, over};
+
+/// Data 2 x pipeline 2 with one layer a stage.
+fn two_layers() -> String {
+    over(4, "pipeline = 2\nmicro_batch = 2\nshard = \"parameters\"")
+        .replace("layers = 4", "layers = 2")
+}
+
+/// A model and a cluster of the catalogue.
+fn described(cluster: &str, accelerators: u32) -> String {
+    format!(
+        r#"
+[model]
+name = "llama-3.1-8b"
+
+[cluster]
+name = "{cluster}"
+accelerators = {accelerators}
+
+[training]
+sequence = 8192
+global_batch = {accelerators}
+precision = "bf16"
+
+[layout]
+shard = "parameters"
+"#
+    )
+}
+
+#[test]
+fn a_program_is_shown() {
+    let place = Place::new();
+    place.write("job.toml", two_layers());
+    insta::assert_snapshot!(place.succeed(&["plan", "job.toml", "--show-program"]));
+}
+
+#[test]
+fn a_plan_needs_no_text_and_writes_nothing() {
+    let place = Place::new();
+    place.write("job.toml", two_layers().replace("text.txt", "nowhere.txt"));
+    insta::assert_snapshot!(place.succeed(&["plan", "job.toml"]), @r"
+    model          39,072 parameters: 2 layers, hidden 32, 4 heads (2 kv), feed-forward 64, vocabulary 320
+    layout         data 2 x pipeline 2, shard parameters, 2 microbatch(es) of 2 x 32 tokens a rank, 256 tokens a step
+    stage 0        embedding to layer0: 19,520 parameters, 8.42 MFLOP a step, 453.28 KiB handed to transfers
+    stage 1        layer1 to head: 19,552 parameters, 16.55 MFLOP a step, 373.78 KiB handed to transfers
+    ");
+    let json: Value =
+        serde_json::from_str(&place.succeed(&["plan", "job.toml", "--json"])).unwrap();
+    assert_eq!((&json["ranks"], &json["program"]), (&4.into(), &Value::Null));
+    assert!(!place.path("runs").exists());
+}
+
+#[test]
+fn a_described_cluster_is_simulated() {
+    let place = Place::new();
+    place.write("job.toml", described("dgx-h100-quantum2", 16));
+    let stdout = place.succeed(&["simulate", "job.toml", "--trace", "trace.json"]);
+    for words in ["h100-sxm of dgx-h100-quantum2", "step time", "exposed communication, data"] {
+        assert!(stdout.contains(words), "{words} is not in\n{stdout}");
+    }
+    assert!(place.json("trace.json")["traceEvents"].is_array());
+    let json: Value =
+        serde_json::from_str(&place.succeed(&["simulate", "job.toml", "--json"])).unwrap();
+    for key in [
+        "step_time_s",
+        "tokens_per_s",
+        "tokens_per_s_per_accelerator",
+        "exposed_communication_s",
+        "pipeline_bubble_s",
+    ] {
+        assert!(json[key].is_number(), "{key}: {json}");
+    }
+}
+
+#[test]
+fn a_described_cluster_is_refused_when_unknown_or_too_small() {
+    let place = Place::new();
+    let refusal = |job: &str| {
+        place.write("job.toml", job);
+        let answer = place.run(&["simulate", "job.toml"]);
+        assert_eq!((answer.code, answer.stdout.as_str()), (Some(2), ""), "{}", answer.stderr);
+        answer.stderr
+    };
+    insta::assert_snapshot!(refusal(&described("dgx-h100-quantum", 16)), @"phalanx: job.toml: [cluster] name: the catalogue has no cluster `dgx-h100-quantum`; did you mean `dgx-h100-quantum2`? It has: dgx-a100-hdr, dgx-h100-quantum2, dgx-h200-quantum2");
+    insta::assert_snapshot!(refusal(&described("dgx-h100-quantum2", 16384)), @"phalanx: job.toml: [cluster] accelerators = 16384, but dgx-h100-quantum2 has 8192; lower it, or choose a larger cluster");
+    let fp8 = described("dgx-a100-hdr", 16).replace("bf16", "fp8");
+    insta::assert_snapshot!(refusal(&fp8), @"phalanx: accelerator a100-sxm-80gb has no fp8; it has fp32, bf16");
+}
+
+#[test]
+fn this_machine_is_measured_when_no_file_says_how_fast_it_is() {
+    let place = Place::new();
+    place.write("job.toml", over(2, "pipeline = 2"));
+    let stdout = place.succeed(&["simulate", "job.toml"]);
+    for words in ["this one, measured now", "step time", "exposed communication, pipeline"] {
+        assert!(stdout.contains(words), "{words} is not in\n{stdout}");
+    }
+    assert!(!place.path("runs/job-001").exists(), "nothing was trained");
+}
+
+#[test]
+fn a_machine_file_that_does_not_fit_is_refused() {
+    let place = Place::new();
+    place.write("job.toml", two_layers());
+    let refusal = |machine: &str| {
+        place.write("machine.json", machine);
+        let answer = place.run(&["simulate", "job.toml", "--machine", "machine.json"]);
+        assert_eq!((answer.code, answer.stdout.as_str()), (Some(2), ""), "{}", answer.stderr);
+        answer.stderr
+    };
+    insta::assert_snapshot!(refusal("{}"), @"phalanx: machine.json is no machine file: missing field `model` at line 1 column 2");
+}
+
+#[test]
+fn every_command_says_what_it_takes() {
+    let place = Place::new();
+    insta::assert_snapshot!(place.succeed(&["--help"]), @r"
+    Plans, simulates and trains Llama-class models over many ranks
+
+    Usage: phalanx <COMMAND>
+
+    Commands:
+      train     Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
+      plan      Show how a job is laid out over ranks
+      simulate  Run one step in virtual time: where the time goes
+      help      Print this message or the help of the given subcommand(s)
+
+    Options:
+      -h, --help     Print help
+      -V, --version  Print version
+
+    Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug.
+    ");
+    insta::assert_snapshot!(place.succeed(&["train", "--help"]), @r"
+    Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
+
+    Usage: phalanx train [OPTIONS] <JOB>
+
+    Arguments:
+      <JOB>  The job file
+
+    Options:
+          --set <KEY=VALUE>  Replace a key of the job file, as in --set training.steps=20; may be repeated
+          --json             Print one JSON object instead of text
+      -h, --help             Print help
+    ");
+    insta::assert_snapshot!(place.succeed(&["plan", "--help"]), @r"
+    Show how a job is laid out over ranks
+
+    Usage: phalanx plan [OPTIONS] <JOB>
+
+    Arguments:
+      <JOB>  The job file
+
+    Options:
+          --set <KEY=VALUE>  Replace a key of the job file, as in --set training.steps=20; may be repeated
+          --json             Print one JSON object instead of text
+          --show-program     Print every rank's instructions
+      -h, --help             Print help
+    ");
+    insta::assert_snapshot!(place.succeed(&["simulate", "--help"]), @r"
+    Run one step in virtual time: where the time goes
+
+    Usage: phalanx simulate [OPTIONS] <JOB>
+
+    Arguments:
+      <JOB>  The job file
+
+    Options:
+          --set <KEY=VALUE>          Replace a key of the job file, as in --set training.steps=20; may be repeated
+          --json                     Print one JSON object instead of text
+          --machine <FILE>           Use the measurements of an earlier run (its machine.json) instead of measuring
+          --efficiency <EFFICIENCY>  Share of peak that described accelerators reach [default: 0.6]
+          --trace <FILE>             Write the predicted step for Perfetto
+      -h, --help                     Print help
+    ");
+}
