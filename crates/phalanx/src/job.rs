@@ -314,7 +314,7 @@ impl Training {
                 self.learning_rate
             );
         }
-        self.minimum_learning_rate.get_or_insert(0.1 * self.learning_rate);
+        self.minimum_learning_rate.get_or_insert(self.learning_rate / 10.0);
         self.warmup_steps.get_or_insert(self.steps / 20);
         self.evaluate_every.get_or_insert((self.steps / 10).max(1));
         Ok(())

@@ -44,8 +44,8 @@ impl Meetings {
         let (rank, axis) = (party.rank, party.transfer.axis);
         match party.transfer.action {
             Action::Collective(_) => {
-                let group = self.mesh.group(rank, axis);
-                (Place::Group { axis, leader: group[0] }, group.len())
+                let leader = self.mesh.leader(rank, axis);
+                (Place::Group { axis, leader }, self.mesh.degree(axis) as usize)
             }
             Action::Send { to } => {
                 (Place::Pair { axis, from: rank, to: self.mesh.peer(rank, axis, to) }, 2)

@@ -90,21 +90,25 @@ impl Mesh {
         rank.0 / self.stride(axis) % self.degree(axis)
     }
 
+    /// The first rank of the group of `rank` along `axis`.
+    #[must_use]
+    pub fn leader(&self, rank: Rank, axis: Axis) -> Rank {
+        Rank(match axis {
+            Axis::Tied => rank.0 % self.stride(Axis::Pipeline),
+            _ => rank.0 - self.coordinate(rank, axis) * self.stride(axis),
+        })
+    }
+
     /// The ranks of the group of `rank` along `axis`, in the order of their coordinates.
     #[must_use]
     pub fn group(&self, rank: Rank, axis: Axis) -> Vec<Rank> {
-        let stride = self.stride(axis);
-        let first = match axis {
-            Axis::Tied => rank.0 % self.stride(Axis::Pipeline),
-            _ => rank.0 - self.coordinate(rank, axis) * stride,
-        };
-        (0..self.degree(axis)).map(|place| Rank(first + place * stride)).collect()
+        (0..self.degree(axis)).map(|place| self.peer(rank, axis, place)).collect()
     }
 
     /// The rank at `coordinate` along `axis` in the group of `rank`.
     #[must_use]
     pub fn peer(&self, rank: Rank, axis: Axis, coordinate: u32) -> Rank {
-        self.group(rank, axis)[coordinate as usize]
+        Rank(self.leader(rank, axis).0 + coordinate * self.stride(axis))
     }
 }
 
