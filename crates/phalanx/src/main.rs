@@ -1,12 +1,15 @@
 //! The `phalanx` command: arguments, files in and out, exit codes.
 
+mod figures;
 mod job;
 mod measured;
 mod output;
 mod plan_command;
 mod run_folder;
+mod session;
 mod simulate_command;
 mod train_command;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -1,0 +1,272 @@
+//! One rank's way through a job: measure, predict, train, write, show.
+
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use checkpoint::hugging_face::Weights;
+use compute::{Cpu, Stage};
+use data::{Sampler, Tokenizer};
+use plan::{Batch, Layout, lower, lower_evaluation};
+use program::Program;
+use report::{Summary, perfetto, summary_table};
+use serde_json::{Value, json};
+use sim::World;
+use train::{Batches, Device, Outcome, Programs, Settings, Worker};
+use transport::Communicator;
+use units::{Bytes, Rank};
+
+use crate::figures::Figures;
+use crate::job::Job;
+use crate::measured::Machine;
+use crate::output::thousands;
+use crate::plan_command::{describe, lowered};
+use crate::run_folder::RunFolder;
+use crate::watch::Watch;
+
+/// One rank's way from the job to the summary.
+pub struct Session<'a> {
+    /// The job.
+    pub job: &'a Job,
+    /// What it lowers to.
+    pub programs: Programs,
+    /// This machine, once measured.
+    pub machine: Option<Machine>,
+    /// Whether this rank talks to the user.
+    pub speaks: bool,
+    rank: Rank,
+    batches: &'a Batches,
+    device: Device<Cpu>,
+}
+
+impl<'a> Session<'a> {
+    /// Ready to measure and train; `speaks` on the rank that talks to the user.
+    pub fn new(job: &'a Job, rank: Rank, batches: &'a Batches, speaks: bool) -> Result<Self> {
+        let step = lowered(job)?;
+        let evaluation = evaluation_program(job)?;
+        let threads = job.cluster.threads_per_rank as usize;
+        let device = Device {
+            operators: Cpu::new(threads, job.local_precision()?),
+            config: job.model.clone(),
+            optimizer: job.optimizer(),
+        };
+        let programs = Programs { step, evaluation };
+        Ok(Self { job, speaks, rank, batches, programs, device, machine: None })
+    }
+
+    /// Says what is trained on what.
+    pub fn introduce(&self, bytes: Bytes, documents: u64, sampler: &Sampler) {
+        if self.speaks {
+            print!("{}", describe(self.job, &self.programs.step));
+            println!(
+                "data           {} of text in {} documents, {} tokens; {} windows to train on, {} held out",
+                bytes,
+                thousands(documents),
+                thousands(self.batches.tokens()),
+                thousands(sampler.windows_per_epoch()),
+                thousands(self.batches.held_out()),
+            );
+        }
+    }
+
+    /// Measures the machine and, on rank 0, predicts the step.
+    pub fn measure(&mut self, communicator: &mut Communicator) -> Result<()> {
+        let baseline = self.baseline_program()?;
+        let threads = self.job.cluster.threads_per_rank;
+        let microbatches = self.batches.step(&baseline, Rank(0), 0)?;
+        let measured =
+            train::measure(&self.device, &baseline, &microbatches, communicator, threads as usize)?;
+        let ranks = self.job.cluster.accelerators;
+        let machine = Machine::new(&measured, &self.job.model, baseline.shape, ranks, threads);
+        if self.speaks {
+            println!(
+                "machine        {} core(s); products reach {} on one rank; a link moves {} after {}",
+                machine.profile.cores,
+                machine.peak_flops_per_s,
+                machine.profile.link.bandwidth,
+                machine.profile.link.latency,
+            );
+        }
+        self.machine = Some(machine);
+        Ok(())
+    }
+
+    /// Writes what was measured, on rank 0.
+    pub fn save_machine(&self, path: &Path) -> Result<()> {
+        if self.rank == Rank(0) {
+            std::fs::write(path, serde_json::to_string(&self.machine)?)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    /// One rank on its share of the batch: weak scaling.
+    fn baseline_program(&self) -> Result<Program> {
+        let Layout { mesh, micro_batch, .. } = self.job.layout;
+        let microbatches = (self.programs.step.microbatches / mesh.pipeline).max(1);
+        let batch = Batch {
+            sequence: self.job.training.sequence,
+            global_batch: u64::from(microbatches) * micro_batch,
+        };
+        Ok(lower(&self.job.model, &Layout::one_rank(micro_batch), &batch)?)
+    }
+
+    /// Trains, and on rank 0 writes and shows the results.
+    pub fn train(mut self, communicator: Communicator, tokenizer: &Tokenizer) -> Result<()> {
+        let predicted = self.predict()?;
+        let mut folder = self.open_folder()?;
+        let mut worker = self.worker(communicator)?;
+        let folder_path = self.agree_on_folder(&mut worker, folder.as_ref())?;
+        let (outcome, losses) = self.run(&mut worker, folder.as_mut())?;
+        let model_folder = folder_path.join("model");
+        train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;
+        if let Some(folder) = &folder {
+            tokenizer.save(&model_folder.join("tokenizer.json"))?;
+            self.finish(folder, &outcome, predicted.as_ref(), losses)?;
+        }
+        Ok(())
+    }
+
+    fn predict(&self) -> Result<Option<program::Trace>> {
+        let Some(machine) = self.machine.as_ref().filter(|_| self.rank == Rank(0)) else {
+            return Ok(None);
+        };
+        let world = World::Profile(machine.profile.clone());
+        let trace = sim::simulate(&self.programs.step, &world)?;
+        if self.speaks {
+            println!("prediction     {} a step", trace.duration());
+        }
+        Ok(Some(trace))
+    }
+
+    /// Rank 0 makes the run's folder.
+    fn open_folder(&self) -> Result<Option<RunFolder>> {
+        if self.rank != Rank(0) {
+            return Ok(None);
+        }
+        let folder = RunFolder::create(&self.job.run.folder, &self.job.name)?;
+        folder.write("job.toml", &self.job.resolved())?;
+        folder.write("program.txt", &self.programs.step.to_string())?;
+        if let Some(machine) = &self.machine {
+            folder.write_json("machine.json", machine)?;
+        }
+        Ok(Some(folder))
+    }
+
+    /// Every rank learns where rank 0 made the folder.
+    fn agree_on_folder(
+        &self,
+        worker: &mut Worker<Cpu>,
+        folder: Option<&RunFolder>,
+    ) -> Result<PathBuf> {
+        let rank = self.rank;
+        let own = folder.map(|folder| folder.path().to_string_lossy().into_owned());
+        let (communicator, world) = worker.communication(program::Axis::World);
+        let all = communicator
+            .all_gather_bytes(world, own.unwrap_or_default().as_bytes())
+            .map_err(|source| train::Error::Communication { rank, source })?;
+        Ok(PathBuf::from(String::from_utf8_lossy(&all[0]).into_owned()))
+    }
+
+    fn worker(&mut self, communicator: Communicator) -> Result<Worker<Cpu>> {
+        let (device, program) = (self.device.clone(), &self.programs.step);
+        let model = &self.job.model;
+        match &self.job.weights {
+            Some(folder) => {
+                let weights = Weights::open(folder)?;
+                Ok(Worker::new(device, program, communicator, |block, values| {
+                    weights.read_block(model, block, values)
+                })?)
+            }
+            None => Ok(Worker::new(device, program, communicator, |block, values| {
+                Stage::<Cpu>::fresh(model, self.job.training.seed, block, values);
+                Ok::<(), Infallible>(())
+            })?),
+        }
+    }
+
+    /// Trains, showing and recording each event on rank 0; also the first and the last loss.
+    fn run(
+        &self,
+        worker: &mut Worker<Cpu>,
+        mut folder: Option<&mut RunFolder>,
+    ) -> Result<(Outcome, [f64; 2])> {
+        let training = &self.job.training;
+        let settings = Settings {
+            learning_rate: self.job.learning_rate(),
+            evaluate_every: training.evaluate_every.unwrap_or_default(),
+        };
+        let mut watch = Watch::new(self, training.steps);
+        let mut unwritten = Ok(());
+        let outcome = train::run(worker, &self.programs, self.batches, &settings, &mut |event| {
+            let record = watch.see(event);
+            if let Some(folder) = folder.as_mut()
+                && unwritten.is_ok()
+            {
+                unwritten = folder.metric(&record);
+            }
+        })?;
+        unwritten?;
+        Ok((outcome, watch.losses))
+    }
+
+    /// Writes the traces and the summary, and prints it.
+    fn finish(
+        &self,
+        folder: &RunFolder,
+        outcome: &Outcome,
+        predicted: Option<&program::Trace>,
+        [first_loss, loss]: [f64; 2],
+    ) -> Result<()> {
+        let program = &self.programs.step;
+        let measured = Summary::new(program, &outcome.trace);
+        let predicted_summary = predicted.map(|trace| Summary::new(program, trace));
+        let mut sources = vec![("measured", &outcome.trace)];
+        sources.extend(predicted.map(|trace| ("predicted", trace)));
+        sources.reverse();
+        folder.write("trace.json", &perfetto(program, &sources))?;
+        let figures = Figures::new(self, outcome, predicted_summary.as_ref(), &measured);
+        let mut summary = serde_json::to_value(&figures)?;
+        if let Value::Object(fields) = &mut summary {
+            fields.insert("first_loss".into(), json!(first_loss));
+            fields.insert("loss".into(), json!(loss));
+            fields.insert("run_folder".into(), json!(folder.path()));
+        }
+        folder.write_json("summary.json", &summary)?;
+        if !self.speaks {
+            println!("{}", serde_json::to_string_pretty(&summary)?);
+            return Ok(());
+        }
+        let mut columns: Vec<(&str, &Summary)> = vec![("measured", &measured)];
+        columns.extend(predicted_summary.as_ref().map(|summary| ("predicted", summary)));
+        columns.reverse();
+        println!("\n{}", summary_table(&columns));
+        let words = self.job.model.vocabulary as f64;
+        println!(
+            "loss           {first_loss:.3} -> {loss:.3}, held out {:.3} (ln of the vocabulary is {:.3})",
+            outcome.held_out_loss,
+            words.ln()
+        );
+        print!("{figures}");
+        println!("run            {}", folder.path().display());
+        Ok(())
+    }
+}
+
+/// The evaluation's program: as many held-out sequences as asked for, in whole microbatches.
+fn evaluation_program(job: &Job) -> Result<Program> {
+    let together = u64::from(job.layout.mesh.data) * job.layout.micro_batch;
+    let rounds = (job.training.evaluation_sequences / together).max(1);
+    let batch = Batch { sequence: job.training.sequence, global_batch: rounds * together };
+    Ok(lower_evaluation(&job.model, &job.layout, &batch)?)
+}
+
+impl Session<'_> {
+    /// Model FLOPs (products and causal attention, three times the forward pass) per second over
+    /// the measured rate of large products on all ranks.
+    pub fn model_flops_utilization(&self, tokens_per_s: f64) -> Option<f64> {
+        let machine = self.machine.as_ref()?;
+        let per_token = self.job.model.training_flops_per_token(self.job.training.sequence);
+        Some(tokens_per_s * per_token.as_f64() / machine.peak_of_all_ranks().0)
+    }
+}

@@ -1,0 +1,67 @@
+//! What is seen and recorded of a run as it goes.
+
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use train::Event;
+
+use crate::output::{Progress, thousands};
+use crate::session::Session;
+
+/// Turns events into progress lines and records.
+pub struct Watch<'a> {
+    session: &'a Session<'a>,
+    progress: Progress,
+    begin: Instant,
+    steps: u64,
+    held_out: Option<f64>,
+    /// The first and the last loss.
+    pub losses: [f64; 2],
+}
+
+impl<'a> Watch<'a> {
+    /// Watches `steps` steps of a session.
+    pub fn new(session: &'a Session<'a>, steps: u64) -> Self {
+        let progress = Progress::new("training", steps, !session.speaks);
+        let losses = [f64::NAN; 2];
+        Self { session, progress, begin: Instant::now(), steps, held_out: None, losses }
+    }
+
+    /// Shows an event and returns its record.
+    pub fn see(&mut self, event: &Event) -> Value {
+        let mut record = serde_json::to_value(event).expect("events have a JSON form");
+        match *event {
+            Event::Step { step, loss, step_time_s, exposed_communication_s, .. } => {
+                if step == 1 {
+                    self.losses[0] = loss;
+                }
+                self.losses[1] = loss;
+                let tokens = self.session.programs.step.global_tokens() as f64;
+                let tokens_per_s = tokens / step_time_s.0;
+                let mfu = self.session.model_flops_utilization(tokens_per_s);
+                let exposed = 100.0 * (exposed_communication_s / step_time_s);
+                self.line(step, loss, tokens_per_s, mfu, exposed);
+                if let Value::Object(fields) = &mut record {
+                    fields.insert("tokens_per_s".into(), json!(tokens_per_s));
+                    fields.insert("model_flops_utilization".into(), json!(mfu));
+                }
+            }
+            Event::Evaluation { step, loss } => {
+                self.held_out = Some(loss);
+                self.progress.say(&format!("step {step:>5}  held-out loss {loss:.4}"));
+            }
+        }
+        record
+    }
+
+    fn line(&self, step: u64, loss: f64, tokens_per_s: f64, mfu: Option<f64>, exposed: f64) {
+        let each = self.begin.elapsed() / step as u32;
+        let left = each * (self.steps - step) as u32;
+        let mfu = mfu.map(|mfu| format!("  MFU {:.0} %", 100.0 * mfu)).unwrap_or_default();
+        let text = format!(
+            "step {step:>5}  loss {loss:.4}  {} tok/s{mfu}  exposed {exposed:.0} %",
+            thousands(tokens_per_s as u64)
+        );
+        self.progress.update(step, &text, Some(left));
+    }
+}
