@@ -1,4 +1,5 @@
-//! Measures all-reduce between two ranks: two threads in process, then two processes over TCP.
+//! Measures all-reduce between two ranks: two threads in process, then two processes over shared
+//! memory, then over TCP.
 //!
 //!     cargo run --release -p transport --example bandwidth
 //!
@@ -23,11 +24,11 @@ const SIZES: [(usize, usize); 4] =
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<_> = std::env::args().collect();
-    if let [_, address] = &arguments[..] {
-        let tcp = rendezvous(Rank(1), address.parse()?).meet(None)?;
-        return Ok(measure(Box::new(tcp)).map(drop)?);
+    if let [_, address, shared_memory] = &arguments[..] {
+        let rendezvous = rendezvous(Rank(1), address.parse()?, shared_memory.parse()?);
+        return Ok(measure(Box::new(rendezvous.meet(None)?)).map(drop)?);
     }
-    println!("transport      buffer      time      each way   CPU per byte");
+    println!("transport          buffer       time     each way CPU per byte");
     let mut mesh = InProcess::mesh(2);
     let other = mesh.pop().map(|end| std::thread::spawn(move || measure(Box::new(end))));
     let end = mesh.pop().ok_or("a mesh of two has two ends")?;
@@ -35,20 +36,30 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     drop(other.map(|thread| thread.join()));
     print("in-process", &rows, 1.0);
 
+    measure_processes("shared memory", true)?;
+    measure_processes("tcp", false)
+}
+
+/// Measures with another process of this program.
+fn measure_processes(name: &str, shared_memory: bool) -> Result<(), Box<dyn std::error::Error>> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
+    let arguments = [address.to_string(), shared_memory.to_string()];
     let program = std::env::current_exe()?;
-    let mut child = Command::new(program).arg(address.to_string()).stdout(Stdio::null()).spawn()?;
-    let tcp = rendezvous(Rank(0), address).meet(Some(listener))?;
+    let mut child = Command::new(program).args(arguments).stdout(Stdio::null()).spawn()?;
+    let transport = rendezvous(Rank(0), address, shared_memory).meet(Some(listener))?;
+    if shared_memory && !transport.shares_memory_with(Rank(1)) {
+        println!("{name:<14} cannot be set up here");
+    }
     // The other process does the same work, so both together take twice this one's time.
-    print("tcp", &measure(Box::new(tcp))?, 2.0);
+    print(name, &measure(Box::new(transport))?, 2.0);
     child.wait()?;
     Ok(())
 }
 
-fn rendezvous(rank: Rank, address: SocketAddr) -> Rendezvous {
-    let timeout = Duration::from_secs(10);
-    Rendezvous { rank, ranks: 2, address, identity: "bandwidth".into(), timeout }
+fn rendezvous(rank: Rank, address: SocketAddr, shared_memory: bool) -> Rendezvous {
+    let (identity, timeout) = ("bandwidth".into(), Duration::from_secs(10));
+    Rendezvous { rank, ranks: 2, address, identity, timeout, shared_memory }
 }
 
 /// Buffer size, median time, and this process's processor time per operation.
@@ -94,6 +105,6 @@ fn print(name: &str, rows: &[Row], processes: f64) {
         let rate: BytesPerSecond = Bytes(*bytes as u64) / *time;
         let cpu = Seconds(cpu.0 * processes / *bytes as f64);
         let (size, time) = (Bytes(*bytes as u64).to_string(), time.to_string());
-        println!("{name:<10} {size:>10} {time:>10} {:>12} {:>11.3}", rate.to_string(), cpu);
+        println!("{name:<14} {size:>10} {time:>10} {:>12} {:>12.3}", rate.to_string(), cpu);
     }
 }

@@ -8,38 +8,12 @@ use std::time::{Duration, Instant};
 
 use mio::{Events, Interest, Poll, Token};
 
-/// The version of everything that travels between ranks.
-pub(crate) const VERSION: u32 = 1;
-
-/// What a message starts with: magic, version, length of the body.
-pub(crate) const PREFIX_BYTES: usize = 12;
-
-/// The longest message that is accepted.
-pub(crate) const MESSAGE_LIMIT: usize = 16 << 20;
+use crate::message::{PREFIX_BYTES, read_prefix};
 
 /// How many connections may be waiting with an incomplete message; beyond, the oldest is dropped.
 const GUEST_LIMIT: usize = 16 << 10;
 
-const MAGIC: [u8; 4] = *b"PHLX";
-
 const LISTENER: Token = Token(usize::MAX);
-
-/// The start of a message with a body of `length` bytes.
-pub(crate) fn prefix(length: usize) -> [u8; PREFIX_BYTES] {
-    let mut start = [0; PREFIX_BYTES];
-    start[..4].copy_from_slice(&MAGIC);
-    start[4..8].copy_from_slice(&VERSION.to_le_bytes());
-    start[8..].copy_from_slice(&(length as u32).to_le_bytes());
-    start
-}
-
-/// Version and body length from the start of a message; `None` if it is not one.
-pub(crate) fn read_prefix(start: &[u8; PREFIX_BYTES]) -> Option<(u32, usize)> {
-    let [m0, m1, m2, m3, v0, v1, v2, v3, l0, l1, l2, l3] = *start;
-    let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
-    let ours = [m0, m1, m2, m3] == MAGIC && length <= MESSAGE_LIMIT;
-    ours.then(|| (u32::from_le_bytes([v0, v1, v2, v3]), length))
-}
 
 /// A connection that has said a whole message.
 pub(crate) struct Guest {
@@ -170,31 +144,6 @@ impl Speaking {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
                 Err(error) => return Err(error),
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn random_bytes_are_no_message_or_a_bounded_one(random: [u8; PREFIX_BYTES], ours: bool) {
-            let mut start = random;
-            if ours {
-                start[..4].copy_from_slice(&MAGIC);
-            }
-            if let Some((_, length)) = read_prefix(&start) {
-                prop_assert!(ours && length <= MESSAGE_LIMIT);
-            }
-        }
-
-        #[test]
-        fn a_length_survives_the_wire(length in 0..=MESSAGE_LIMIT) {
-            prop_assert_eq!(read_prefix(&prefix(length)), Some((VERSION, length)));
         }
     }
 }

@@ -2,19 +2,21 @@
 //!
 //! Every other rank says hello to rank 0. Once all have, rank 0 answers everyone with the table of
 //! addresses, or with the reason why the job does not start. Then each rank connects to the ranks
-//! below it and accepts those above; the connection to rank 0 stays.
+//! below it and accepts those above; the connection to rank 0 stays. Last, ranks of one host set up
+//! the memory that they share.
 
 use std::collections::BTreeSet;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use units::Rank;
 
-use crate::lobby::{Lobby, PREFIX_BYTES, VERSION, prefix, read_prefix};
-use crate::{Error, Tcp};
+use crate::lobby::Lobby;
+use crate::message::{VERSION, receive, send, time_left};
+use crate::sharing::{self, Pairs};
+use crate::{Error, Interprocess};
 
 /// The first pause between two attempts to connect; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -38,6 +40,8 @@ pub struct Rendezvous {
     pub identity: String,
     /// How long to wait for all ranks.
     pub timeout: Duration,
+    /// Whether to use memory rather than TCP with the ranks of the same host that do so too.
+    pub shared_memory: bool,
 }
 
 /// What a rank says to rank 0. Later versions of the protocol keep `rank`.
@@ -46,15 +50,23 @@ struct Hello {
     rank: Rank,
     ranks: u32,
     identity: String,
-    /// Where the rank accepts its higher peers.
+    member: Member,
+}
+
+/// How others reach a rank.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Member {
+    /// Where it accepts its higher peers.
     address: SocketAddr,
+    /// The host whose ranks it is willing to share memory with.
+    host: Option<String>,
 }
 
 /// What rank 0 answers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum Verdict {
-    /// All are here: the addresses by rank, and a number that other jobs do not have.
-    Start { job: u64, addresses: Vec<SocketAddr> },
+    /// All are here: the members by rank, and a number that other jobs do not have.
+    Start { job: u64, members: Vec<Member> },
     /// The job does not start because of this rank.
     Refused { rank: Rank, reason: String },
 }
@@ -76,21 +88,25 @@ impl Rendezvous {
     ///
     /// # Panics
     /// When `rank` is not below `ranks`.
-    pub fn meet(self, listener: Option<TcpListener>) -> Result<Tcp, Error> {
+    pub fn meet(self, listener: Option<TcpListener>) -> Result<Interprocess, Error> {
         assert!(self.rank.0 < self.ranks, "{} of {} ranks", self.rank, self.ranks);
         let deadline = Instant::now() + self.timeout;
         if self.address.ip().is_unspecified() {
             return Err(self.failed("name the address of one interface, reachable by every rank"));
         }
         match self.rank {
-            Rank(0) if self.ranks == 1 => Tcp::new(self.rank, vec![None]),
+            Rank(0) if self.ranks == 1 => Interprocess::new(self.rank, vec![None]),
             Rank(0) => self.host(listener, deadline),
             _ => self.join(deadline),
         }
     }
 
     /// Rank 0: gathers everyone's hello and answers.
-    fn host(&self, listener: Option<TcpListener>, deadline: Instant) -> Result<Tcp, Error> {
+    fn host(
+        &self,
+        listener: Option<TcpListener>,
+        deadline: Instant,
+    ) -> Result<Interprocess, Error> {
         let listener = match listener {
             Some(listener) => listener,
             None => TcpListener::bind(self.address)
@@ -98,8 +114,9 @@ impl Rendezvous {
         };
         let mut arrived = Vec::new();
         let outcome = self.gather(listener, deadline, &mut arrived);
+        let (job, members) = self.table(&mut arrived);
         let verdict = match &outcome {
-            Ok(()) => self.start(&mut arrived),
+            Ok(()) => Verdict::Start { job, members: members.clone() },
             Err((rank, reason)) => Verdict::Refused { rank: *rank, reason: reason.clone() },
         };
         for (socket, _) in &arrived {
@@ -108,7 +125,8 @@ impl Rendezvous {
         }
         outcome.map_err(|(rank, reason)| Error::Refused { rank, reason })?;
         let sockets = arrived.into_iter().map(|(socket, _)| Some(socket));
-        Tcp::new(self.rank, std::iter::once(None).chain(sockets).collect())
+        let sockets = std::iter::once(None).chain(sockets).collect();
+        self.connected(sockets, job, members, deadline)
     }
 
     /// Waits until every other rank has arrived. After an objection it still waits for the others,
@@ -176,50 +194,73 @@ impl Rendezvous {
         (missing[0], reason)
     }
 
-    /// Everyone is here: orders them by rank and makes up the table.
-    fn start(&self, arrived: &mut [(TcpStream, Hello)]) -> Verdict {
+    /// Orders who has arrived by rank; the number of the job, and how others reach its members.
+    fn table(&self, arrived: &mut [(TcpStream, Hello)]) -> (u64, Vec<Member>) {
         arrived.sort_by_key(|(_, hello)| hello.rank);
-        let others = arrived.iter().map(|(_, hello)| hello.address);
-        let addresses = std::iter::once(self.address).chain(others).collect();
+        let others = arrived.iter().map(|(_, hello)| hello.member.clone());
+        let members = std::iter::once(self.member(self.address)).chain(others).collect();
         // The standard library's per-process random seed tells this job from any other.
         let job = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), self.address);
-        Verdict::Start { job, addresses }
+        (job, members)
+    }
+
+    fn member(&self, address: SocketAddr) -> Member {
+        Member { address, host: self.shared_memory.then(sharing::host).flatten() }
     }
 
     /// Another rank: says hello to rank 0, then meets its peers.
-    fn join(&self, deadline: Instant) -> Result<Tcp, Error> {
+    fn join(&self, deadline: Instant) -> Result<Interprocess, Error> {
         let host = self.connect_patiently(self.address, deadline)?;
         let failed = |e: io::Error| self.failed(format!("no answer from rank 0: {e}"));
         let listener = listen_beside(&host).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let identity = self.identity.clone();
-        let hello = Hello { rank: self.rank, ranks: self.ranks, identity, address };
+        let member = self.member(address);
+        let hello = Hello { rank: self.rank, ranks: self.ranks, identity, member };
         send(&host, &hello, deadline).map_err(failed)?;
         match receive(&host, deadline).map_err(failed)? {
             Verdict::Refused { rank, reason } => Err(Error::Refused { rank, reason }),
-            Verdict::Start { addresses, .. } if addresses.len() != self.ranks as usize => {
+            Verdict::Start { members, .. } if members.len() != self.ranks as usize => {
                 Err(self.failed("rank 0 sent a table of another size"))
             }
-            Verdict::Start { job, addresses } => {
-                let mut sockets: Vec<_> = addresses.iter().map(|_| None).collect();
+            Verdict::Start { job, members } => {
+                let mut sockets: Vec<_> = members.iter().map(|_| None).collect();
                 sockets[0] = Some(host);
-                self.connect_lower(&mut sockets, &addresses, job, deadline)?;
+                self.connect_lower(&mut sockets, &members, job, deadline)?;
                 self.accept_higher(&mut sockets, listener, job, deadline)?;
-                Tcp::new(self.rank, sockets)
+                self.connected(sockets, job, members, deadline)
             }
         }
+    }
+
+    /// Every rank: sets up shared memory where it can be, now that all are connected.
+    fn connected(
+        &self,
+        sockets: Vec<Option<TcpStream>>,
+        job: u64,
+        members: Vec<Member>,
+        deadline: Instant,
+    ) -> Result<Interprocess, Error> {
+        let hosts: Vec<_> = members.into_iter().map(|member| member.host).collect();
+        let pairs = Pairs { rank: self.rank, job, hosts: &hosts, sockets: &sockets, deadline };
+        let segments = pairs.share().map_err(|(peer, error)| {
+            self.failed(format!("no word from {peer} about shared memory: {error}"))
+        })?;
+        let link = |(socket, segment): (Option<_>, _)| socket.map(|socket| (socket, segment));
+        Interprocess::new(self.rank, sockets.into_iter().zip(segments).map(link).collect())
     }
 
     fn connect_lower(
         &self,
         sockets: &mut [Option<TcpStream>],
-        addresses: &[SocketAddr],
+        members: &[Member],
         job: u64,
         deadline: Instant,
     ) -> Result<(), Error> {
         let lower = 1..self.rank.index();
-        for (socket, address) in sockets[lower.clone()].iter_mut().zip(&addresses[lower]) {
-            let stream = self.connect_patiently(*address, deadline)?;
+        for (socket, member) in sockets[lower.clone()].iter_mut().zip(&members[lower]) {
+            let address = member.address;
+            let stream = self.connect_patiently(address, deadline)?;
             send(&stream, &Greeting { job, rank: self.rank }, deadline)
                 .map_err(|e| self.failed(format!("cannot greet a peer at {address}: {e}")))?;
             *socket = Some(stream);
@@ -312,27 +353,4 @@ fn connect(address: SocketAddr, deadline: Instant) -> io::Result<TcpStream> {
     let socket = TcpStream::connect_timeout(&address, time_left(deadline)?)?;
     socket.set_nodelay(true)?;
     Ok(socket)
-}
-
-fn time_left(deadline: Instant) -> io::Result<Duration> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() { Err(ErrorKind::TimedOut.into()) } else { Ok(left) }
-}
-
-/// Sends a message on a blocking socket.
-fn send(mut socket: &TcpStream, message: &impl Serialize, deadline: Instant) -> io::Result<()> {
-    let body = serde_json::to_vec(message)?;
-    socket.set_write_timeout(Some(time_left(deadline)?))?;
-    socket.write_all(&[&prefix(body.len())[..], &body].concat())
-}
-
-/// Receives a message on a blocking socket.
-fn receive<T: DeserializeOwned>(mut socket: &TcpStream, deadline: Instant) -> io::Result<T> {
-    socket.set_read_timeout(Some(time_left(deadline)?))?;
-    let mut start = [0; PREFIX_BYTES];
-    socket.read_exact(&mut start)?;
-    let (_, length) = read_prefix(&start).ok_or(ErrorKind::InvalidData)?;
-    let mut body = vec![0; length];
-    socket.read_exact(&mut body)?;
-    Ok(serde_json::from_slice(&body)?)
 }

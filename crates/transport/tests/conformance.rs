@@ -17,6 +17,8 @@ macro_rules! on_every_transport {
     ($($test:ident),* $(,)?) => {
         mod in_process { $(#[test] fn $test() { super::$test(super::mesh::in_process); })* }
         mod tcp { $(#[test] fn $test() { super::$test(super::mesh::tcp); })* }
+        mod shared_memory { $(#[test] fn $test() { super::$test(super::mesh::shared_memory); })* }
+        mod mixed { $(#[test] fn $test() { super::$test(super::mesh::mixed); })* }
     };
 }
 

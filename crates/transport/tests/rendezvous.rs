@@ -8,12 +8,12 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use transport::{Error, Rendezvous, Tcp, Transport};
+use transport::{Error, Interprocess, Rendezvous, Transport};
 use units::Rank;
 
 fn rendezvous(rank: u32, ranks: u32, address: SocketAddr) -> Rendezvous {
     let (identity, timeout) = ("job".into(), Duration::from_secs(60));
-    Rendezvous { rank: Rank(rank), ranks, address, identity, timeout }
+    Rendezvous { rank: Rank(rank), ranks, address, identity, timeout, shared_memory: true }
 }
 
 fn listener() -> (TcpListener, SocketAddr) {
@@ -27,7 +27,7 @@ fn meet(
     host: Rendezvous,
     listener: TcpListener,
     others: Vec<Rendezvous>,
-) -> Vec<Result<Tcp, Error>> {
+) -> Vec<Result<Interprocess, Error>> {
     let join = |other: Rendezvous| thread::spawn(move || other.meet(None));
     let threads: Vec<_> = others.into_iter().map(join).collect();
     let first = host.meet(Some(listener));
@@ -36,7 +36,7 @@ fn meet(
 }
 
 /// Who was refused and why, of which every rank has the same account.
-fn refusal(outcomes: Vec<Result<Tcp, Error>>) -> (Rank, String) {
+fn refusal(outcomes: Vec<Result<Interprocess, Error>>) -> (Rank, String) {
     let mut refusals = outcomes.into_iter().map(|outcome| match outcome {
         Err(Error::Refused { rank, reason }) => (rank, reason),
         other => panic!("expected a refusal, got {other:?}"),
@@ -50,7 +50,7 @@ fn refusal(outcomes: Vec<Result<Tcp, Error>>) -> (Rank, String) {
 fn everyone_learns_which_lines_of_a_job_differ() {
     let job = "[training]\nsequence = 128\nglobal_batch = 8";
     let other = "[training]\nsequence = 256\nglobal_batch = 8";
-    let outcomes = mesh::meet(vec![job.into(), job.into(), other.into(), job.into()]);
+    let outcomes = mesh::meet(vec![job.into(), job.into(), other.into(), job.into()], |_| true);
     let (rank, reason) = refusal(outcomes);
     assert_eq!(rank, Rank(2));
     let expected =

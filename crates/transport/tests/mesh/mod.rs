@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::thread;
 use std::time::Duration;
 
-use transport::{Communicator, Error, InProcess, Limits, Rendezvous, Tcp, Transport};
+use transport::{Communicator, Error, InProcess, Interprocess, Limits, Rendezvous, Transport};
 use units::Rank;
 
 /// Makes the ends of a mesh of so many ranks, in rank order.
@@ -19,20 +19,41 @@ pub fn in_process(ranks: u32) -> Vec<Box<dyn Transport>> {
 
 /// A mesh of loopback sockets.
 pub fn tcp(ranks: u32) -> Vec<Box<dyn Transport>> {
-    let identities = vec![String::from("job"); ranks as usize];
-    let ends = meet(identities).into_iter().map(|end| end.unwrap());
-    ends.map(|end| Box::new(end) as Box<dyn Transport>).collect()
+    interprocess(ranks, |_| false)
+}
+
+/// A mesh of shared memory.
+pub fn shared_memory(ranks: u32) -> Vec<Box<dyn Transport>> {
+    interprocess(ranks, |_| true)
+}
+
+/// A mesh in which one rank has loopback sockets to the others, which share memory.
+pub fn mixed(ranks: u32) -> Vec<Box<dyn Transport>> {
+    interprocess(ranks, |rank| rank != Rank(1))
+}
+
+/// A mesh in which every two ranks share memory that both do; asserts that it is so.
+fn interprocess(ranks: u32, shares: fn(Rank) -> bool) -> Vec<Box<dyn Transport>> {
+    let ends = meet(vec![String::from("job"); ranks as usize], shares);
+    let ends: Vec<_> = ends.into_iter().map(|end| end.unwrap()).collect();
+    for end in &ends {
+        for peer in (0..ranks).map(Rank).filter(|peer| *peer != end.rank()) {
+            assert_eq!(end.shares_memory_with(peer), shares(peer) && shares(end.rank()));
+        }
+    }
+    ends.into_iter().map(|end| Box::new(end) as Box<dyn Transport>).collect()
 }
 
 /// Lets one rank per identity meet on a port that the system chooses.
-pub fn meet(identities: Vec<String>) -> Vec<Result<Tcp, Error>> {
+pub fn meet(identities: Vec<String>, shares: fn(Rank) -> bool) -> Vec<Result<Interprocess, Error>> {
     let ranks = identities.len() as u32;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
     let timeout = Duration::from_secs(60);
     let mut listener = Some(listener);
     let join = |(rank, identity)| {
-        let rendezvous = Rendezvous { rank: Rank(rank), ranks, address, identity, timeout };
+        let (rank, shared_memory) = (Rank(rank), shares(Rank(rank)));
+        let rendezvous = Rendezvous { rank, ranks, address, identity, timeout, shared_memory };
         let listener = listener.take();
         thread::spawn(move || rendezvous.meet(listener))
     };
