@@ -71,7 +71,8 @@ fn update<const D: usize>(
     let elements: usize = shape.iter().product();
     let range = window.start..window.start + elements;
     window.flat.inplace(|flat| {
-        let updated = f(flat.clone().slice(range.clone()).reshape(shape));
+        let before = flat.clone().slice(range.clone()).reshape(shape);
+        let updated = f(if window.fresh { before.zeros_like() } else { before });
         flat.slice_assign(range, updated.reshape([elements]))
     });
 }
@@ -312,16 +313,16 @@ impl Operators for Burn {
         let AdamW { beta1, beta2, epsilon, gradient_scale, .. } = *settings;
         let gradient = gradient.clone().slice(range.clone()) * gradient_scale;
         let (start, shape) = (range.start, [range.len()]);
-        update(WindowMut { flat: mean, start }, shape, |mean| {
+        update(WindowMut { flat: mean, start, fresh: false }, shape, |mean| {
             mean * beta1 + gradient.clone() * (1.0 - beta1)
         });
-        update(WindowMut { flat: square, start }, shape, |square| {
+        update(WindowMut { flat: square, start, fresh: false }, shape, |square| {
             square * beta2 + gradient.square() * (1.0 - beta2)
         });
         let (step, root) = settings.bias_corrected();
         let (mean, square) = (mean.clone().slice(range.clone()), square.clone().slice(range));
         let moved = mean * step / (square.sqrt() / root + epsilon);
-        update(WindowMut { flat: parameters, start }, shape, |parameters| {
+        update(WindowMut { flat: parameters, start, fresh: false }, shape, |parameters| {
             parameters * settings.kept() - moved
         });
     }

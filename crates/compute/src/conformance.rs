@@ -97,10 +97,29 @@ impl<O: Operators> Suite<O> {
     fn check_added(&self, what: &str, added: &[f64], write: impl FnOnce(WindowMut<'_, O::Tensor>)) {
         let before = framed(&normals("what was there before", added.len()));
         let mut flat = self.tensor(&before);
-        write(WindowMut { flat: &mut flat, start: MARGIN });
+        write(WindowMut { flat: &mut flat, start: MARGIN, fresh: false });
         let after = self.values(&flat);
         let window = MARGIN..MARGIN + added.len();
         close(what, &after[window.clone()], &sum(&before[window.clone()], added), FP32);
+        assert_eq!(after[..MARGIN], before[..MARGIN], "{what}: before the window");
+        assert_eq!(after[window.end..], before[window.end..], "{what}: behind the window");
+    }
+}
+
+impl<O: Operators> Suite<O> {
+    /// Lets `write` fill a fresh window, whose contents must not matter.
+    fn check_fresh(
+        &self,
+        what: &str,
+        wanted: &[f64],
+        write: impl FnOnce(WindowMut<'_, O::Tensor>),
+    ) {
+        let before = framed(&vec![f64::NAN; wanted.len()]);
+        let mut flat = self.tensor(&before);
+        write(WindowMut { flat: &mut flat, start: MARGIN, fresh: true });
+        let after = self.values(&flat);
+        let window = MARGIN..MARGIN + wanted.len();
+        close(what, &after[window.clone()], wanted, FP32);
         assert_eq!(after[..MARGIN], before[..MARGIN], "{what}: before the window");
         assert_eq!(after[window.end..], before[window.end..], "{what}: behind the window");
     }
@@ -209,6 +228,9 @@ fn product_gradients<O: Operators>(suite: &Suite<O>) {
         suite.check_added(&format!("weight, {dims:?}"), &expected, |dw| {
             suite.operators.product_weight_gradient(&dy_on, &x_on, dims, dw);
         });
+        suite.check_fresh(&format!("fresh weight, {dims:?}"), &expected, |dw| {
+            suite.operators.product_weight_gradient(&dy_on, &x_on, dims, dw);
+        });
     }
 }
 
@@ -243,6 +265,12 @@ fn rms_norm_gradients<O: Operators>(suite: &Suite<O>) {
         suite.check_added(&format!("scale, {what}"), &of_scale, |dscale| {
             let saved = (&x_on, &inverse);
             suite.operators.rms_norm_backward(&dy_on, saved, window(&flat), width, &mut dx, dscale);
+        });
+        suite.check_fresh(&format!("fresh scale, {what}"), &of_scale, |dscale| {
+            let mut ignored = dx.clone();
+            let saved = (&x_on, &inverse);
+            let scale = window(&flat);
+            suite.operators.rms_norm_backward(&dy_on, saved, scale, width, &mut ignored, dscale);
         });
         let of_x = reference::gradient(&x, &dy, |x| reference::rms_norm(x, &scale, EPSILON.into()));
         suite.check(&format!("input, {what}"), &dx, &sum(&passing, &of_x));

@@ -15,13 +15,17 @@ pub struct Window<'a, T> {
     pub start: usize,
 }
 
-/// See [`Window`]; what is written is added to what is there.
+/// See [`Window`]; what is written is added to what is there, unless the window is fresh.
 #[derive(Debug)]
 pub struct WindowMut<'a, T> {
     /// The flat buffer.
     pub flat: &'a mut T,
     /// First element.
     pub start: usize,
+    /// What is there is unspecified and is overwritten: saves clearing a gradient before its first
+    /// microbatch. [`Operators::embedding_backward`], which leaves most rows alone, takes no fresh
+    /// window.
+    pub fresh: bool,
 }
 
 /// A linear layer `[r, k] -> [r, n]` with weights `[n, k]`.

@@ -3,7 +3,7 @@
 mod memory;
 mod segments;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use model::{Block, Config, Parameter, Role};
 use program::{Axis, Instruction, Program, Value};
@@ -63,6 +63,8 @@ struct BlockState<T> {
     gathered: Option<T>,
     /// The sum of the gradients of this rank's microbatches, all elements.
     gradients: Option<T>,
+    /// What has been written of it since it was made.
+    written: BTreeSet<Role>,
     /// A reduced gradient that waits to be accumulated, then the sum; as long as the master.
     arrived: Option<T>,
     reduced: Option<T>,
@@ -324,6 +326,7 @@ impl<T> BlockState<T> {
             master,
             moments: [operators.zeros(held), operators.zeros(held)],
             gradients: None,
+            written: BTreeSet::new(),
             arrived: None,
             reduced: None,
         }

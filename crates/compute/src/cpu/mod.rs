@@ -144,8 +144,9 @@ impl Operators for Cpu {
     ) {
         let ProductDims { r, k, n } = dims;
         let dy = Matrix::rows(dy.values(), r, n).transposed();
+        let accumulate = !dw.fresh;
         let dw = MatrixMut::rows(at_mut(dw, n * k), n, k);
-        multiply(dy, Matrix::rows(x.values(), r, k), 1.0, dw, true, self.threads);
+        multiply(dy, Matrix::rows(x.values(), r, k), 1.0, dw, accumulate, self.threads);
     }
 
     fn rms_norm(
@@ -174,7 +175,11 @@ impl Operators for Cpu {
     ) {
         let saved = (x.values(), inverse.values());
         let dx = dx.values_mut();
+        let fresh = dscale.fresh;
         let dscale = at_mut(dscale, width);
+        if fresh {
+            dscale.fill(0.0);
+        }
         kernels::rms_norm_backward(dy.values(), saved, at(&scale, width), dx, dscale);
         self.round(dx);
     }

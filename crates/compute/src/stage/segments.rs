@@ -241,14 +241,21 @@ impl<O: Operators> Stage<O> {
         Window { flat: self.weights(block), start }
     }
 
-    /// Where the gradient of a parameter is summed.
+    /// Where the gradient of a parameter is summed; fresh before the first microbatch.
     fn gradient(&mut self, block: Block, role: Role) -> (O, WindowMut<'_, O::Tensor>) {
         let operators = self.operators.clone();
         let state: &mut BlockState<O::Tensor> = self.state(block);
         let start = state.offset(role);
         let elements = state.elements;
-        let flat = state.gradients.get_or_insert_with(|| operators.zeros(elements));
-        (operators, WindowMut { flat, start })
+        let flat = state.gradients.get_or_insert_with(|| {
+            state.written.clear();
+            match block {
+                Block::Embedding => operators.zeros(elements), // most of its rows stay so
+                _ => operators.upload(operators.host_buffer(elements)),
+            }
+        });
+        let fresh = state.written.insert(role) && block != Block::Embedding;
+        (operators, WindowMut { flat, start, fresh })
     }
 }
 
