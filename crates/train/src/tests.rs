@@ -213,14 +213,18 @@ fn in_process(ranks: u32) -> impl Iterator<Item = impl FnOnce() -> Box<dyn Trans
     mesh.map(|transport| move || Box::new(transport) as Box<dyn Transport>)
 }
 
-fn tcp(ranks: u32) -> impl Iterator<Item = impl FnOnce() -> Box<dyn Transport> + Send> {
+fn between_processes(
+    ranks: u32,
+    shared_memory: bool,
+) -> impl Iterator<Item = impl FnOnce() -> Box<dyn Transport> + Send> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
     let mut listener = Some(listener);
     (0..ranks).map(move |rank| {
         let identity = "the same job".to_owned();
         let timeout = Duration::from_secs(60);
-        let rendezvous = Rendezvous { rank: Rank(rank), ranks, address, identity, timeout };
+        let rendezvous =
+            Rendezvous { rank: Rank(rank), ranks, address, identity, timeout, shared_memory };
         let listener = listener.take().filter(|_| rank == 0);
         move || Box::new(rendezvous.meet(listener).unwrap()) as Box<dyn Transport>
     })
@@ -373,8 +377,10 @@ fn the_transport_changes_no_bit() {
     for layout in [layout(4, 1, 1, Shard::Optimizer), layout(2, 2, 2, Shard::Parameters)] {
         let (job, ranks) = (Job::new(true), layout.mesh.ranks());
         let one = train_over(&job, &layout, in_process(ranks));
-        let other = train_over(&job, &layout, tcp(ranks));
-        assert!(one == other, "{layout:?}: {:?} and {:?}", one.steps, other.steps);
+        for shared_memory in [false, true] {
+            let other = train_over(&job, &layout, between_processes(ranks, shared_memory));
+            assert!(one == other, "{layout:?}: {:?} and {:?}", one.steps, other.steps);
+        }
     }
 }
 
