@@ -262,7 +262,7 @@ mod tests {
             read in prop::collection::vec(1_usize..300, 1..20),
         ) {
             let (writer, reader) = ring(1 << exponent);
-            let sent = bytes(2_000);
+            let sent = bytes(500);
             let (wake_reader, reader_bell) = mpsc::channel();
             let (wake_writer, writer_bell) = mpsc::channel();
             let received = std::thread::scope(|scope| {
