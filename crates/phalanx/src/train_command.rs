@@ -168,7 +168,7 @@ fn meet(job: &Job, identity: &Identity) -> Result<Communicator> {
             address: identity.master,
             identity: job.resolved(),
             timeout: RENDEZVOUS,
-            shared_memory: std::env::var_os("PHALANX_TRANSPORT").is_none_or(|way| way != "tcp"),
+            shared_memory: environment("PHALANX_TRANSPORT").as_deref() != Some("tcp"),
         };
         let listener = handed_listener(&environment).filter(|_| rank == Rank(0));
         let failed = |source| train::Error::Communication { rank, source };

@@ -192,3 +192,40 @@ impl Location {
 fn size(capacity: usize) -> usize {
     CONTROL_BYTES + 2 * capacity
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_process_puts_in_another_takes_out() {
+        let (creator, file) = Segment::create(7, 64).unwrap();
+        let opener = Segment::open(Location::of(&file), 7, 64).unwrap();
+        drop(file);
+        creator.copy_in(Direction::Up, 60, b"around the end");
+        opener.copy_in(Direction::Down, 0, &[1; 64]);
+        creator.word(Direction::Down, Word::Tail).store(64, Release);
+        let mut bytes = [0; 14];
+        opener.copy_out(Direction::Up, 60, &mut bytes);
+        assert_eq!(&bytes, b"around the end");
+        assert_eq!(opener.word(Direction::Down, Word::Tail).load(Acquire), 64);
+        assert_eq!(opener.word(Direction::Up, Word::Tail).load(Acquire), 0);
+    }
+
+    #[test]
+    fn only_the_expected_memory_is_opened() {
+        let refused = |location, mark, capacity| Segment::open(location, mark, capacity).is_err();
+        let (_segment, file) = Segment::create(7, 64).unwrap();
+        let location = Location::of(&file);
+        assert!(refused(location, 8, 64), "another pair");
+        assert!(refused(location, 7, 128), "another size");
+        let other = File::open("/proc/self/exe").unwrap();
+        assert!(refused(Location::of(&other), 7, 64), "another file");
+        drop(file);
+        assert!(refused(location, 7, 64), "no longer there");
+        let unsealed = rustix::fs::memfd_create(NAME, MemfdFlags::CLOEXEC).unwrap();
+        let unsealed = File::from(unsealed);
+        unsealed.set_len(size(64) as u64).unwrap();
+        assert!(refused(Location::of(&unsealed), 0, 64), "memory that may shrink");
+    }
+}

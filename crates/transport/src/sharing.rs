@@ -14,8 +14,9 @@ use crate::segment::{Location, Segment};
 /// The most memory that all ranks of a host share with each other, in bytes.
 const HOST_BYTES: u64 = 256 << 20;
 
-/// The largest ring in bytes: two of them stay in a processor's second-level cache.
-const LARGEST_RING: u64 = 1 << 20;
+/// The largest ring in bytes. From 256 KiB on, more is hardly faster while both ranks run, but lets
+/// one go on for longer while the other does not.
+const LARGEST_RING: u64 = 4 << 20;
 
 /// The smallest ring in bytes that is worth more than TCP.
 const SMALLEST_RING: u64 = 64 << 10;
@@ -106,4 +107,20 @@ fn ring_capacity(ranks: u64) -> Option<usize> {
     let rings = (ranks * (ranks - 1)).max(1);
     let share = (HOST_BYTES / rings).clamp(1, LARGEST_RING);
     (share >= SMALLEST_RING).then_some(1 << share.ilog2())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_shrink_with_the_number_of_ranks_and_then_give_way_to_tcp() {
+        let capacities = [1, 2, 8, 16, 32, 64, 65, 24_576].map(ring_capacity);
+        let kib = [4096, 4096, 4096, 1024, 256, 64, 0, 0_usize];
+        assert_eq!(capacities, kib.map(|kib| (kib > 0).then_some(kib << 10)));
+        for ranks in 2..100 {
+            let rings = ranks * (ranks - 1) * ring_capacity(ranks).unwrap_or(0) as u64;
+            assert!(rings <= HOST_BYTES, "{ranks} ranks");
+        }
+    }
 }
