@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Tokens per second beside PyTorch, in one run on one machine.
 
     bench/compare.py [--rounds N] [--steps N]
