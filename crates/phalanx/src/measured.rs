@@ -43,11 +43,12 @@ impl Machine {
             segments: segments
                 .map(|&(segment, pass, time)| SegmentTime { segment, pass, time })
                 .collect(),
-            // Adding to a sum moves what a square sum and a write would.
-            accumulate: measured.square_sum * 2.0,
+            // Adding to a sum reads two and writes one where a copy reads one and writes one.
+            accumulate: measured.copy * 1.5,
+            copy: measured.copy,
             square_sum: measured.square_sum,
             update: measured.update,
-            post_overhead: Seconds::ZERO,
+            post_overhead: measured.link.map_or(Seconds::ZERO, |link| link.transfer_cpu),
             link: link(measured.link),
         };
         Self {
@@ -99,11 +100,13 @@ pub fn cores() -> u32 {
 fn link(times: Option<LinkTimes>) -> MeasuredLink {
     let free = LinkTimes {
         latency: Seconds::ZERO,
+        transfer_cpu: Seconds::ZERO,
         bandwidth: BytesPerSecond(f64::MAX),
         send_cpu: Seconds::ZERO,
         receive_cpu: Seconds::ZERO,
         reduce_cpu: Seconds::ZERO,
     };
-    let LinkTimes { latency, bandwidth, send_cpu, receive_cpu, reduce_cpu } = times.unwrap_or(free);
+    let LinkTimes { latency, bandwidth, send_cpu, receive_cpu, reduce_cpu, .. } =
+        times.unwrap_or(free);
     MeasuredLink { latency, bandwidth, send_cpu, receive_cpu, reduce_cpu }
 }

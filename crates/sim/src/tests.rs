@@ -81,6 +81,7 @@ fn profile(cores: u32, ranks_per_host: u32) -> Profile {
         square_sum: Seconds(2e-3),
         update: Seconds(3e-3),
         post_overhead: Seconds::ZERO,
+        copy: Seconds::ZERO,
         link: MeasuredLink {
             latency: Seconds::ZERO,
             bandwidth: BytesPerSecond(1e30),

@@ -1,8 +1,9 @@
 //! How long things take: measured on the machine at hand, or worked out from described hardware.
 
 use cluster::{Cluster, Precision};
+use collective::Kind;
 use model::{Operator, Pass, Segment};
-use program::{Instruction, Program};
+use program::{Action, Instruction, Program, Transfer};
 use serde::{Deserialize, Serialize};
 use units::{BytesPerSecond, FlopsPerSecond, Seconds};
 
@@ -38,6 +39,9 @@ pub struct Profile {
     pub update: Seconds,
     /// Time that the compute thread takes to post a transfer.
     pub post_overhead: Seconds,
+    /// Time to copy one element: a gather begins with the rank's own chunk, and a reduction that
+    /// scatters ends with it.
+    pub copy: Seconds,
     /// How messages travel between ranks.
     pub link: MeasuredLink,
 }
@@ -110,7 +114,9 @@ impl Profile {
     fn time(&self, program: &Program, instruction: &Instruction) -> Result<Seconds, Error> {
         match *instruction {
             Instruction::Compute { segment, pass, .. } => self.segment(segment, pass),
-            Instruction::Post { .. } => Ok(self.post_overhead),
+            Instruction::Post { transfer, .. } => {
+                Ok(self.post_overhead + self.copy * own_chunk(program, &transfer))
+            }
             Instruction::Wait { .. } | Instruction::Release { .. } => Ok(Seconds::ZERO),
             Instruction::Accumulate { .. }
             | Instruction::SquareSum { .. }
@@ -148,6 +154,7 @@ impl Profile {
             ("square_sum", self.square_sum),
             ("update", self.update),
             ("post_overhead", self.post_overhead),
+            ("copy", self.copy),
             ("link.latency", link.latency),
             ("link.send_cpu", link.send_cpu),
             ("link.receive_cpu", link.receive_cpu),
@@ -208,4 +215,14 @@ fn duration(key: &'static str, time: Seconds) -> Result<(), Error> {
     let good = time.0 >= 0.0 && time.0.is_finite();
     let value = time.0;
     good.then_some(()).ok_or(Error::Unusable { key, value })
+}
+
+/// Elements of its own chunk that a rank copies for a transfer.
+fn own_chunk(program: &Program, transfer: &Transfer) -> f64 {
+    match transfer.action {
+        Action::Collective(Kind::AllGather | Kind::ReduceScatter) => {
+            transfer.elements as f64 / f64::from(program.mesh.degree(transfer.axis))
+        }
+        _ => 0.0,
+    }
 }

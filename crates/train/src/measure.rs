@@ -40,6 +40,9 @@ pub struct Measurements {
     pub square_sum: Seconds,
     /// Time to update one parameter.
     pub update: Seconds,
+    /// Time to copy one element, as a gather does with the own chunk and a reduction with its
+    /// result.
+    pub copy: Seconds,
     /// Between two processes; `None` with one rank.
     pub link: Option<LinkTimes>,
 }
@@ -49,6 +52,9 @@ pub struct Measurements {
 pub struct LinkTimes {
     /// From posting a small message to its arrival.
     pub latency: Seconds,
+    /// Processor time of a rank for one transfer, whatever its size: posting it, waking the
+    /// communication thread and being woken.
+    pub transfer_cpu: Seconds,
     /// Of one stream.
     pub bandwidth: BytesPerSecond,
     /// Processor time of the sender for one byte.
@@ -135,6 +141,7 @@ fn phase<O: Operators>(
         peak,
         square_sum: medians.remove(&Work::SquareSum).unwrap_or_default(),
         update: medians.remove(&Work::Update).unwrap_or_default(),
+        copy: copy(&device.operators),
         segments: medians
             .into_iter()
             .filter_map(|(kind, time)| match kind {
@@ -175,11 +182,24 @@ fn peak<O: Operators>(operators: &O) -> FlopsPerSecond {
     let best = (0..10)
         .map(|_| {
             let start = Instant::now();
-            operators.download(operators.product(&x, Window { flat: &w, start: 0 }, dims));
+            let y = operators.product(&x, Window { flat: &w, start: 0 }, dims);
+            operators.recycle(operators.download(y));
             start.elapsed().as_secs_f64()
         })
         .fold(f64::INFINITY, f64::min);
     Flops(2 * (WIDTH * WIDTH * WIDTH) as u64) / Seconds(best)
+}
+
+/// Time to copy one element of a large tensor.
+fn copy<O: Operators>(operators: &O) -> Seconds {
+    let tensor = operators.zeros(LARGE_ELEMENTS);
+    let times = (0..5).map(|_| {
+        let start = Instant::now();
+        let copy = operators.slice(&tensor, 0..LARGE_ELEMENTS);
+        operators.recycle(operators.download(copy));
+        Seconds(start.elapsed().as_secs_f64() / LARGE_ELEMENTS as f64)
+    });
+    median(times.collect())
 }
 
 fn median(mut times: Vec<Seconds>) -> Seconds {
@@ -199,13 +219,15 @@ fn link(
     let own = communicator.rank();
     let mut times = LinkTimes {
         latency: Seconds::ZERO,
+        transfer_cpu: Seconds::ZERO,
         bandwidth: BytesPerSecond::ZERO,
         send_cpu: Seconds::ZERO,
         receive_cpu: Seconds::ZERO,
         reduce_cpu: Seconds::ZERO,
     };
     if own.0 < 2 {
-        let mut pair = Pair { communicator, group: pair, own };
+        let large = vec![1.0; LARGE_ELEMENTS];
+        let mut pair = Pair { communicator, group: pair, own, small: vec![1.0], large };
         times = pair.measure()?;
     }
     communicator.barrier(world)?;
@@ -217,19 +239,24 @@ struct Pair<'a> {
     communicator: &'a mut Communicator,
     group: Group,
     own: Rank,
+    /// Buffers that every message of their size uses, as a training step reuses its own.
+    small: Vec<f32>,
+    large: Vec<f32>,
 }
 
 impl Pair<'_> {
     fn measure(&mut self) -> Result<LinkTimes, transport::Error> {
-        self.message(Rank(0), 1)?;
-        self.message(Rank(1), 1)?;
-        let start = Instant::now();
+        self.message(Rank(0), false)?;
+        self.message(Rank(1), false)?;
+        let (start, busy) = (Instant::now(), seconds(ClockId::ProcessCPUTime));
         for _ in 0..PINGS {
-            self.message(Rank(0), 1)?;
-            self.message(Rank(1), 1)?;
+            self.message(Rank(0), false)?;
+            self.message(Rank(1), false)?;
         }
-        let latency = Seconds(start.elapsed().as_secs_f64() / (2 * PINGS) as f64);
-        self.message(Rank(0), LARGE_ELEMENTS)?;
+        let each = 1.0 / (2 * PINGS) as f64;
+        let latency = Seconds(start.elapsed().as_secs_f64() * each);
+        let transfer_cpu = (seconds(ClockId::ProcessCPUTime) - busy) * each;
+        self.message(Rank(0), true)?;
         let start = Instant::now();
         let (sending, receiving) = (self.large(Rank(0))?, self.large(Rank(1))?);
         let bytes = Bytes(4 * (LARGE_ELEMENTS * LARGE_REPEATS) as u64);
@@ -242,6 +269,7 @@ impl Pair<'_> {
         let reduced = Seconds(2.0 * reducing.0 - sent.0 - received.0);
         Ok(LinkTimes {
             latency,
+            transfer_cpu,
             bandwidth,
             send_cpu: per_byte(sent),
             receive_cpu: per_byte(received),
@@ -250,21 +278,21 @@ impl Pair<'_> {
     }
 
     /// Moves one message from `from` to the other rank.
-    fn message(&mut self, from: Rank, elements: usize) -> Result<(), transport::Error> {
+    fn message(&mut self, from: Rank, large: bool) -> Result<(), transport::Error> {
         let to = Rank(1 - from.0);
         let action = if self.own == from { Action::Send { to } } else { Action::Receive { from } };
-        self.operate(action, elements)
+        self.operate(action, large)
     }
 
     /// This process's processor time for large messages from `from`.
     fn large(&mut self, from: Rank) -> Result<Seconds, transport::Error> {
-        self.timed(|pair| pair.message(from, LARGE_ELEMENTS))
+        self.timed(|pair| pair.message(from, true))
     }
 
     /// This process's processor time for large reduce-scatters.
     fn reduce(&mut self) -> Result<Seconds, transport::Error> {
         let schedule = Arc::new(collective::ring(Kind::ReduceScatter, 2));
-        self.timed(|pair| pair.operate(Action::Collective(Arc::clone(&schedule)), LARGE_ELEMENTS))
+        self.timed(|pair| pair.operate(Action::Collective(Arc::clone(&schedule)), true))
     }
 
     fn timed(
@@ -278,11 +306,13 @@ impl Pair<'_> {
         Ok(seconds(ClockId::ProcessCPUTime) - start)
     }
 
-    fn operate(&mut self, action: Action, elements: usize) -> Result<(), transport::Error> {
+    fn operate(&mut self, action: Action, large: bool) -> Result<(), transport::Error> {
         let (group, label) = (self.group.clone(), "measurement of the link".into());
-        let buffer = vec![0.0; elements];
+        let kept = if large { &mut self.large } else { &mut self.small };
+        let buffer = std::mem::take(kept);
         let ticket = self.communicator.post(Operation { group, action, buffer, label })?;
-        self.communicator.wait(ticket).map(drop)
+        *kept = self.communicator.wait(ticket)?.buffer;
+        Ok(())
     }
 }
 
@@ -309,6 +339,7 @@ fn share(
         segments: segments.collect(),
         square_sum: Seconds(mean(&|of| of.square_sum.0)),
         update: Seconds(mean(&|of| of.update.0)),
+        copy: Seconds(mean(&|of| of.copy.0)),
         link: all[0].link,
         ..own.clone()
     })
