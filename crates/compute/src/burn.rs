@@ -129,6 +129,10 @@ impl Operators for Burn {
         to_host(tensor)
     }
 
+    fn read(&self, tensor: &Tensor<1>, into: &mut [f32]) {
+        into.copy_from_slice(&to_host(tensor.clone()));
+    }
+
     fn host_buffer(&self, elements: usize) -> Vec<f32> {
         vec![0.0; elements]
     }
@@ -307,11 +311,11 @@ impl Operators for Burn {
         &self,
         settings: &AdamW,
         [parameters, mean, square]: [&mut Tensor<1>; 3],
-        gradient: &Tensor<1>,
+        gradient: Window<'_, Tensor<1>>,
         range: Range<usize>,
     ) {
         let AdamW { beta1, beta2, epsilon, gradient_scale, .. } = *settings;
-        let gradient = gradient.clone().slice(range.clone()) * gradient_scale;
+        let gradient = part(&gradient, range.len()) * gradient_scale;
         let (start, shape) = (range.start, [range.len()]);
         update(WindowMut { flat: mean, start, fresh: false }, shape, |mean| {
             mean * beta1 + gradient.clone() * (1.0 - beta1)

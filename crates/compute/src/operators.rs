@@ -127,6 +127,8 @@ pub trait Operators: Clone {
     fn upload(&self, values: Vec<f32>) -> Self::Tensor;
     /// The contents of a tensor that is no longer needed.
     fn download(&self, tensor: Self::Tensor) -> Vec<f32>;
+    /// Copies the contents of a tensor, which stays.
+    fn read(&self, tensor: &Self::Tensor, into: &mut [f32]);
     /// A host buffer of unspecified contents, recycled when it can be.
     fn host_buffer(&self, elements: usize) -> Vec<f32>;
     /// Gives a host buffer back for recycling.
@@ -240,12 +242,12 @@ pub trait Operators: Clone {
     fn accumulate(&self, into: &mut Self::Tensor, other: &Self::Tensor);
     /// Sum of squares of part of a tensor.
     fn square_sum(&self, tensor: &Self::Tensor, range: Range<usize>) -> f64;
-    /// Updates part of the parameters and their two moments.
+    /// Updates part of the parameters and their two moments; `gradient` begins with that part's.
     fn adamw(
         &self,
         settings: &AdamW,
         state: [&mut Self::Tensor; 3],
-        gradient: &Self::Tensor,
+        gradient: Window<'_, Self::Tensor>,
         range: Range<usize>,
     );
 }

@@ -4,13 +4,14 @@ mod memory;
 mod segments;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use model::{Block, Config, Parameter, Role};
 use program::{Axis, Instruction, Program, Value};
 use serde::{Deserialize, Serialize};
 use units::Rank;
 
-use crate::operators::{AdamW, AttentionDims, Operators};
+use crate::operators::{AdamW, AttentionDims, Operators, Window};
 use crate::random;
 
 /// The number format of values and of the parameters they meet. Master parameters, gradients of
@@ -54,9 +55,11 @@ pub struct Microbatch {
 struct BlockState<T> {
     parameters: Vec<Parameter>,
     elements: usize,
-    /// The elements this rank updates.
-    own: std::ops::Range<usize>,
-    /// fp32 parameters: the own chunk when the optimizer is sharded, else all.
+    /// This rank's chunk among the ranks of the data axis.
+    own: Range<usize>,
+    /// The elements this rank updates: the own chunk when the optimizer is sharded, else all.
+    held: Range<usize>,
+    /// The held parameters in fp32.
     master: T,
     moments: [T; 2],
     /// All parameters in compute precision, where they differ from the master.
@@ -66,8 +69,14 @@ struct BlockState<T> {
     /// What has been written of it since it was made.
     written: BTreeSet<Role>,
     /// A reduced gradient that waits to be accumulated, then the sum; as long as the master.
-    arrived: Option<T>,
-    reduced: Option<T>,
+    arrived: Option<Reduced<T>>,
+    reduced: Option<Reduced<T>>,
+}
+
+/// A reduced gradient: what this rank needs of it begins at `start`.
+struct Reduced<T> {
+    tensor: T,
+    start: usize,
 }
 
 /// What one rank holds.
@@ -125,7 +134,7 @@ impl StageSpec {
         }
     }
 
-    fn own(&self, elements: usize) -> std::ops::Range<usize> {
+    fn own(&self, elements: usize) -> Range<usize> {
         collective::chunk_range(elements, self.data.1, self.data.0)
     }
 }
@@ -244,13 +253,15 @@ impl<O: Operators> Stage<O> {
         self.blocks.get_mut(&block).expect("the program names only blocks of this stage")
     }
 
+    /// The whole buffer that a reduction left is kept no longer than this.
     fn accumulate(&mut self, block: Block) {
         let operators = self.operators.clone();
         let state = self.state(block);
-        let arrived = state.arrived.take().expect("a reduction has arrived");
+        let Reduced { tensor, start } = state.arrived.take().expect("a reduction has arrived");
+        let own = operators.slice(&tensor, start..start + state.held.len());
         match &mut state.reduced {
-            Some(sum) => operators.accumulate(sum, &arrived),
-            None => state.reduced = Some(arrived),
+            Some(sum) => operators.accumulate(&mut sum.tensor, &own),
+            None => state.reduced = Some(Reduced { tensor: own, start: 0 }),
         }
     }
 
@@ -258,10 +269,10 @@ impl<O: Operators> Stage<O> {
         let sharded = self.program.sharded;
         self.state(block).settle();
         let state = &self.blocks[&block];
-        let gradient = state.reduced.as_ref().expect("gradients are reduced");
-        let own = if sharded { 0..state.own.len() } else { state.own.clone() };
+        let Reduced { tensor, start } = state.reduced.as_ref().expect("gradients are reduced");
         // Without sharding every rank holds all; each counts the chunk it would own.
-        self.share[0] += self.operators.square_sum(gradient, own);
+        let own = if sharded { *start..start + state.own.len() } else { state.own.clone() };
+        self.share[0] += self.operators.square_sum(tensor, own);
     }
 
     fn update(&mut self, block: Block) {
@@ -273,8 +284,9 @@ impl<O: Operators> Stage<O> {
         let state = self.state(block);
         state.settle();
         state.gathered = None; // it may share the master's memory
-        let gradient = state.reduced.take().expect("gradients are reduced");
-        let held = if sharded { state.own.clone() } else { 0..state.elements };
+        let Reduced { tensor, start: first_of_held } =
+            state.reduced.take().expect("gradients are reduced");
+        let held = state.held.clone();
         for parameter in &state.parameters {
             let range = parameter.range();
             let (start, end) = (range.start.max(held.start), range.end.min(held.end));
@@ -283,7 +295,8 @@ impl<O: Operators> Stage<O> {
                 let settings = AdamW { weight_decay, ..settings };
                 let [mean, square] = &mut state.moments;
                 let range = start - held.start..end - held.start;
-                operators.adamw(&settings, [&mut state.master, mean, square], &gradient, range);
+                let gradient = Window { flat: &tensor, start: first_of_held + range.start };
+                operators.adamw(&settings, [&mut state.master, mean, square], gradient, range);
             }
         }
         state.gathered = (!sharded).then(|| operators.cast(&state.master));
@@ -316,15 +329,17 @@ impl<T> BlockState<T> {
         let elements = values.len();
         let own = spec.own(elements);
         let whole = operators.upload(values);
+        let held = if spec.sharded { own.clone() } else { 0..elements };
         let master = if spec.sharded { operators.slice(&whole, own.clone()) } else { whole };
-        let held = if spec.sharded { own.len() } else { elements };
+        let moments = [operators.zeros(held.len()), operators.zeros(held.len())];
         Self {
             parameters,
             elements,
             own,
+            held,
             gathered: (!spec.sharded).then(|| operators.cast(&master)),
             master,
-            moments: [operators.zeros(held), operators.zeros(held)],
+            moments,
             gradients: None,
             written: BTreeSet::new(),
             arrived: None,
@@ -335,7 +350,8 @@ impl<T> BlockState<T> {
     /// A gradient that needed no reduction, or one reduction only, is the sum as it is.
     fn settle(&mut self) {
         if self.reduced.is_none() {
-            self.reduced = self.arrived.take().or_else(|| self.gradients.take());
+            let unreduced = self.gradients.take().map(|tensor| Reduced { tensor, start: 0 });
+            self.reduced = self.arrived.take().or(unreduced);
         }
     }
 

@@ -43,8 +43,9 @@ impl Machine {
             segments: segments
                 .map(|&(segment, pass, time)| SegmentTime { segment, pass, time })
                 .collect(),
-            // Adding to a sum reads two and writes one where a copy reads one and writes one.
-            accumulate: measured.copy * 1.5,
+            // The own chunk is copied out, then added: two reads and a write beside a copy's one of
+            // each.
+            accumulate: measured.copy * 2.5,
             copy: measured.copy,
             square_sum: measured.square_sum,
             update: measured.update,

@@ -39,8 +39,7 @@ pub struct Profile {
     pub update: Seconds,
     /// Time that the compute thread takes to post a transfer.
     pub post_overhead: Seconds,
-    /// Time to copy one element: a gather begins with the rank's own chunk, and a reduction that
-    /// scatters ends with it.
+    /// Time to copy one element: a gather begins with a copy of the rank's own chunk.
     pub copy: Seconds,
     /// How messages travel between ranks.
     pub link: MeasuredLink,
@@ -217,10 +216,10 @@ fn duration(key: &'static str, time: Seconds) -> Result<(), Error> {
     good.then_some(()).ok_or(Error::Unusable { key, value })
 }
 
-/// Elements of its own chunk that a rank copies for a transfer.
+/// Elements of its own chunk that a rank copies to begin a transfer.
 fn own_chunk(program: &Program, transfer: &Transfer) -> f64 {
     match transfer.action {
-        Action::Collective(Kind::AllGather | Kind::ReduceScatter) => {
+        Action::Collective(Kind::AllGather) => {
             transfer.elements as f64 / f64::from(program.mesh.degree(transfer.axis))
         }
         _ => 0.0,

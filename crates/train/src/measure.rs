@@ -40,8 +40,7 @@ pub struct Measurements {
     pub square_sum: Seconds,
     /// Time to update one parameter.
     pub update: Seconds,
-    /// Time to copy one element, as a gather does with the own chunk and a reduction with its
-    /// result.
+    /// Time to copy one element, as a gather does with the own chunk.
     pub copy: Seconds,
     /// Between two processes; `None` with one rank.
     pub link: Option<LinkTimes>,

@@ -77,6 +77,10 @@ impl Operators for Cpu {
         tensor.into_values()
     }
 
+    fn read(&self, tensor: &Tensor, into: &mut [f32]) {
+        into.copy_from_slice(tensor.values());
+    }
+
     fn host_buffer(&self, elements: usize) -> Vec<f32> {
         self.pool.take(elements)
     }
@@ -294,14 +298,14 @@ impl Operators for Cpu {
         &self,
         settings: &AdamW,
         [parameters, mean, square]: [&mut Tensor; 3],
-        gradient: &Tensor,
+        gradient: Window<'_, Tensor>,
         range: Range<usize>,
     ) {
         kernels::adamw(
             settings,
             &mut parameters.values_mut()[range.clone()],
             [&mut mean.values_mut()[range.clone()], &mut square.values_mut()[range.clone()]],
-            &gradient.values()[range],
+            at(&gradient, range.len()),
         );
     }
 }

@@ -1,9 +1,11 @@
 //! Between a stage's tensors and the host buffers that transfers move.
 
+use std::ops::Range;
+
 use model::Block;
 use program::{Action, Buffer, Transfer};
 
-use super::Stage;
+use super::{Reduced, Stage};
 use crate::operators::Operators;
 
 impl<O: Operators> Stage<O> {
@@ -21,8 +23,10 @@ impl<O: Operators> Stage<O> {
             Buffer::ReducedGradients(block) => {
                 let state = self.state(block);
                 state.settle();
-                let reduced = state.reduced.take();
-                self.operators.download(reduced.expect("gradients are reduced"))
+                let Reduced { tensor, start } =
+                    state.reduced.take().expect("gradients are reduced");
+                let held = start..start + state.held.len();
+                self.operators.download(self.operators.slice(&tensor, held))
             }
             Buffer::Activation { value, microbatch } => {
                 let value = self.values.remove(&(microbatch, value));
@@ -47,13 +51,14 @@ impl<O: Operators> Stage<O> {
                 self.state(block).gathered = Some(gathered);
             }
             Buffer::Gradients(block) => {
-                let arrived = self.operators.upload(buffer);
-                let arrived = self.own_chunk(block, arrived);
-                self.state(block).arrived = Some(arrived);
+                let tensor = self.operators.upload(buffer);
+                let state = self.state(block);
+                let start = state.held.start;
+                state.arrived = Some(Reduced { tensor, start });
             }
             Buffer::ReducedGradients(block) => {
-                let reduced = self.operators.upload(buffer);
-                self.state(block).reduced = Some(reduced);
+                let tensor = self.operators.upload(buffer);
+                self.state(block).reduced = Some(Reduced { tensor, start: 0 });
             }
             Buffer::Activation { value, microbatch } => {
                 let value_of = self.operators.upload(buffer);
@@ -69,13 +74,11 @@ impl<O: Operators> Stage<O> {
 
     /// Fills `values` with this rank's fp32 parameters of `block`, and says which elements of
     /// the block they are.
-    pub fn master(&mut self, block: Block) -> (std::ops::Range<usize>, Vec<f32>) {
+    pub fn master(&mut self, block: Block) -> (Range<usize>, Vec<f32>) {
         let operators = self.operators.clone();
-        let sharded = self.program.sharded;
         let state = self.state(block);
-        let held = if sharded { state.own.clone() } else { 0..state.elements };
-        let copy = operators.slice(&state.master, 0..held.len());
-        (held, operators.download(copy))
+        let copy = operators.slice(&state.master, 0..state.held.len());
+        (state.held.clone(), operators.download(copy))
     }
 
     /// Room for all parameters, with the own chunk in its place.
@@ -83,19 +86,8 @@ impl<O: Operators> Stage<O> {
         let operators = self.operators.clone();
         let state = self.state(block);
         let mut whole = operators.host_buffer(state.elements);
-        let own = operators.download(operators.cast(&state.master));
-        whole[state.own.clone()].copy_from_slice(&own);
-        operators.recycle(own);
+        operators.read(&operators.cast(&state.master), &mut whole[state.own.clone()]);
         whole
-    }
-
-    /// What a reduction left that this rank needs.
-    fn own_chunk(&mut self, block: Block, reduced: O::Tensor) -> O::Tensor {
-        if !self.program.sharded {
-            return reduced;
-        }
-        let own = self.state(block).own.clone();
-        self.operators.slice(&reduced, own)
     }
 
     fn take_statistics(&mut self) -> Vec<f32> {
