@@ -28,8 +28,8 @@ pub struct Figures {
 
 impl Figures {
     /// From the outcome and the summaries of both traces.
-    pub fn new(
-        session: &Session<'_>,
+    pub fn new<O>(
+        session: &Session<'_, O>,
         outcome: &Outcome,
         predicted: Option<&Summary>,
         measured: &Summary,

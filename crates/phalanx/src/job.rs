@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use train::LearningRate;
 use units::Bytes;
 
+use crate::device::DeviceName;
+
 /// A job file as written.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -58,11 +60,18 @@ pub struct ClusterSection {
     pub accelerators: u32,
     /// Threads that each local rank computes with.
     pub threads_per_rank: u32,
+    /// What local ranks compute on.
+    pub device: DeviceName,
 }
 
 impl Default for ClusterSection {
     fn default() -> Self {
-        Self { name: LOCAL.to_owned(), accelerators: 1, threads_per_rank: 1 }
+        Self {
+            name: LOCAL.to_owned(),
+            accelerators: 1,
+            threads_per_rank: 1,
+            device: DeviceName::default(),
+        }
     }
 }
 
@@ -520,6 +529,7 @@ mod tests {
         name = "local"
         accelerators = 1
         threads_per_rank = 1
+        device = "cpu"
 
         [training]
         sequence = 8

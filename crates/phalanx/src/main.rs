@@ -1,5 +1,6 @@
 //! The `phalanx` command: arguments, files in and out, exit codes.
 
+mod device;
 mod figures;
 mod job;
 mod measured;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use checkpoint::hugging_face::Weights;
-use compute::{Cpu, Stage};
+use compute::{Operators, Stage};
 use data::{Sampler, Tokenizer};
 use plan::{Batch, Layout, lower, lower_evaluation};
 use program::Program;
@@ -25,7 +25,7 @@ use crate::run_folder::RunFolder;
 use crate::watch::Watch;
 
 /// One rank's way from the job to the summary.
-pub struct Session<'a> {
+pub struct Session<'a, O> {
     /// The job.
     pub job: &'a Job,
     /// What it lowers to.
@@ -36,20 +36,21 @@ pub struct Session<'a> {
     pub speaks: bool,
     rank: Rank,
     batches: &'a Batches,
-    device: Device<Cpu>,
+    device: Device<O>,
 }
 
-impl<'a> Session<'a> {
+impl<'a, O: Operators> Session<'a, O> {
     /// Ready to measure and train; `speaks` on the rank that talks to the user.
-    pub fn new(job: &'a Job, rank: Rank, batches: &'a Batches, speaks: bool) -> Result<Self> {
+    pub fn new(
+        operators: O,
+        job: &'a Job,
+        rank: Rank,
+        batches: &'a Batches,
+        speaks: bool,
+    ) -> Result<Self> {
         let step = lowered(job)?;
         let evaluation = evaluation_program(job)?;
-        let threads = job.cluster.threads_per_rank as usize;
-        let device = Device {
-            operators: Cpu::new(threads, job.local_precision()?),
-            config: job.model.clone(),
-            optimizer: job.optimizer(),
-        };
+        let device = Device { operators, config: job.model.clone(), optimizer: job.optimizer() };
         let programs = Programs { step, evaluation };
         Ok(Self { job, speaks, rank, batches, programs, device, machine: None })
     }
@@ -156,7 +157,7 @@ impl<'a> Session<'a> {
     /// Every rank learns where rank 0 made the folder.
     fn agree_on_folder(
         &self,
-        worker: &mut Worker<Cpu>,
+        worker: &mut Worker<O>,
         folder: Option<&RunFolder>,
     ) -> Result<PathBuf> {
         let rank = self.rank;
@@ -168,7 +169,7 @@ impl<'a> Session<'a> {
         Ok(PathBuf::from(String::from_utf8_lossy(&all[0]).into_owned()))
     }
 
-    fn worker(&mut self, communicator: Communicator) -> Result<Worker<Cpu>> {
+    fn worker(&mut self, communicator: Communicator) -> Result<Worker<O>> {
         let (device, program) = (self.device.clone(), &self.programs.step);
         let model = &self.job.model;
         match &self.job.weights {
@@ -179,7 +180,7 @@ impl<'a> Session<'a> {
                 })?)
             }
             None => Ok(Worker::new(device, program, communicator, |block, values| {
-                Stage::<Cpu>::fresh(model, self.job.training.seed, block, values);
+                Stage::<O>::fresh(model, self.job.training.seed, block, values);
                 Ok::<(), Infallible>(())
             })?),
         }
@@ -188,7 +189,7 @@ impl<'a> Session<'a> {
     /// Trains, showing and recording each event on rank 0; also the first and the last loss.
     fn run(
         &self,
-        worker: &mut Worker<Cpu>,
+        worker: &mut Worker<O>,
         mut folder: Option<&mut RunFolder>,
     ) -> Result<(Outcome, [f64; 2])> {
         let training = &self.job.training;
@@ -261,7 +262,7 @@ fn evaluation_program(job: &Job) -> Result<Program> {
     Ok(lower_evaluation(&job.model, &job.layout, &batch)?)
 }
 
-impl Session<'_> {
+impl<O> Session<'_, O> {
     /// Model FLOPs (products and causal attention, three times the forward pass) per second over
     /// the measured rate of large products on all ranks.
     pub fn model_flops_utilization(&self, tokens_per_s: f64) -> Option<f64> {

@@ -5,11 +5,15 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+#[cfg(feature = "burn")]
+use compute::Burn;
+use compute::{Cpu, Operators};
 use data::{Prepared, Sampler, Sampling, Source, TokenizerSource};
 use train::{Batches, Identity, Launcher, handed_listener, launch};
 use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Transport};
 use units::Rank;
 
+use crate::device::DeviceName;
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::output::Progress;
@@ -54,7 +58,7 @@ fn checked(args: &JobArgs) -> Result<Job> {
         "[cluster] name = \"{}\" is described, not here: `simulate` it, or train with name = \"local\"",
         job.cluster.name
     );
-    job.local_precision()?;
+    job.cluster.device.check(job.local_precision()?)?;
     Ok(job)
 }
 
@@ -131,7 +135,7 @@ fn prepare(job: &Job, quiet: bool) -> Result<(Prepared, Sampler)> {
     Ok((prepared, sampler))
 }
 
-/// This process as one rank.
+/// This process as one rank, on the device that the job names.
 fn rank(args: &JobArgs, job: &Job, identity: &Identity) -> Result<()> {
     let ranks = job.cluster.accelerators;
     ensure!(
@@ -139,13 +143,41 @@ fn rank(args: &JobArgs, job: &Job, identity: &Identity) -> Result<()> {
         "[cluster] accelerators = {ranks}, but the launcher started {} rank(s); make them equal",
         identity.ranks
     );
+    match job.cluster.device {
+        DeviceName::Cpu => {
+            let threads = job.cluster.threads_per_rank as usize;
+            rank_on(Cpu::new(threads, job.local_precision()?), args, job, identity)
+        }
+        #[cfg(feature = "burn")]
+        DeviceName::BurnFlex => rank_on(Burn::flex(), args, job, identity),
+        #[cfg(feature = "burn-cuda")]
+        DeviceName::Cuda => rank_on(Burn::cuda(identity.local_rank as usize), args, job, identity),
+        #[cfg(feature = "burn-rocm")]
+        DeviceName::Rocm => rank_on(Burn::rocm(identity.local_rank as usize), args, job, identity),
+        #[cfg(feature = "burn-vulkan")]
+        DeviceName::Vulkan => {
+            rank_on(Burn::vulkan(identity.local_rank as usize), args, job, identity)
+        }
+        #[cfg(feature = "burn-metal")]
+        DeviceName::Metal => rank_on(Burn::metal(), args, job, identity),
+        #[allow(unreachable_patterns, reason = "a build may have every device")]
+        _ => unreachable!("the job was checked to name a device of this build"),
+    }
+}
+
+fn rank_on<O: Operators>(
+    operators: O,
+    args: &JobArgs,
+    job: &Job,
+    identity: &Identity,
+) -> Result<()> {
     let mut communicator = meet(job, identity)?;
     let (prepared, sampler) = prepare_together(job, identity, &mut communicator)?;
     let Prepared { tokens, tokenizer, documents, bytes, .. } = prepared;
     let batches = Batches::new(tokens, sampler);
     let measure_only = environment(MEASURE_ONLY);
     let speaks = identity.rank == Rank(0) && !args.json && measure_only.is_none();
-    let mut session = Session::new(job, identity.rank, &batches, speaks)?;
+    let mut session = Session::new(operators, job, identity.rank, &batches, speaks)?;
     session.introduce(bytes, documents, &sampler);
     if job.run.measure || measure_only.is_some() {
         session.measure(&mut communicator)?;

@@ -9,8 +9,8 @@ use crate::output::{Progress, thousands};
 use crate::session::Session;
 
 /// Turns events into progress lines and records.
-pub struct Watch<'a> {
-    session: &'a Session<'a>,
+pub struct Watch<'a, O> {
+    session: &'a Session<'a, O>,
     progress: Progress,
     begin: Instant,
     steps: u64,
@@ -19,9 +19,9 @@ pub struct Watch<'a> {
     pub losses: [f64; 2],
 }
 
-impl<'a> Watch<'a> {
+impl<'a, O> Watch<'a, O> {
     /// Watches `steps` steps of a session.
-    pub fn new(session: &'a Session<'a>, steps: u64) -> Self {
+    pub fn new(session: &'a Session<'a, O>, steps: u64) -> Self {
         let progress = Progress::new("training", steps, !session.speaks);
         let losses = [f64::NAN; 2];
         Self { session, progress, begin: Instant::now(), steps, held_out: None, losses }

@@ -203,3 +203,11 @@ fn a_job_file_that_is_none() {
     For more information, try '--help'.
     ");
 }
+
+#[test]
+#[cfg(not(feature = "burn-cuda"))]
+fn a_device_that_the_build_lacks() {
+    let place = Place::new();
+    let job = format!("{JOB}\n[cluster]\ndevice = \"cuda\"\n");
+    insta::assert_snapshot!(refusal(&place, &job), @"phalanx: [cluster] device: this build has no such device; build it with `cargo build --release --features burn-cuda`");
+}
