@@ -31,7 +31,14 @@ impl<'a, O> Watch<'a, O> {
     pub fn see(&mut self, event: &Event) -> Value {
         let mut record = serde_json::to_value(event).expect("events have a JSON form");
         match *event {
-            Event::Step { step, loss, step_time_s, exposed_communication_s, .. } => {
+            Event::Step {
+                step,
+                loss,
+                step_time_s,
+                exposed_communication_s,
+                pipeline_wait_s,
+                ..
+            } => {
                 if step == 1 {
                     self.losses[0] = loss;
                 }
@@ -39,8 +46,9 @@ impl<'a, O> Watch<'a, O> {
                 let tokens = self.session.programs.step.global_tokens() as f64;
                 let tokens_per_s = tokens / step_time_s.0;
                 let mfu = self.session.model_flops_utilization(tokens_per_s);
-                let exposed = 100.0 * (exposed_communication_s / step_time_s);
-                self.line(step, loss, tokens_per_s, mfu, exposed);
+                let shares = [exposed_communication_s, pipeline_wait_s]
+                    .map(|waited| 100.0 * (waited / step_time_s));
+                self.line(step, loss, tokens_per_s, mfu, shares);
                 if let Value::Object(fields) = &mut record {
                     fields.insert("tokens_per_s".into(), json!(tokens_per_s));
                     fields.insert("model_flops_utilization".into(), json!(mfu));
@@ -54,12 +62,17 @@ impl<'a, O> Watch<'a, O> {
         record
     }
 
-    fn line(&self, step: u64, loss: f64, tokens_per_s: f64, mfu: Option<f64>, exposed: f64) {
+    fn line(&self, step: u64, loss: f64, tokens_per_s: f64, mfu: Option<f64>, shares: [f64; 2]) {
         let each = self.begin.elapsed() / step as u32;
         let left = each * (self.steps - step) as u32;
         let mfu = mfu.map(|mfu| format!("  MFU {:.0} %", 100.0 * mfu)).unwrap_or_default();
+        let [exposed, pipeline] = shares;
+        let pipeline = match self.session.job.layout.mesh.pipeline {
+            1 => String::new(),
+            _ => format!("  pipeline waits {pipeline:.0} %"),
+        };
         let text = format!(
-            "step {step:>5}  loss {loss:.4}  {} tok/s{mfu}  exposed {exposed:.0} %",
+            "step {step:>5}  loss {loss:.4}  {} tok/s{mfu}  exposed {exposed:.0} %{pipeline}",
             thousands(tokens_per_s as u64)
         );
         self.progress.update(step, &text, Some(left));

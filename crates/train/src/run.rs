@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use compute::Operators;
-use program::{Axis, Lane, Program, Span, Trace};
+use program::{Axis, Instruction, Lane, Program, Span, Trace};
 use serde::{Deserialize, Serialize};
 use units::{Rank, Seconds};
 
@@ -45,8 +45,10 @@ pub enum Event {
         learning_rate: f64,
         /// From its start to the next one's, without evaluation.
         step_time_s: Seconds,
-        /// Time this rank waited for transfers.
+        /// Time this rank waited for transfers of every axis but the pipeline.
         exposed_communication_s: Seconds,
+        /// Time this rank waited for its neighbours in the pipeline: bubble, and transfers.
+        pipeline_wait_s: Seconds,
     },
     /// The held-out text has been scored.
     Evaluation {
@@ -92,7 +94,7 @@ pub fn run<O: Operators>(
         let start = Instant::now();
         let spans = train_step(worker, programs, batches, settings, step)?;
         let time = Seconds(start.elapsed().as_secs_f64());
-        observe(&event(worker, settings, step, time, &spans));
+        observe(&event(worker, programs, settings, step, (time, &spans)));
         check_finite(worker, step)?;
         times.push(time);
         kept.truncate(KEPT - 1);
@@ -133,19 +135,32 @@ fn evaluate<O: Operators>(
 
 fn event<O: Operators>(
     worker: &mut Worker<O>,
+    programs: &Programs,
     settings: &Settings,
     step: u64,
-    time: Seconds,
-    spans: &[Span],
+    (time, spans): (Seconds, &[Span]),
 ) -> Event {
-    let waits = spans.iter().filter(|span| span.lane == Lane::Wait);
+    let rank = worker.rank();
+    let list = programs.step.instructions(rank);
+    let waits = |for_pipeline: bool| {
+        let waits = spans.iter().filter(|span| {
+            let axis = match list[span.instruction as usize] {
+                Instruction::Wait { ticket } => programs.step.transfer(rank, ticket),
+                _ => None,
+            }
+            .map(|transfer| transfer.axis);
+            span.lane == Lane::Wait && (axis == Some(Axis::Pipeline)) == for_pipeline
+        });
+        waits.map(|span| span.end - span.start).sum()
+    };
     Event::Step {
         step: step + 1,
         loss: worker.stage().loss(),
         gradient_norm: worker.stage().gradient_norm(),
         learning_rate: settings.learning_rate.at(step),
         step_time_s: time,
-        exposed_communication_s: waits.map(|span| span.end - span.start).sum(),
+        exposed_communication_s: waits(false),
+        pipeline_wait_s: waits(true),
     }
 }
 
