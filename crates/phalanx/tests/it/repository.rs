@@ -169,3 +169,16 @@ fn every_figure_of_the_catalogue_has_a_source_and_a_date() {
     }
     assert!(entries > 10, "found only {entries} entries");
 }
+
+/// The readme's two commands are the ones that are run on every change, and it stays a page.
+#[test]
+fn the_readme_is_short_and_its_commands_are_run() {
+    let readme = read(&root().join("README.md"));
+    assert!(readme.lines().count() < 120);
+    let checks = read(&root().join(".ci/run"));
+    let train = "cargo run --release -- train examples/tiny.toml";
+    for command in [train, "cargo test --release --workspace"] {
+        assert!(readme.contains(&format!("\n    {command}\n")), "the readme lacks `{command}`");
+        assert!(checks.contains(command), "`{command}` is not run");
+    }
+}
