@@ -191,6 +191,7 @@ fn rank_on<O: Operators>(
 /// Connects to the other ranks, which must have been given the same job.
 fn meet(job: &Job, identity: &Identity) -> Result<Communicator> {
     let rank = identity.rank;
+    let failed = |source| train::Error::Communication { rank, source };
     let transport: Box<dyn Transport> = if identity.ranks == 1 {
         Box::new(InProcess::mesh(1).remove(0))
     } else {
@@ -203,10 +204,8 @@ fn meet(job: &Job, identity: &Identity) -> Result<Communicator> {
             shared_memory: environment("PHALANX_TRANSPORT").as_deref() != Some("tcp"),
         };
         let listener = handed_listener(&environment).filter(|_| rank == Rank(0));
-        let failed = |source| train::Error::Communication { rank, source };
         Box::new(rendezvous.meet(listener).map_err(failed)?)
     };
-    let failed = |source| train::Error::Communication { rank, source };
     Ok(Communicator::new(transport, Limits::default()).map_err(failed)?)
 }
 
@@ -219,7 +218,7 @@ fn prepare_together(
 ) -> Result<(Prepared, Sampler)> {
     let rank = identity.rank;
     let failed = |source| train::Error::Communication { rank, source };
-    let world = world(identity.ranks);
+    let world = Group::world(identity.ranks);
     let first = (identity.local_rank == 0).then(|| prepare(job, true)).transpose()?;
     communicator.barrier(&world).map_err(failed)?;
     let (prepared, sampler) = first.map_or_else(|| prepare(job, true), Ok)?;
@@ -230,8 +229,4 @@ fn prepare_together(
         bail!(train::Error::OtherData { rank, path });
     }
     Ok((prepared, sampler))
-}
-
-fn world(ranks: u32) -> Group {
-    Group { id: 0, ranks: (0..ranks).map(Rank).collect::<Vec<_>>().into() }
 }

@@ -6,7 +6,6 @@ use model::{Block, Config, Shape};
 use program::Mesh;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use units::Rank;
 
 /// What the ranks of the data axis split among themselves instead of each holding it whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -233,11 +232,5 @@ impl Layout {
             blocks.push(Block::Head);
         }
         blocks
-    }
-
-    /// The stage of `rank`.
-    #[must_use]
-    pub fn stage(&self, rank: Rank) -> u32 {
-        self.mesh.coordinate(rank, program::Axis::Pipeline)
     }
 }

@@ -44,14 +44,4 @@ impl Trace {
     pub fn duration(&self) -> Seconds {
         self.spans.iter().map(|span| span.end).fold(Seconds::ZERO, Seconds::max)
     }
-
-    /// Time that `rank` spent in `lane`.
-    #[must_use]
-    pub fn time_in(&self, rank: Rank, lane: Lane) -> Seconds {
-        self.spans
-            .iter()
-            .filter(|span| span.rank == rank && span.lane == lane)
-            .map(|span| span.end - span.start)
-            .sum()
-    }
 }

@@ -78,7 +78,7 @@ pub fn measure<O: Operators>(
 ) -> Result<Measurements, Error> {
     let rank = communicator.rank();
     let failed = |source| Error::Communication { rank, source };
-    let world = world(communicator);
+    let world = Group::world(communicator.ranks());
     let mut alone = Vec::new();
     if rank == Rank(0) {
         alone = phase(device, baseline, microbatches, Clock::Wall)?.0;
@@ -88,15 +88,10 @@ pub fn measure<O: Operators>(
     let clock = if threads == 1 { Clock::Processor } else { Clock::Wall };
     let mut own = phase(device, baseline, microbatches, clock)?.1;
     if rank == Rank(0) {
-        own.baseline_step = median(alone);
+        own.baseline_step = Seconds::median(alone);
     }
     own.link = link(communicator, &world).map_err(failed)?;
     share(communicator, &world, &own).map_err(failed)
-}
-
-fn world(communicator: &Communicator) -> Group {
-    let ranks: Vec<Rank> = (0..communicator.ranks()).map(Rank).collect();
-    Group { id: 0, ranks: ranks.into() }
 }
 
 /// Steps of one rank on its own for [`PHASE`], after one that does not count: each step's wall
@@ -133,7 +128,7 @@ fn phase<O: Operators>(
         }
     }
     let mut medians: BTreeMap<Work, Seconds> =
-        kinds.into_iter().map(|(kind, times)| (kind, median(times))).collect();
+        kinds.into_iter().map(|(kind, times)| (kind, Seconds::median(times))).collect();
     let measured = Measurements {
         baseline_step: Seconds::ZERO,
         baseline_tokens: program.global_tokens(),
@@ -198,12 +193,7 @@ fn copy<O: Operators>(operators: &O) -> Seconds {
         operators.recycle(operators.download(copy));
         Seconds(start.elapsed().as_secs_f64() / LARGE_ELEMENTS as f64)
     });
-    median(times.collect())
-}
-
-fn median(mut times: Vec<Seconds>) -> Seconds {
-    times.sort_by(|a, b| a.0.total_cmp(&b.0));
-    times.get(times.len() / 2).copied().unwrap_or_default()
+    Seconds::median(times.collect())
 }
 
 /// Times messages between rank 0 and rank 1; the other ranks wait.

@@ -107,7 +107,7 @@ pub fn run<O: Operators>(
     }
     let counted = times.split_off(WARM_UP.min(times.len().saturating_sub(1)));
     let trace = gather_trace(worker, kept)?;
-    Ok(Outcome { step_time: median(counted), held_out_loss, trace })
+    Ok(Outcome { step_time: Seconds::median(counted), held_out_loss, trace })
 }
 
 fn train_step<O: Operators>(
@@ -171,11 +171,6 @@ fn check_finite<O: Operators>(worker: &mut Worker<O>, step: u64) -> Result<(), E
         return Ok(());
     }
     Err(Error::Diverged { step: step + 1, loss, gradient_norm })
-}
-
-fn median(mut times: Vec<Seconds>) -> Seconds {
-    times.sort_by(|a, b| a.0.total_cmp(&b.0));
-    times.get(times.len() / 2).copied().unwrap_or_default()
 }
 
 /// Rank 0 picks a kept step of median time, and every rank sends its spans of it.

@@ -19,6 +19,14 @@ pub struct Group {
     pub ranks: Arc<[Rank]>,
 }
 
+impl Group {
+    /// Every rank of a job, before the job has numbered groups of its own from 1.
+    #[must_use]
+    pub fn world(ranks: u32) -> Self {
+        Self { id: 0, ranks: (0..ranks).map(Rank).collect() }
+    }
+}
+
 /// What an operation does with its buffer.
 #[derive(Debug, Clone)]
 pub enum Action {

@@ -124,6 +124,13 @@ impl Div<Seconds> for Flops {
 }
 
 impl Seconds {
+    /// The middle one of several durations, the upper of two; zero of none.
+    #[must_use]
+    pub fn median(mut times: Vec<Self>) -> Self {
+        times.sort_by(|a, b| a.0.total_cmp(&b.0));
+        times.get(times.len() / 2).copied().unwrap_or_default()
+    }
+
     /// The longer of two durations.
     #[must_use]
     pub fn max(self, other: Self) -> Self {
