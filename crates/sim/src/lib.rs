@@ -13,6 +13,7 @@ mod machine;
 mod measured;
 mod ports;
 mod simulation;
+pub mod step;
 mod world;
 
 use cluster::Precision;

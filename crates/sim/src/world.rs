@@ -164,7 +164,11 @@ impl Profile {
 }
 
 impl Roofline {
-    fn time(&self, program: &Program, instruction: &Instruction) -> Result<Seconds, Error> {
+    pub(crate) fn time(
+        &self,
+        program: &Program,
+        instruction: &Instruction,
+    ) -> Result<Seconds, Error> {
         let rate = FlopsPerSecond(self.peak()?.0 * self.efficiency);
         let operators = program.operators(instruction);
         Ok(operators.iter().map(|operator| self.operator(operator, rate)).sum())
