@@ -11,6 +11,7 @@ mod described;
 mod exchange;
 mod machine;
 mod measured;
+pub mod nccl;
 mod ports;
 mod simulation;
 pub mod step;
