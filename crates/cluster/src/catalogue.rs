@@ -1,150 +1,250 @@
-//! The hardware that comes with Phalanx. Every entry names its source and the source's date.
+//! The hardware that comes with Phalanx, and files of the same form. Every entry names its source
+//! and the source's date.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use thiserror::Error;
-use units::{Bytes, BytesPerSecond, FlopsPerSecond, Seconds};
+use units::{Bytes, BytesPerSecond, FlopsPerSecond, Hertz, Watts};
 
-use crate::{Accelerator, Cluster, Link, Precision};
+use crate::{
+    Accelerator, Cluster, Composition, Error, Fabric, Generation, Link, Precision, Routing, Shape,
+    Tier,
+};
 
 const ACCELERATORS: &str = include_str!("../../../catalogue/accelerators.toml");
+const NODES: &str = include_str!("../../../catalogue/nodes.toml");
+const FABRICS: &str = include_str!("../../../catalogue/fabrics.toml");
 const CLUSTERS: &str = include_str!("../../../catalogue/clusters.toml");
-
-/// A name that the catalogue does not have.
-#[derive(Debug, Error, PartialEq, Eq)]
-#[error("the catalogue has no {what} `{name}`; did you mean `{nearest}`? It has: {}", known.join(", "))]
-pub struct Unknown {
-    /// What was looked for.
-    pub what: &'static str,
-    /// The name that was given.
-    pub name: String,
-    /// The entry spelled most like it.
-    pub nearest: String,
-    /// All entries.
-    pub known: Vec<String>,
-}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AcceleratorEntry {
     source: String,
     date: String,
-    memory_bytes: f64,
+    generation: Generation,
+    multiprocessors: u32,
+    boost_clock_hz: Hertz,
+    memory_bytes: Bytes,
     memory_bytes_per_s: BytesPerSecond,
+    l2_bytes: Bytes,
     peak_flops: BTreeMap<Precision, FlopsPerSecond>,
+    tdp_w: Watts,
+    idle_w: Option<Watts>,
+    node: Option<String>,
+}
+
+/// A node, and the scale-up domain that it is or is part of.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NodeEntry {
+    pub(crate) source: String,
+    pub(crate) date: String,
+    /// Accelerators that share a host.
+    pub(crate) per_node: u32,
+    /// Accelerators that a job uses of a domain.
+    pub(crate) per_domain: u32,
+    pub(crate) shape: Shape,
+    pub(crate) in_network_reduction: Option<f64>,
+    /// The size from which the ends of a torus are joined.
+    #[serde(default)]
+    pub(crate) wraps_from: u32,
+    /// Most that the node draws, its accelerators included.
+    pub(crate) max_power_w: Option<Watts>,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ClusterEntry {
+struct FabricEntry {
     source: String,
     date: String,
-    accelerator: String,
-    accelerators: u32,
-    per_node: u32,
-    inside: LinkEntry,
-    between: LinkEntry,
+    nic: Link,
+    #[serde(default = "one")]
+    accelerators_per_nic: u32,
+    rails: bool,
+    tiers: Vec<Tier>,
+    routing: Routing,
+    in_network_reduction: bool,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct LinkEntry {
-    latency_s: Seconds,
-    bytes_per_s: BytesPerSecond,
+fn one() -> u32 {
+    1
 }
 
-impl From<LinkEntry> for Link {
-    fn from(entry: LinkEntry) -> Self {
-        Self { latency: entry.latency_s, bandwidth: entry.bytes_per_s }
-    }
-}
-
-/// The cluster called `name`.
+/// The cluster called `name`: of the catalogue, or in a file whose name ends in `.toml`.
 ///
 /// # Errors
-/// [`Unknown`] with the nearest name when the catalogue has no such cluster.
-pub fn find(name: &str) -> Result<Cluster, Unknown> {
-    let entry: ClusterEntry = entry("cluster", CLUSTERS, name)?;
-    Ok(Cluster {
-        name: name.to_owned(),
-        accelerator: accelerator(&entry.accelerator)?,
-        accelerators: entry.accelerators,
-        per_node: entry.per_node,
-        inside: entry.inside.into(),
-        between: entry.between.into(),
-        source: format!("{} ({})", entry.source, entry.date),
-    })
+/// When the catalogue has no such cluster, and when the file cannot be read or is no cluster.
+pub fn find(name: &str) -> Result<Cluster, Error> {
+    composition(name)?.build(name)
+}
+
+/// The parts of the cluster called `name`, as they are written down.
+///
+/// # Errors
+/// As [`find`].
+pub fn composition(name: &str) -> Result<Composition, Error> {
+    if Path::new(name).extension().is_none_or(|extension| extension != "toml") {
+        return entry("cluster", CLUSTERS, name);
+    }
+    let unreadable = |error: std::io::Error| Error::Unreadable {
+        path: name.to_owned(),
+        reason: error.to_string(),
+    };
+    let text = std::fs::read_to_string(name).map_err(unreadable)?;
+    toml::from_str(&text).map_err(|error| malformed(name, &error))
 }
 
 /// The accelerator called `name`.
 ///
 /// # Errors
-/// [`Unknown`] with the nearest name when the catalogue has no such accelerator.
-pub fn accelerator(name: &str) -> Result<Accelerator, Unknown> {
-    let entry: AcceleratorEntry = entry("accelerator", ACCELERATORS, name)?;
+/// [`Error::Unknown`] with the nearest name when the catalogue has no such accelerator.
+pub fn accelerator(name: &str) -> Result<Accelerator, Error> {
+    accelerator_of(&toml::Value::String(name.to_owned()))
+}
+
+/// The fabric called `name`.
+///
+/// # Errors
+/// [`Error::Unknown`] with the nearest name when the catalogue has no such fabric.
+pub fn fabric(name: &str) -> Result<Fabric, Error> {
+    fabric_of(&toml::Value::String(name.to_owned()))
+}
+
+/// The names of all clusters.
+#[must_use]
+pub fn cluster_names() -> Vec<String> {
+    names(CLUSTERS)
+}
+
+/// The names of all accelerators.
+#[must_use]
+pub fn accelerator_names() -> Vec<String> {
+    names(ACCELERATORS)
+}
+
+/// The names of all fabrics.
+#[must_use]
+pub fn fabric_names() -> Vec<String> {
+    names(FABRICS)
+}
+
+/// An accelerator by name or in full.
+pub(crate) fn accelerator_of(value: &toml::Value) -> Result<Accelerator, Error> {
+    let (name, entry): (_, AcceleratorEntry) = part("accelerator", ACCELERATORS, value)?;
     Ok(Accelerator {
-        name: name.to_owned(),
-        memory: Bytes(entry.memory_bytes as u64),
+        name,
+        generation: entry.generation,
+        multiprocessors: entry.multiprocessors,
+        boost_clock: entry.boost_clock_hz,
+        memory: entry.memory_bytes,
         memory_bandwidth: entry.memory_bytes_per_s,
+        l2: entry.l2_bytes,
         peak: entry.peak_flops,
+        tdp: entry.tdp_w,
+        idle: entry.idle_w,
+        node: entry.node,
         source: format!("{} ({})", entry.source, entry.date),
     })
+}
+
+/// A node by name or in full.
+pub(crate) fn node_of(value: &toml::Value) -> Result<NodeEntry, Error> {
+    Ok(part("node", NODES, value)?.1)
+}
+
+/// A fabric by name or in full.
+pub(crate) fn fabric_of(value: &toml::Value) -> Result<Fabric, Error> {
+    let (name, entry): (_, FabricEntry) = part("fabric", FABRICS, value)?;
+    Ok(Fabric {
+        name,
+        nic: entry.nic,
+        accelerators_per_nic: entry.accelerators_per_nic,
+        rails: entry.rails,
+        tiers: entry.tiers,
+        routing: entry.routing,
+        in_network_reduction: entry.in_network_reduction,
+        source: format!("{} ({})", entry.source, entry.date),
+    })
+}
+
+/// A part of a cluster: an entry of the catalogue by its name, or a table of the same form.
+fn part<Entry: DeserializeOwned>(
+    what: &'static str,
+    catalogue: &str,
+    value: &toml::Value,
+) -> Result<(String, Entry), Error> {
+    if let Some(name) = value.as_str() {
+        return Ok((name.to_owned(), entry(what, catalogue, name)?));
+    }
+    let entry = value.clone().try_into().map_err(|error| malformed(what, &error))?;
+    Ok((format!("this {what}"), entry))
 }
 
 fn entry<Entry: DeserializeOwned>(
     what: &'static str,
     catalogue: &str,
     name: &str,
-) -> Result<Entry, Unknown> {
-    let mut entries = read(catalogue);
-    entries.remove(name).ok_or_else(|| Unknown {
-        what,
-        name: name.to_owned(),
-        nearest: nearest(name, &entries),
-        known: entries.into_keys().collect(),
-    })
+) -> Result<Entry, Error> {
+    let mut entries = table(catalogue);
+    let Some(entry) = entries.remove(name) else {
+        let distance = |known: &&String| strsim::damerau_levenshtein(name, known);
+        let nearest = entries.keys().min_by_key(distance).cloned().unwrap_or_default();
+        return Err(Error::Unknown { what, name: name.to_owned(), nearest });
+    };
+    entry.try_into().map_err(|error| malformed(name, &error))
 }
 
-/// The catalogue is part of the program, so an entry that cannot be read is a bug.
-fn read<Entry: DeserializeOwned>(catalogue: &str) -> BTreeMap<String, Entry> {
-    toml::from_str(catalogue).unwrap_or_else(|error| panic!("the built-in catalogue: {error}"))
+/// The catalogue is part of the program, so one that cannot be read is a bug.
+fn table(catalogue: &str) -> toml::Table {
+    catalogue.parse().unwrap_or_else(|error| panic!("the built-in catalogue: {error}"))
 }
 
-fn nearest<Entry>(name: &str, entries: &BTreeMap<String, Entry>) -> String {
-    let distance = |known: &&String| strsim::damerau_levenshtein(name, known);
-    entries.keys().min_by_key(distance).cloned().unwrap_or_default()
+fn names(catalogue: &str) -> Vec<String> {
+    table(catalogue).into_iter().map(|(name, _)| name).collect()
+}
+
+fn malformed(place: &str, error: &toml::de::Error) -> Error {
+    Error::Malformed { place: place.to_owned(), reason: error.to_string().trim_end().to_owned() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use units::Rank;
 
     #[test]
-    fn every_cluster_has_an_accelerator_a_source_and_a_date() {
-        for (name, entry) in read::<ClusterEntry>(CLUSTERS) {
-            let cluster = find(&name).unwrap();
+    fn every_cluster_can_be_built() {
+        for name in cluster_names() {
+            let cluster = find(&name).unwrap_or_else(|error| panic!("{error}"));
             assert_eq!(cluster.accelerators % cluster.per_node, 0, "{name}");
-            assert!(cluster.inside.bandwidth > cluster.between.bandwidth, "{name}");
-            assert!(!entry.source.is_empty() && !entry.date.is_empty(), "{name}");
         }
     }
 
     #[test]
-    fn every_accelerator_is_faster_in_fewer_bits() {
-        for (name, entry) in read::<AcceleratorEntry>(ACCELERATORS) {
-            let peaks: Vec<_> = accelerator(&name).unwrap().peak.into_values().collect();
-            assert!(peaks.is_sorted(), "{name}");
-            assert!(!entry.source.is_empty() && !entry.date.is_empty(), "{name}");
+    fn every_part_can_be_read() {
+        for name in accelerator_names() {
+            let found = accelerator(&name).unwrap_or_else(|error| panic!("{error}"));
+            let peaks: Vec<_> = found.peak.values().collect();
+            assert!(peaks.is_sorted(), "{name}: fewer bits are never slower");
+        }
+        for name in fabric_names() {
+            fabric(&name).unwrap_or_else(|error| panic!("{error}"));
+        }
+        for name in names(NODES) {
+            node_of(&toml::Value::String(name)).unwrap_or_else(|error| panic!("{error}"));
         }
     }
 
     #[test]
     fn a_miss_names_the_nearest_entry() {
-        let miss = find("dgx-h100-quantum").unwrap_err();
-        assert_eq!(miss.nearest, "dgx-h100-quantum2");
-        assert_eq!(accelerator("h100").unwrap_err().nearest, "h100-sxm");
+        let nearest = |error| match error {
+            Error::Unknown { nearest, .. } => nearest,
+            other => panic!("{other}"),
+        };
+        assert_eq!(nearest(find("dgx-h100-quantum").unwrap_err()), "dgx-h100-quantum2");
+        assert_eq!(nearest(accelerator("h100-sx").unwrap_err()), "h100-sxm");
     }
 
     #[test]
@@ -152,5 +252,30 @@ mod tests {
         let h100 = accelerator("h100-sxm").unwrap();
         assert_eq!(h100.peak[&Precision::Bf16].to_string(), "989.40 TFLOP/s");
         assert_eq!(h100.memory_bandwidth.to_string(), "3.35 TB/s");
+        assert_eq!(h100.tdp.to_string(), "700 W");
+    }
+
+    #[test]
+    fn ranks_of_one_domain_talk_over_its_link() {
+        let cluster = find("dgx-h100-quantum2").unwrap();
+        let fabric = cluster.fabric.as_ref().unwrap();
+        assert_eq!(cluster.link(Rank(8), Rank(15)).bandwidth, BytesPerSecond(450e9));
+        assert_eq!(cluster.link(Rank(7), Rank(8)).bandwidth, fabric.nic.bandwidth);
+        assert!(
+            cluster.link(Rank(0), Rank(4095)).latency >= cluster.link(Rank(7), Rank(8)).latency
+        );
+    }
+
+    #[test]
+    fn a_precision_is_written_as_in_a_job_file() {
+        #[derive(Deserialize)]
+        struct Training {
+            precision: Precision,
+        }
+        for precision in Precision::ALL {
+            let text = format!("precision = \"{precision}\"");
+            let training: Training = toml::from_str(&text).unwrap();
+            assert_eq!(training.precision, precision);
+        }
     }
 }

@@ -1,129 +1,58 @@
-//! Accelerators, nodes and links as described hardware: what a cluster is made of, how fast its
-//! parts are said to be, and which link joins two ranks.
+//! Accelerators, nodes and fabrics as described hardware: what a cluster is made of, how fast its
+//! parts are said to be, what they draw, and which link joins two ranks.
 //!
 //! Nothing here knows a model or the passing of time. Described hardware comes from the
-//! [`catalogue`]; what was measured on a machine at hand is the simulator's `Profile`.
+//! [`catalogue`] or from a user's file of the same form; what was measured on a machine at hand is
+//! the simulator's `Profile`.
 
+mod accelerator;
 pub mod catalogue;
+mod composition;
+mod topology;
 
-use std::collections::BTreeMap;
-use std::fmt;
+use thiserror::Error;
 
-use serde::{Deserialize, Serialize};
-use units::{Bytes, BytesPerSecond, FlopsPerSecond, Rank, Seconds};
+pub use accelerator::{Accelerator, Generation, Precision, Vendor};
+pub use composition::{Composition, PerDomain};
+pub use topology::{Cluster, Domain, Fabric, Link, Power, Price, Routing, Shape, Tier};
 
-/// The number format that products are computed in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Precision {
-    /// IEEE single precision.
-    Fp32,
-    /// Brain floating point: the range of fp32 in two bytes.
-    Bf16,
-    /// Eight-bit floating point.
-    Fp8,
-}
-
-impl Precision {
-    /// Bytes of one element.
-    #[must_use]
-    pub fn element(self) -> Bytes {
-        match self {
-            Self::Fp32 => Bytes(4),
-            Self::Bf16 => Bytes(2),
-            Self::Fp8 => Bytes(1),
-        }
-    }
-}
-
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Fp32 => "fp32",
-            Self::Bf16 => "bf16",
-            Self::Fp8 => "fp8",
-        })
-    }
-}
-
-/// A processor that does a rank's work, as its maker describes it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Accelerator {
-    /// Its catalogue name.
-    pub name: String,
-    /// Memory capacity.
-    pub memory: Bytes,
-    /// Memory bandwidth.
-    pub memory_bandwidth: BytesPerSecond,
-    /// Dense peak rate in each precision it has.
-    pub peak: BTreeMap<Precision, FlopsPerSecond>,
-    /// Where the numbers come from, and of when they are.
-    pub source: String,
-}
-
-/// A connection as one rank sees it, in one direction.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Link {
-    /// From the first byte sent to the first byte received.
-    pub latency: Seconds,
-    /// Most bytes a second that the rank can send, and at the same time receive, over it.
-    pub bandwidth: BytesPerSecond,
-}
-
-/// Nodes of equal accelerators, joined by one kind of link inside a node and one between nodes.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Cluster {
-    /// Its catalogue name.
-    pub name: String,
-    /// What every rank computes on.
-    pub accelerator: Accelerator,
-    /// Accelerators in all.
-    pub accelerators: u32,
-    /// Accelerators in a node, at least 1.
-    pub per_node: u32,
-    /// The link between accelerators of one node.
-    pub inside: Link,
-    /// The link between accelerators of different nodes.
-    pub between: Link,
-    /// Where the numbers come from, and of when they are.
-    pub source: String,
-}
-
-impl Cluster {
-    /// Whether two ranks are in one node. Ranks fill nodes in their order, one per accelerator.
-    #[must_use]
-    pub fn same_node(&self, a: Rank, b: Rank) -> bool {
-        a.0 / self.per_node == b.0 / self.per_node
-    }
-
-    /// The link that a message from `a` to `b` takes.
-    #[must_use]
-    pub fn link(&self, a: Rank, b: Rank) -> Link {
-        if self.same_node(a, b) { self.inside } else { self.between }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranks_of_one_node_talk_over_its_inside_link() {
-        let cluster = catalogue::find("dgx-h100-quantum2").unwrap();
-        assert_eq!(cluster.link(Rank(8), Rank(15)), cluster.inside);
-        assert_eq!(cluster.link(Rank(7), Rank(8)), cluster.between);
-    }
-
-    #[test]
-    fn a_precision_is_written_as_in_a_job_file() {
-        #[derive(Deserialize)]
-        struct Training {
-            precision: Precision,
-        }
-        for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp8] {
-            let text = format!("precision = \"{precision}\"");
-            let training: Training = toml::from_str(&text).unwrap();
-            assert_eq!(training.precision, precision);
-        }
-    }
+/// Why there is no such cluster.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum Error {
+    /// A name that the catalogue does not have.
+    #[error(
+        "the catalogue has no {what} `{name}`; did you mean `{nearest}`? `phalanx catalogue` lists all"
+    )]
+    Unknown {
+        /// What was looked for.
+        what: &'static str,
+        /// The name that was given.
+        name: String,
+        /// The entry spelled most like it.
+        nearest: String,
+    },
+    /// A file that cannot be read.
+    #[error("cannot read the cluster file {path}: {reason}")]
+    Unreadable {
+        /// Which file.
+        path: String,
+        /// What the system says.
+        reason: String,
+    },
+    /// An entry that is not of the catalogue's form.
+    #[error("{place}: {reason}")]
+    Malformed {
+        /// Which entry or file.
+        place: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Parts that do not make a cluster.
+    #[error("cluster {cluster}: {reason}")]
+    Unfit {
+        /// Which cluster.
+        cluster: String,
+        /// What to change.
+        reason: String,
+    },
 }

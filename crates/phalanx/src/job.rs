@@ -304,8 +304,8 @@ impl Job {
         match self.training.precision {
             Precision::Fp32 => Ok(compute::Precision::Fp32),
             Precision::Bf16 => Ok(compute::Precision::Bf16),
-            Precision::Fp8 => bail!(
-                "[training] precision = \"fp8\" cannot be trained on this machine; choose \"fp32\" or \"bf16\""
+            other => bail!(
+                "[training] precision = \"{other}\" cannot be trained on this machine; choose \"fp32\" or \"bf16\""
             ),
         }
     }

@@ -9,7 +9,7 @@ use crate::agenda::Agenda;
 use crate::machine::{Completion, Machine, Message};
 use crate::ports::{Forecast, Port, Ports};
 
-/// Ports of a rank: out and in, inside the node and between nodes.
+/// Ports of a rank: out and in, inside the scale-up domain and between domains.
 const PORTS_PER_RANK: usize = 4;
 
 /// Ranks on the accelerators of a cluster.
@@ -27,7 +27,8 @@ enum Event {
 
 impl<'a> Described<'a> {
     pub(crate) fn new(cluster: &'a Cluster, ranks: u32) -> Self {
-        let (inside, between) = (cluster.inside.bandwidth, cluster.between.bandwidth);
+        let inside = cluster.domain.shape.link().bandwidth;
+        let between = cluster.fabric.as_ref().map_or(inside, |fabric| fabric.nic.bandwidth);
         let bandwidths = [inside, inside, between, between];
         Self {
             cluster,
@@ -39,7 +40,7 @@ impl<'a> Described<'a> {
 
     /// Where a message leaves and where it enters.
     fn ports_of(&self, from: Rank, to: Rank) -> [Port; 2] {
-        let between = usize::from(!self.cluster.same_node(from, to));
+        let between = usize::from(!self.cluster.same_domain(from, to));
         let first = |rank: Rank| PORTS_PER_RANK * rank.index() + 2 * between;
         [first(from), first(to) + 1]
     }

@@ -66,6 +66,9 @@ pub enum Error {
         /// Its value.
         value: f64,
     },
+    /// The cluster's parts do not fit together.
+    #[error(transparent)]
+    Cluster(#[from] cluster::Error),
     /// The program would hang; its verifier says why.
     #[error("the program cannot go on: {}", blocked.join("; "))]
     Stuck {

@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use cluster::{Cluster, Link, Precision, catalogue};
+use cluster::{Cluster, Domain, Fabric, Link, Precision, Tier, catalogue};
 use collective::{Algorithm, Kind};
 use model::{Block, Operator, Pass, Segment, Shape};
 use program::{
@@ -98,12 +98,16 @@ fn roofline(per_node: u32) -> Roofline {
         latency: Seconds(latency),
         bandwidth: BytesPerSecond(bandwidth),
     };
-    let cluster = Cluster {
-        per_node,
-        inside: link(0.5, 100.0),
-        between: link(1.0, 10.0),
-        ..catalogue::find("dgx-h100-quantum2").unwrap()
+    let described = catalogue::find("dgx-h100-quantum2").unwrap();
+    let domain = Domain {
+        accelerators: per_node,
+        shape: cluster::Shape::Switched(link(0.5, 100.0)),
+        in_network_reduction: None,
     };
+    let tier = Tier { reach: described.accelerators, oversubscription: 1.0, latency: Seconds(0.0) };
+    let fabric =
+        described.fabric.map(|fabric| Fabric { nic: link(1.0, 10.0), tiers: vec![tier], ..fabric });
+    let cluster = Cluster { per_node, domain, fabric, ..described };
     Roofline { cluster, precision: Precision::Bf16, efficiency: 0.5 }
 }
 
@@ -425,15 +429,15 @@ fn what_cannot_be_simulated_says_why() {
     let error = simulate(&lonely, &World::Profile(useless)).unwrap_err();
     assert!(error.to_string().starts_with("`link.bandwidth` = 0"), "{error}");
 
-    let many = program(mesh(8193, 1), vec![vec![]]);
+    let many = program(mesh(11_617, 1), vec![vec![]]);
     let error = simulate(&many, &World::Roofline(roofline(8))).unwrap_err();
-    assert!(matches!(error, Error::TooSmall { ranks: 8193, .. }));
+    assert!(matches!(error, Error::TooSmall { ranks: 11_617, .. }));
 
     let mut coarse = roofline(8);
     coarse.cluster.accelerator = catalogue::accelerator("a100-sxm-80gb").unwrap();
     coarse.precision = Precision::Fp8;
     let error = simulate(&lonely, &World::Roofline(coarse)).unwrap_err();
-    let expected = "accelerator a100-sxm-80gb has no fp8; it has fp32, bf16";
+    let expected = "accelerator a100-sxm-80gb has no fp8; it has fp32, tf32, bf16, int8";
     assert_eq!(error.to_string(), expected);
 }
 

@@ -199,13 +199,9 @@ impl Roofline {
             });
         }
         positive("efficiency", self.efficiency)?;
-        positive("per_node", f64::from(cluster.per_node))?;
         positive("peak_flops", self.peak()?.0)?;
         positive("memory_bytes_per_s", cluster.accelerator.memory_bandwidth.0)?;
-        positive("inside.bytes_per_s", cluster.inside.bandwidth.0)?;
-        positive("between.bytes_per_s", cluster.between.bandwidth.0)?;
-        duration("inside.latency_s", cluster.inside.latency)?;
-        duration("between.latency_s", cluster.between.latency)
+        Ok(cluster.check()?)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Quantities as distinct types: bytes, floating-point operations, durations, rates, ranks.
+//! Quantities as distinct types: bytes, floating-point operations, durations, rates, power, ranks.
 //!
 //! A function that takes [`Bytes`] cannot be handed a FLOP count, and a number is printed with its
 //! unit in one way only. The crate knows no noun of any domain above arithmetic.
@@ -94,6 +94,25 @@ quantity!(
     /// A compute rate.
     FlopsPerSecond(f64), zero 0.0
 );
+quantity!(
+    /// A frequency.
+    Hertz(f64), zero 0.0
+);
+quantity!(
+    /// A power.
+    Watts(f64), zero 0.0
+);
+quantity!(
+    /// An energy.
+    Joules(f64), zero 0.0
+);
+
+impl Mul<Seconds> for Watts {
+    type Output = Joules;
+    fn mul(self, time: Seconds) -> Joules {
+        Joules(self.0 * time.0)
+    }
+}
 
 impl Div<BytesPerSecond> for Bytes {
     type Output = Seconds;
@@ -204,6 +223,24 @@ impl fmt::Display for FlopsPerSecond {
     }
 }
 
+impl fmt::Display for Hertz {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        scaled(f, self.0, 1e3, &DECIMAL, "Hz")
+    }
+}
+
+impl fmt::Display for Watts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        scaled(f, self.0, 1e3, &DECIMAL, "W")
+    }
+}
+
+impl fmt::Display for Joules {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        scaled(f, self.0, 1e3, &DECIMAL, "J")
+    }
+}
+
 impl fmt::Display for Seconds {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (value, unit) = match self.0.abs() {
@@ -228,6 +265,8 @@ mod tests {
         assert_eq!(Flops(989_000_000_000_000).to_string(), "989.00 TFLOP");
         assert_eq!(Seconds(0.0123).to_string(), "12.30 ms");
         assert_eq!(format!("{:.0}", BytesPerSecond(50e9)), "50 GB/s");
+        assert_eq!(Hertz(1.83e9).to_string(), "1.83 GHz");
+        assert_eq!((Watts(700.0) * Seconds(10.0)).to_string(), "7.00 kJ");
     }
 
     #[test]

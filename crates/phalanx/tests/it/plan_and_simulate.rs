@@ -86,10 +86,10 @@ fn a_described_cluster_is_refused_when_unknown_or_too_small() {
         assert_eq!((answer.code, answer.stdout.as_str()), (Some(2), ""), "{}", answer.stderr);
         answer.stderr
     };
-    insta::assert_snapshot!(refusal(&described("dgx-h100-quantum", 16)), @"phalanx: job.toml: [cluster] name: the catalogue has no cluster `dgx-h100-quantum`; did you mean `dgx-h100-quantum2`? It has: dgx-a100-hdr, dgx-h100-quantum2, dgx-h200-quantum2");
-    insta::assert_snapshot!(refusal(&described("dgx-h100-quantum2", 16384)), @"phalanx: job.toml: [cluster] accelerators = 16384, but dgx-h100-quantum2 has 8192; lower it, or choose a larger cluster");
+    insta::assert_snapshot!(refusal(&described("dgx-h100-quantum", 16)), @"phalanx: job.toml: [cluster] name: the catalogue has no cluster `dgx-h100-quantum`; did you mean `dgx-h100-quantum2`? `phalanx catalogue` lists all");
+    insta::assert_snapshot!(refusal(&described("dgx-h100-quantum2", 16384)), @"phalanx: job.toml: [cluster] accelerators = 16384, but dgx-h100-quantum2 has 11616; lower it, or choose a larger cluster");
     let fp8 = described("dgx-a100-hdr", 16).replace("bf16", "fp8");
-    insta::assert_snapshot!(refusal(&fp8), @"phalanx: accelerator a100-sxm-80gb has no fp8; it has fp32, bf16");
+    insta::assert_snapshot!(refusal(&fp8), @"phalanx: accelerator a100-sxm-80gb has no fp8; it has fp32, tf32, bf16, int8");
 }
 
 #[test]

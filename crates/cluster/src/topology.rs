@@ -1,0 +1,296 @@
+//! How accelerators are joined: scale-up domains, the fabric between them, and the cluster that
+//! both make.
+//!
+//! Links say what the hardware does. What a communication library adds to it (protocols, steps,
+//! launches) is the simulator's to model.
+
+use serde::{Deserialize, Serialize};
+use units::{BytesPerSecond, Rank, Seconds, Watts};
+
+use crate::{Accelerator, Error};
+
+/// A connection in one direction.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// From the first byte sent to the first byte received.
+    #[serde(rename = "latency_s")]
+    pub latency: Seconds,
+    /// Most bytes a second that it carries in this direction, whatever it carries in the other.
+    #[serde(rename = "bytes_per_s")]
+    pub bandwidth: BytesPerSecond,
+}
+
+/// How the accelerators of a scale-up domain are joined.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shape {
+    /// Every accelerator has one link to a switch that never is the bottleneck (NVSwitch).
+    Switched(Link),
+    /// Every accelerator has a link of its own to every other one (Infinity Fabric).
+    Mesh(Link),
+    /// Every accelerator has a link in both directions of each dimension (TPU).
+    Torus {
+        /// Accelerators along each dimension; ranks fill the last dimension first.
+        dims: Vec<u32>,
+        /// Whether the ends of a dimension are joined.
+        wrap: bool,
+        /// The link per dimension and direction.
+        link: Link,
+    },
+}
+
+impl Shape {
+    /// One of its links.
+    #[must_use]
+    pub fn link(&self) -> Link {
+        match self {
+            Self::Switched(link) | Self::Mesh(link) | Self::Torus { link, .. } => *link,
+        }
+    }
+}
+
+/// Accelerators joined more closely than by the fabric: an NVLink domain, an ICI slice.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Domain {
+    /// Accelerators that a job uses of it, such as 64 of the 72 of a rack.
+    pub accelerators: u32,
+    /// How they are joined.
+    pub shape: Shape,
+    /// The share of a link's bandwidth that a reduction in the switch reaches (NVLink SHARP);
+    /// `None` when the switch cannot reduce.
+    pub in_network_reduction: Option<f64>,
+}
+
+/// How packets are spread over parallel paths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Routing {
+    /// A hash of addresses and ports picks one path for each flow, so flows may collide.
+    Ecmp {
+        /// Flows that two accelerators spread their traffic over.
+        flows_per_pair: u32,
+    },
+    /// Switches send each packet, or burst of packets, over the least loaded path.
+    Adaptive,
+    /// Senders spread the packets of every flow over all paths, and receivers put them in order.
+    Spray,
+}
+
+/// Switches on one level of a fabric.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tier {
+    /// Accelerators below one group of switches of this tier, which reach each other without
+    /// going higher.
+    pub reach: u32,
+    /// Bandwidth into such a group from below over the bandwidth that joins groups of the tier
+    /// below it: 1 is full bisection, 7 is 1:7.
+    pub oversubscription: f64,
+    /// What going up to this tier, instead of the one below, adds to the latency.
+    #[serde(rename = "latency_s")]
+    pub latency: Seconds,
+}
+
+/// The network that joins domains.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Fabric {
+    /// Its catalogue name.
+    pub name: String,
+    /// An accelerator's share of its node's network interfaces, each direction; the latency is that
+    /// of sender and receiver together, without switches.
+    pub nic: Link,
+    /// Accelerators that one interface serves. A lone message may use all of it.
+    pub accelerators_per_nic: u32,
+    /// Whether the accelerators of equal place in their nodes share a leaf (rail-optimized).
+    pub rails: bool,
+    /// Its levels, from the leaves up; the last reaches all.
+    pub tiers: Vec<Tier>,
+    /// How packets are spread over parallel paths.
+    pub routing: Routing,
+    /// Whether its switches can reduce (SHARP).
+    pub in_network_reduction: bool,
+    /// Where the numbers come from, and of when they are.
+    pub source: String,
+}
+
+impl Fabric {
+    /// The lowest tier whose groups hold both of two accelerators, by their numbers.
+    #[must_use]
+    pub fn tier_between(&self, a: Rank, b: Rank) -> usize {
+        let joined = |tier: &Tier| a.0 / tier.reach == b.0 / tier.reach;
+        self.tiers.iter().position(joined).unwrap_or(self.tiers.len().saturating_sub(1))
+    }
+
+    /// The hardware's latency of a message that goes up to a tier.
+    #[must_use]
+    pub fn latency(&self, tier: usize) -> Seconds {
+        let switches = self.tiers.iter().take(tier + 1).map(|tier| tier.latency).sum();
+        self.nic.latency + switches
+    }
+}
+
+/// What a cluster draws beside its accelerators.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Power {
+    /// Most that a node draws, its accelerators included; `None` where nobody says.
+    pub node: Option<Watts>,
+    /// Facility power over computing power (power usage effectiveness), at least 1.
+    pub pue: f64,
+}
+
+/// A public list price.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Price {
+    /// United States dollars for an accelerator and an hour.
+    pub usd_per_accelerator_hour: f64,
+    /// Who asks for it, for what.
+    pub source: String,
+    /// When.
+    pub date: String,
+}
+
+/// Equal accelerators in equal nodes, joined by scale-up domains and a fabric between those.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Cluster {
+    /// Its catalogue name, the file it was read from, or what it is made of.
+    pub name: String,
+    /// What every rank computes on.
+    pub accelerator: Accelerator,
+    /// Accelerators in all.
+    pub accelerators: u32,
+    /// Accelerators that share a host, at least 1.
+    pub per_node: u32,
+    /// What joins neighbouring accelerators. A domain may hold several nodes.
+    pub domain: Domain,
+    /// What joins domains; `None` when there is only one.
+    pub fabric: Option<Fabric>,
+    /// What it draws beside its accelerators.
+    pub power: Power,
+    /// What it costs, where a public list price is known.
+    pub price: Option<Price>,
+    /// Where the numbers come from, and of when they are.
+    pub source: String,
+}
+
+impl Cluster {
+    /// Whether two ranks share a host. Ranks fill nodes in their order, one per accelerator.
+    #[must_use]
+    pub fn same_node(&self, a: Rank, b: Rank) -> bool {
+        a.0 / self.per_node == b.0 / self.per_node
+    }
+
+    /// Whether two ranks are in one scale-up domain. Ranks fill domains in their order.
+    #[must_use]
+    pub fn same_domain(&self, a: Rank, b: Rank) -> bool {
+        a.0 / self.domain.accelerators == b.0 / self.domain.accelerators
+    }
+
+    /// The link that a message from `a` to `b` takes, with the latency of all it passes.
+    ///
+    /// # Panics
+    /// When they are in different domains and nothing joins those, which [`Cluster::check`] refuses.
+    #[must_use]
+    pub fn link(&self, a: Rank, b: Rank) -> Link {
+        if self.same_domain(a, b) {
+            return self.domain.link(a, b);
+        }
+        let fabric = self.fabric.as_ref().expect("a cluster of several domains has a fabric");
+        let latency = fabric.latency(fabric.tier_between(a, b));
+        Link { latency, bandwidth: fabric.nic.bandwidth }
+    }
+
+    /// Refuses what cannot be: no accelerators, domains that nothing joins, rates of nothing.
+    ///
+    /// # Errors
+    /// [`Error::Unfit`], which says what to change.
+    pub fn check(&self) -> Result<(), Error> {
+        let unfit = |reason: String| Err(Error::Unfit { cluster: self.name.clone(), reason });
+        let Self { accelerators, per_node, domain, .. } = self;
+        if *accelerators == 0 || *per_node == 0 || domain.accelerators == 0 {
+            return unfit("accelerators, per_node and per_domain must be at least 1".into());
+        }
+        if domain.accelerators % per_node != 0 {
+            return unfit(format!(
+                "per_domain = {} is not a multiple of per_node = {per_node}",
+                domain.accelerators
+            ));
+        }
+        if *accelerators > domain.accelerators && self.fabric.is_none() {
+            return unfit(format!(
+                "{accelerators} accelerators in domains of {} need a fabric; name one, such as fabric = \"quantum2-ndr\"",
+                domain.accelerators
+            ));
+        }
+        if let Some(reason) = domain.unfit().or_else(|| self.fabric.as_ref()?.unfit()) {
+            return unfit(reason);
+        }
+        if !(self.power.pue >= 1.0 && self.power.pue.is_finite()) {
+            return unfit(format!("pue = {} is below 1", self.power.pue));
+        }
+        Ok(())
+    }
+}
+
+impl Domain {
+    /// The link between two accelerators of it; over a torus, with the latency of all hops.
+    fn link(&self, a: Rank, b: Rank) -> Link {
+        let link = self.shape.link();
+        let hops = self.hops(a.0 % self.accelerators, b.0 % self.accelerators);
+        Link { latency: link.latency * f64::from(hops.max(1)), ..link }
+    }
+
+    /// Links of the shortest way between two places of the domain.
+    #[must_use]
+    pub fn hops(&self, a: u32, b: u32) -> u32 {
+        let Shape::Torus { dims, wrap, .. } = &self.shape else { return u32::from(a != b) };
+        let (mut a, mut b, mut hops) = (a, b, 0);
+        for dim in dims.iter().rev() {
+            let apart = (a % dim).abs_diff(b % dim);
+            hops += if *wrap { apart.min(dim - apart) } else { apart };
+            (a, b) = (a / dim, b / dim);
+        }
+        hops
+    }
+
+    fn unfit(&self) -> Option<String> {
+        if let Shape::Torus { dims, .. } = &self.shape
+            && dims.iter().map(|dim| u64::from(*dim)).product::<u64>() != self.accelerators.into()
+        {
+            return Some(format!("a torus of {dims:?} does not have {}", self.accelerators));
+        }
+        let share = self.in_network_reduction.filter(|share| !(0.0..=1.0).contains(share));
+        share
+            .map(|share| format!("in_network_reduction = {share} is no share"))
+            .or(self.shape.link().unfit())
+    }
+}
+
+impl Fabric {
+    fn unfit(&self) -> Option<String> {
+        if self.tiers.is_empty() || self.accelerators_per_nic == 0 {
+            return Some(format!("fabric {} needs a tier and accelerators_per_nic", self.name));
+        }
+        if !self.tiers.is_sorted_by(|below, above| below.reach < above.reach) {
+            return Some(format!("the tiers of fabric {} must reach ever further", self.name));
+        }
+        let bad = |tier: &&Tier| {
+            let good = tier.reach > 0 && tier.oversubscription >= 1.0 && tier.latency.0 >= 0.0;
+            !(good && tier.oversubscription.is_finite() && tier.latency.0.is_finite())
+        };
+        let tier = self.tiers.iter().find(bad);
+        tier.map(|tier| format!("fabric {} has an impossible tier: {tier:?}", self.name))
+            .or(self.nic.unfit())
+    }
+}
+
+impl Link {
+    fn unfit(&self) -> Option<String> {
+        let (rate, latency) = (self.bandwidth.0, self.latency.0);
+        let good = rate > 0.0 && rate.is_finite() && latency >= 0.0 && latency.is_finite();
+        (!good).then(|| {
+            format!("a link of {rate} bytes/s and {latency} s; rates must be positive, times not negative")
+        })
+    }
+}
