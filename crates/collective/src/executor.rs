@@ -1,13 +1,14 @@
 //! The state machine that walks one member's steps: "what may start now?", "this one is done".
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use crate::Step;
 
 /// One member's progress through its steps. It holds no clock, socket or buffer.
 ///
 /// A step may start when
-/// - every earlier step that touches the same chunk is done, unless both only send it;
+/// - every earlier step that touches a chunk of its is done, unless both only send it;
 /// - every earlier step in the same direction with the same peer has started, so that the n-th send
 ///   meets the n-th receive;
 /// - for a send, fewer than the in-flight limit to that peer are under way.
@@ -131,20 +132,66 @@ impl Executor {
     /// Finds what waits for what on each chunk: a send for the last receive, a receive for the last
     /// receive and for the sends since.
     fn find_blockers(&mut self, steps: &[Step]) {
-        let mut since_last_receive: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
-        let mut last_receive: BTreeMap<u32, usize> = BTreeMap::new();
+        let mut history = History::new();
         for (index, step) in steps.iter().enumerate() {
-            let sends = since_last_receive.entry(step.chunk()).or_default();
-            let last = last_receive.get(&step.chunk()).copied();
-            let mut blockers: Vec<usize> = last.into_iter().collect();
-            if step.is_send() {
-                sends.push(index);
-            } else {
-                blockers.append(sends);
-                last_receive.insert(step.chunk(), index);
-            }
+            let mut blockers = history.note(index, *step);
+            blockers.sort_unstable();
+            blockers.dedup();
             self.nodes[index].blockers = blockers.len();
             blockers.into_iter().for_each(|blocker| self.nodes[blocker].blocks.push(index));
+        }
+    }
+}
+
+/// The steps that last touched each chunk. Chunks with the same past share a span, so that a step on
+/// many chunks costs no more than one on a few.
+struct History(BTreeMap<u32, Span>);
+
+/// The past of the chunks up to `end`.
+#[derive(Clone)]
+struct Span {
+    end: u32,
+    receive: Option<usize>,
+    sends_since: Vec<usize>,
+}
+
+impl History {
+    fn new() -> Self {
+        let untouched = Span { end: u32::MAX, receive: None, sends_since: Vec::new() };
+        Self(BTreeMap::from([(0, untouched)]))
+    }
+
+    /// Notes a step and returns those that it waits for, some of them more than once.
+    fn note(&mut self, index: usize, step: Step) -> Vec<usize> {
+        let Range { start, end } = step.chunks().range();
+        self.split(start);
+        self.split(end);
+        let mut blockers = Vec::new();
+        for (_, span) in self.0.range_mut(start..end) {
+            blockers.extend(span.receive);
+            if step.is_send() {
+                span.sends_since.push(index);
+            } else {
+                blockers.append(&mut span.sends_since);
+            }
+        }
+        if !step.is_send() {
+            let inside: Vec<u32> = self.0.range(start..end).map(|(start, _)| *start).collect();
+            inside.iter().for_each(|start| drop(self.0.remove(start)));
+            let received = Span { end, receive: Some(index), sends_since: Vec::new() };
+            self.0.insert(start, received);
+        }
+        blockers
+    }
+
+    /// Makes a span begin at this chunk.
+    fn split(&mut self, chunk: u32) {
+        if let Some((_, span)) = self.0.range_mut(..chunk).next_back()
+            && span.end > chunk
+        {
+            let after = span.clone();
+            span.end = chunk;
+            self.0.insert(chunk, after);
         }
     }
 }
@@ -152,7 +199,7 @@ impl Executor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Action, Kind, ring};
+    use crate::{Action, Chunks, Collective, Kind};
 
     fn drain(executor: &mut Executor) -> Vec<usize> {
         std::iter::from_fn(|| executor.start_next()).collect()
@@ -160,7 +207,7 @@ mod tests {
 
     #[test]
     fn a_send_waits_for_the_reduction_it_carries_on() {
-        let steps = &ring(Kind::ReduceScatter, 3).steps[0];
+        let steps = &Collective::ring(Kind::ReduceScatter, 3).steps(0);
         let mut executor = Executor::new(steps, 1);
         assert_eq!(drain(&mut executor), [0, 1, 3]);
         executor.complete(0);
@@ -174,7 +221,7 @@ mod tests {
 
     #[test]
     fn the_in_flight_limit_holds_per_peer() {
-        let to = |to, chunk| Step::Send { to, chunk };
+        let to = |to, chunk| Step::Send { to, chunks: Chunks::one(chunk) };
         let steps = [to(1, 0), to(1, 1), to(1, 2), to(2, 0)];
         let mut executor = Executor::new(&steps, 2);
         assert_eq!(drain(&mut executor), [0, 1, 3]);
@@ -185,17 +232,34 @@ mod tests {
 
     #[test]
     fn a_chunk_under_way_is_not_overwritten() {
-        let copy = Step::Receive { from: 1, chunk: 0, action: Action::Copy };
-        let mut executor = Executor::new(&[Step::Send { to: 1, chunk: 0 }, copy], 1);
+        let chunks = Chunks::one(0);
+        let copy = Step::Receive { from: 1, chunks, action: Action::Copy };
+        let mut executor = Executor::new(&[Step::Send { to: 1, chunks }, copy], 1);
         assert_eq!(drain(&mut executor), [0]);
         executor.complete(0);
         assert_eq!(drain(&mut executor), [1]);
     }
 
     #[test]
+    fn only_steps_on_a_common_chunk_wait_for_each_other() {
+        let receive = |from, first, count| {
+            let chunks = Chunks { first, count };
+            Step::Receive { from, chunks, action: Action::Copy }
+        };
+        let send = |first, count| Step::Send { to: 9, chunks: Chunks { first, count } };
+        let steps = [receive(1, 0, 4), receive(2, 4, 4), send(2, 2), send(3, 2), receive(3, 5, 1)];
+        let mut executor = Executor::new(&steps, 2);
+        assert_eq!(drain(&mut executor), [0, 1]);
+        executor.complete(1);
+        assert_eq!(drain(&mut executor), [4], "chunk 5 is not of the sends");
+        executor.complete(0);
+        assert_eq!(drain(&mut executor), [2, 3]);
+    }
+
+    #[test]
     #[should_panic(expected = "step 0 is not under way")]
     fn completing_a_step_twice_is_a_bug() {
-        let mut executor = Executor::new(&[Step::Send { to: 1, chunk: 0 }], 1);
+        let mut executor = Executor::new(&[Step::Send { to: 1, chunks: Chunks::one(0) }], 1);
         drain(&mut executor);
         executor.complete(0);
         executor.complete(0);

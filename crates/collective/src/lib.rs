@@ -1,8 +1,8 @@
 //! Collective algorithms as data: per-rank lists of sends and receives of chunks.
 //!
-//! A [`Schedule`] says what every member of a group sends and receives, in which order it reduces,
-//! and how many sends to one peer may be under way. [`Schedule::verify`] proves it symbolically, an
-//! [`Executor`] walks one member's list, and [`Algorithm::cost`] is its closed form. The simulator
+//! A [`Collective`] generates what one member sends and receives, and in which order it reduces: its
+//! [`Part`]. A [`Schedule`] is all members' parts, [`Schedule::verify`] proves it symbolically, an
+//! [`Executor`] walks one member's list, and [`Collective::cost`] is the closed form. The simulator
 //! drives the executor with virtual time and the runtime with bytes; neither has its own copy of an
 //! algorithm.
 //!
@@ -14,7 +14,7 @@ mod executor;
 mod schedule;
 mod verify;
 
-pub use algorithm::{Algorithm, Cost, direct, ring};
+pub use algorithm::{Algorithm, Collective, Cost};
 pub use executor::Executor;
-pub use schedule::{Action, Kind, Schedule, Step, chunk_range};
+pub use schedule::{Action, Chunks, Contract, Kind, Part, Schedule, Step, chunk_range};
 pub use verify::Error;

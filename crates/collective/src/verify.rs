@@ -1,17 +1,38 @@
 //! The symbolic verifier: every chunk is the set of members whose data it holds.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 
-use crate::{Action, Executor, Kind, Schedule, Step};
+use crate::{Action, Chunks, Contract, Executor, Kind, Schedule, Step};
 
-/// Why a schedule is wrong. Members, steps and chunks are numbered from 0.
+/// Why there is no such schedule, or why it is wrong. Members, steps and chunks are numbered from 0.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// A schedule has at least one member and lets at least one send be in flight.
     #[error("a schedule needs at least one member and an in-flight limit of at least 1")]
     Empty,
+    /// There is no list for every rank, or the blocks that the kind speaks of are not made of chunks.
+    #[error(
+        "{kind} over {ranks} ranks needs {ranks} lists of steps and a multiple of {blocks} chunks, \
+         not {members} and {chunks}"
+    )]
+    Shape {
+        /// The kind.
+        kind: Kind,
+        /// The size of the group.
+        ranks: u32,
+        /// How many blocks the kind speaks of.
+        blocks: u32,
+        /// How many lists there are.
+        members: usize,
+        /// How many chunks there are.
+        chunks: u32,
+    },
     /// A step names a member or a chunk that does not exist, or the member itself.
-    #[error("member {member}, step {step}: no peer {peer} or chunk {chunk} in a group of {ranks}")]
+    #[error(
+        "member {member}, step {step}: no peer {peer} or no {range} among {ranks} ranks and \
+         {chunks} chunks"
+    )]
     OutOfRange {
         /// Whose step.
         member: u32,
@@ -19,24 +40,26 @@ pub enum Error {
         step: usize,
         /// The peer it names.
         peer: u32,
-        /// The chunk it names.
-        chunk: u32,
+        /// The chunks it names.
+        range: Chunks,
         /// The size of the group.
         ranks: u32,
+        /// How many chunks there are.
+        chunks: u32,
     },
-    /// A receive meets a send of another chunk.
-    #[error("member {member}, step {step}: expects chunk {chunk}, but member {from} sends {sent}")]
+    /// A receive meets a send of other chunks.
+    #[error("member {member}, step {step}: expects {expected}, but member {from} sends {sent}")]
     WrongChunk {
         /// The receiving member.
         member: u32,
         /// Index in the receiving member's list.
         step: usize,
-        /// The chunk that the receive expects.
-        chunk: u32,
+        /// What the receive expects.
+        expected: Chunks,
         /// The sending member.
         from: u32,
-        /// The chunk that comes.
-        sent: u32,
+        /// What comes.
+        sent: Chunks,
     },
     /// A contribution would be summed twice.
     #[error(
@@ -64,16 +87,16 @@ pub enum Error {
     },
     /// A step never gets a partner: the schedule hangs.
     #[error(
-        "member {member}, step {step}: chunk {chunk} waits for member {peer} for ever (deadlock \
-         with {in_flight} in flight)"
+        "member {member}, step {step}: {chunks} waits for member {peer} for ever (deadlock with \
+         {in_flight} in flight)"
     )]
     Deadlock {
         /// The waiting member.
         member: u32,
         /// Index in its list.
         step: usize,
-        /// The chunk.
-        chunk: u32,
+        /// The chunks.
+        chunks: Chunks,
         /// The member that never answers.
         peer: u32,
         /// The limit under which it hangs.
@@ -113,65 +136,26 @@ impl Schedule {
     }
 
     fn check_ranges(&self) -> Result<(), Error> {
-        let ranks = self.ranks();
-        if ranks == 0 || self.in_flight == 0 {
+        let Contract { kind, ranks, chunks, in_flight } = self.contract;
+        if ranks == 0 || in_flight == 0 {
             return Err(Error::Empty);
+        }
+        let members = self.steps.len();
+        let blocks = self.contract.blocks();
+        if members != ranks as usize || chunks == 0 || chunks % blocks != 0 {
+            return Err(Error::Shape { kind, ranks, blocks, members, chunks });
         }
         for (member, list) in (0..).zip(&self.steps) {
             for (step, action) in list.iter().enumerate() {
-                let (peer, chunk) = (action.peer(), action.chunk());
-                if peer >= ranks || peer == member || chunk >= ranks {
-                    return Err(Error::OutOfRange { member, step, peer, chunk, ranks });
+                let (peer, Chunks { first, count }) = (action.peer(), action.chunks());
+                let inside = count > 0 && first.checked_add(count).is_some_and(|end| end <= chunks);
+                if peer >= ranks || peer == member || !inside {
+                    let range = action.chunks();
+                    return Err(Error::OutOfRange { member, step, peer, range, ranks, chunks });
                 }
             }
         }
         Ok(())
-    }
-}
-
-/// A set of members.
-#[derive(Clone, PartialEq)]
-struct Contributors(Vec<u64>);
-
-impl Contributors {
-    fn none(ranks: u32) -> Self {
-        Self(vec![0; ranks.div_ceil(64) as usize])
-    }
-
-    fn all(ranks: u32) -> Self {
-        let mut set = Self::none(ranks);
-        (0..ranks).for_each(|member| set.insert(member));
-        set
-    }
-
-    fn only(ranks: u32, member: u32) -> Self {
-        let mut set = Self::none(ranks);
-        set.insert(member);
-        set
-    }
-
-    fn insert(&mut self, member: u32) {
-        self.0[member as usize / 64] |= 1 << (member % 64);
-    }
-
-    fn is_empty(&self) -> bool {
-        self.0.iter().all(|word| *word == 0)
-    }
-
-    fn first_shared(&self, other: &Self) -> Option<u32> {
-        let shared = |(index, (a, b)): (u32, (&u64, &u64))| {
-            (a & b != 0).then(|| 64 * index + (a & b).trailing_zeros())
-        };
-        (0..).zip(self.0.iter().zip(&other.0)).find_map(shared)
-    }
-
-    fn add(&mut self, other: &Self) {
-        self.0.iter_mut().zip(&other.0).for_each(|(word, more)| *word |= more);
-    }
-
-    fn list(&self) -> Vec<u32> {
-        let holds = |member: &u32| self.0[*member as usize / 64] >> (member % 64) & 1 == 1;
-        (0..64 * self.0.len() as u32).filter(holds).collect()
     }
 }
 
@@ -186,8 +170,7 @@ struct Pair {
 struct Run<'a> {
     schedule: &'a Schedule,
     executors: Vec<Executor>,
-    /// What every member's every chunk holds.
-    held: Vec<Vec<Contributors>>,
+    held: Holdings,
     /// By (from, to).
     pairs: BTreeMap<(u32, u32), Pair>,
     /// Sends that wait for the next round, because what they send may be of this one.
@@ -196,21 +179,16 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(schedule: &'a Schedule) -> Self {
-        let ranks = schedule.ranks();
-        let filled = |member, chunk| schedule.kind != Kind::AllGather || member == chunk;
-        let start = |member, chunk| match filled(member, chunk) {
-            true => Contributors::only(ranks, member),
-            false => Contributors::none(ranks),
-        };
-        let executor = |steps: &Vec<Step>| Executor::new(steps, schedule.in_flight);
+        let in_flight = schedule.contract.in_flight;
+        let executor = |steps: &Vec<Step>| Executor::new(steps, in_flight);
         let mut run = Self {
             schedule,
             executors: schedule.steps.iter().map(executor).collect(),
-            held: (0..ranks).map(|m| (0..ranks).map(|c| start(m, c)).collect()).collect(),
+            held: Holdings::new(schedule),
             pairs: BTreeMap::new(),
             next_sends: Vec::new(),
         };
-        (0..ranks).for_each(|member| drop(run.start_steps(member)));
+        (0..schedule.steps.len() as u32).for_each(|member| drop(run.start_steps(member)));
         run
     }
 
@@ -260,26 +238,14 @@ impl<'a> Run<'a> {
     }
 
     fn deliver(&mut self, (from, to): (u32, u32), send: usize, step: usize) -> Result<(), Error> {
-        let sent = self.schedule.steps[from as usize][send].chunk();
-        let Step::Receive { chunk, action, .. } = self.schedule.steps[to as usize][step] else {
+        let sent = self.schedule.steps[from as usize][send].chunks();
+        let Step::Receive { chunks, action, .. } = self.schedule.steps[to as usize][step] else {
             unreachable!("only receives are queued as receives");
         };
-        if sent != chunk {
-            return Err(Error::WrongChunk { member: to, step, chunk, from, sent });
+        if sent != chunks {
+            return Err(Error::WrongChunk { member: to, step, expected: chunks, from, sent });
         }
-        let arriving = self.held[from as usize][chunk as usize].clone();
-        let held = &mut self.held[to as usize][chunk as usize];
-        if arriving.is_empty() || (action == Action::Reduce && held.is_empty()) {
-            return Err(Error::Unfilled { member: to, step, chunk });
-        }
-        match (action, held.first_shared(&arriving)) {
-            (Action::Copy, _) => *held = arriving,
-            (Action::Reduce, None) => held.add(&arriving),
-            (Action::Reduce, Some(contributor)) => {
-                return Err(Error::DoubleReduction { member: to, step, chunk, contributor });
-            }
-        }
-        Ok(())
+        chunks.range().try_for_each(|chunk| self.held.receive((from, to), step, chunk, action))
     }
 
     fn check_finished(&self) -> Result<(), Error> {
@@ -289,9 +255,9 @@ impl<'a> Run<'a> {
                 return Err(Error::Deadlock {
                     member,
                     step,
-                    chunk: stuck.chunk(),
+                    chunks: stuck.chunks(),
                     peer: stuck.peer(),
-                    in_flight: self.schedule.in_flight,
+                    in_flight: self.schedule.contract.in_flight,
                 });
             }
         }
@@ -299,20 +265,85 @@ impl<'a> Run<'a> {
     }
 
     fn check_result(&self) -> Result<(), Error> {
-        let ranks = self.schedule.ranks();
-        for (member, chunk) in (0..ranks).flat_map(|m| (0..ranks).map(move |c| (m, c))) {
-            let expected = match self.schedule.kind {
-                Kind::AllReduce => Contributors::all(ranks),
-                Kind::AllGather => Contributors::only(ranks, chunk),
-                Kind::ReduceScatter if member == chunk => Contributors::all(ranks),
-                Kind::ReduceScatter => continue,
+        let Contract { ranks, chunks, .. } = self.schedule.contract;
+        for (member, chunk) in (0..ranks).flat_map(|m| (0..chunks).map(move |c| (m, c))) {
+            let Some(expected) = self.schedule.contract.promises(member, chunk) else {
+                continue;
             };
-            let held = &self.held[member as usize][chunk as usize];
-            if *held != expected {
-                let (held, expected) = (held.list(), expected.list());
-                return Err(Error::WrongResult { member, chunk, held, expected });
+            let held = self.held.list(member, chunk);
+            if !expected.clone().eq(held.iter().copied()) {
+                return Err(Error::WrongResult {
+                    member,
+                    chunk,
+                    held,
+                    expected: expected.collect(),
+                });
             }
         }
+        Ok(())
+    }
+}
+
+/// What every member's every chunk holds: the set of members whose data are in it.
+struct Holdings {
+    chunks: u32,
+    /// Words of 64 members in a set.
+    words: usize,
+    sets: Vec<u64>,
+}
+
+impl Holdings {
+    /// What is there at the start.
+    fn new(schedule: &Schedule) -> Self {
+        let Contract { ranks, chunks, .. } = schedule.contract;
+        let words = ranks.div_ceil(64) as usize;
+        let sets = vec![0; schedule.steps.len() * chunks as usize * words];
+        let mut held = Self { chunks, words, sets };
+        for (member, chunk) in (0..ranks).flat_map(|m| (0..chunks).map(move |c| (m, c))) {
+            if schedule.contract.starts_with(member, chunk) {
+                let set = held.at(member, chunk);
+                held.sets[set][member as usize / 64] |= 1 << (member % 64);
+            }
+        }
+        held
+    }
+
+    fn at(&self, member: u32, chunk: u32) -> Range<usize> {
+        let set = member as usize * self.chunks as usize + chunk as usize;
+        set * self.words..(set + 1) * self.words
+    }
+
+    fn list(&self, member: u32, chunk: u32) -> Vec<u32> {
+        let set = &self.sets[self.at(member, chunk)];
+        let holds = |member: &u32| set[*member as usize / 64] >> (member % 64) & 1 == 1;
+        (0..64 * set.len() as u32).filter(holds).collect()
+    }
+
+    /// A chunk goes from one member to another, whose step it completes.
+    fn receive(
+        &mut self,
+        (from, to): (u32, u32),
+        step: usize,
+        chunk: u32,
+        action: Action,
+    ) -> Result<(), Error> {
+        let arriving = self.sets[self.at(from, chunk)].to_vec();
+        let held = self.at(to, chunk);
+        let held = &mut self.sets[held];
+        let empty = |set: &[u64]| set.iter().all(|word| *word == 0);
+        if empty(&arriving) || (action == Action::Reduce && empty(held)) {
+            return Err(Error::Unfilled { member: to, step, chunk });
+        }
+        if action == Action::Copy {
+            held.copy_from_slice(&arriving);
+            return Ok(());
+        }
+        let shared = (0..).zip(held.iter().zip(&arriving)).find(|(_, (a, b))| *a & *b != 0);
+        if let Some((word, (a, b))) = shared {
+            let contributor = 64 * word + (a & b).trailing_zeros();
+            return Err(Error::DoubleReduction { member: to, step, chunk, contributor });
+        }
+        held.iter_mut().zip(&arriving).for_each(|(word, more)| *word |= more);
         Ok(())
     }
 }
@@ -322,13 +353,15 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Algorithm, direct, ring};
+    use crate::{Algorithm, Collective};
 
     fn schedules() -> impl Strategy<Value = Schedule> {
         let kinds = [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather];
         let algorithms = [Algorithm::Ring, Algorithm::Direct];
         (prop::sample::select(algorithms.to_vec()), prop::sample::select(kinds.to_vec()), 2..9_u32)
-            .prop_map(|(algorithm, kind, ranks)| algorithm.schedule(kind, ranks))
+            .prop_map(|(algorithm, kind, ranks)| {
+                Collective::new(kind, algorithm, ranks).unwrap().schedule()
+            })
     }
 
     proptest! {
@@ -347,12 +380,14 @@ mod tests {
             shift in 1..8_u32,
             what in 0..3,
         ) {
-            let ranks = schedule.ranks();
+            let ranks = schedule.contract.ranks;
             let other = |value: u32| (value + 1 + shift % (ranks - 1).max(1)) % ranks;
             let member = at.index(schedule.steps.len());
             let step = at.index(schedule.steps[member].len());
             match (&mut schedule.steps[member][step], what) {
-                (Step::Send { chunk, .. } | Step::Receive { chunk, .. }, 0) => *chunk = other(*chunk),
+                (Step::Send { chunks, .. } | Step::Receive { chunks, .. }, 0) => {
+                    chunks.first = other(chunks.first);
+                }
                 (Step::Receive { action, .. }, 1) => {
                     let reduces = *action == Action::Reduce;
                     *action = if reduces { Action::Copy } else { Action::Reduce };
@@ -367,41 +402,40 @@ mod tests {
 
     #[test]
     fn a_swapped_chunk_names_member_step_and_chunk() {
-        let mut schedule = ring(Kind::AllReduce, 4);
-        schedule.steps[2][0] = Step::Send { to: 3, chunk: 3 };
-        let error = Error::WrongChunk { member: 3, step: 1, chunk: 1, from: 2, sent: 3 };
+        let mut schedule = Collective::ring(Kind::AllReduce, 4).schedule();
+        let (expected, sent) = (Chunks::one(1), Chunks::one(3));
+        schedule.steps[2][0] = Step::Send { to: 3, chunks: sent };
+        let error = Error::WrongChunk { member: 3, step: 1, expected, from: 2, sent };
         assert_eq!(schedule.verify(), Err(error));
     }
 
     #[test]
     fn a_repeated_reduction_is_found() {
-        let mut schedule = direct(Kind::ReduceScatter, 3);
-        let again = Step::Receive { from: 1, chunk: 0, action: Action::Reduce };
-        schedule.steps[0].push(again);
-        schedule.steps[1].push(Step::Send { to: 0, chunk: 0 });
+        let mut schedule = Collective::direct(Kind::ReduceScatter, 3).schedule();
+        let chunks = Chunks::one(0);
+        schedule.steps[0].push(Step::Receive { from: 1, chunks, action: Action::Reduce });
+        schedule.steps[1].push(Step::Send { to: 0, chunks });
         let error = Error::DoubleReduction { member: 0, step: 4, chunk: 0, contributor: 1 };
         assert_eq!(schedule.verify(), Err(error));
     }
 
     #[test]
     fn a_cycle_of_waiting_members_is_a_deadlock() {
-        let receive = |from| Step::Receive { from, chunk: 0, action: Action::Copy };
+        let chunks = Chunks::one(0);
+        let receive = |from| Step::Receive { from, chunks, action: Action::Copy };
+        let send = |to| Step::Send { to, chunks };
         let schedule = Schedule {
-            kind: Kind::AllReduce,
-            in_flight: 1,
-            steps: vec![
-                vec![receive(1), Step::Send { to: 1, chunk: 0 }],
-                vec![receive(0), Step::Send { to: 0, chunk: 0 }],
-            ],
+            contract: Contract { kind: Kind::AllReduce, ranks: 2, chunks: 1, in_flight: 1 },
+            steps: vec![vec![receive(1), send(1)], vec![receive(0), send(0)]],
         };
-        let error = Error::Deadlock { member: 0, step: 0, chunk: 0, peer: 1, in_flight: 1 };
+        let error = Error::Deadlock { member: 0, step: 0, chunks, peer: 1, in_flight: 1 };
         assert_eq!(schedule.verify(), Err(error));
     }
 
     #[test]
     fn a_schedule_of_another_kind_has_the_wrong_result() {
-        let mut schedule = ring(Kind::ReduceScatter, 2);
-        schedule.kind = Kind::AllReduce;
+        let mut schedule = Collective::ring(Kind::ReduceScatter, 2).schedule();
+        schedule.contract.kind = Kind::AllReduce;
         let error = Error::WrongResult { member: 0, chunk: 1, held: vec![0], expected: vec![0, 1] };
         assert_eq!(schedule.verify(), Err(error));
     }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
-use collective::{Executor, Kind, Step, chunk_range};
+use collective::{Chunks, Collective, Contract, Executor, Kind, Schedule, Step};
 use program::{Action, Axis, Mesh, Party, Ticket};
 use units::{Bytes, Rank};
 
@@ -26,10 +26,7 @@ struct Group {
 
 /// What the members of a transfer do.
 struct Script {
-    steps: Vec<Vec<Step>>,
-    in_flight: u32,
-    /// How many chunks the buffer is cut into.
-    chunks: u32,
+    schedule: Schedule,
     /// What each member does with what it receives, in order, by sender.
     actions: Vec<BTreeMap<u32, Vec<collective::Action>>>,
 }
@@ -73,25 +70,21 @@ pub(crate) struct Exchange {
 }
 
 impl Script {
-    fn new(steps: Vec<Vec<Step>>, in_flight: u32, chunks: u32) -> Self {
-        Self {
-            actions: steps.iter().map(|steps| actions(steps)).collect(),
-            steps,
-            in_flight,
-            chunks,
-        }
+    fn new(schedule: Schedule) -> Self {
+        Self { actions: schedule.steps.iter().map(|steps| actions(steps)).collect(), schedule }
     }
 
     /// A send and its receive, in the words of a collective.
     fn pair() -> Self {
-        let send = Step::Send { to: 1, chunk: 0 };
-        let receive = Step::Receive { from: 0, chunk: 0, action: collective::Action::Copy };
-        Self::new(vec![vec![send], vec![receive]], 1, 1)
+        let chunks = Chunks::one(0);
+        let send = Step::Send { to: 1, chunks };
+        let receive = Step::Receive { from: 0, chunks, action: collective::Action::Copy };
+        let contract = Contract { kind: Kind::AllReduce, ranks: 2, chunks: 1, in_flight: 1 };
+        Self::new(Schedule { contract, steps: vec![vec![send], vec![receive]] })
     }
 
     fn collective(kind: Kind, ranks: u32) -> Self {
-        let schedule = collective::ring(kind, ranks);
-        Self::new(schedule.steps, schedule.in_flight, ranks)
+        Self::new(Collective::ring(kind, ranks).schedule())
     }
 }
 
@@ -143,13 +136,13 @@ impl Operation {
     /// n-th receive there.
     fn message(&mut self, transfer: usize, sender: u32, step: usize, ticket: Ticket) -> Message {
         let script = &self.script;
-        let sends = script.steps[sender as usize][step];
+        let sends = script.schedule.steps[sender as usize][step];
         let receiver = sends.peer();
         let outgoing = &mut self.members[sender as usize].outgoing;
         let nth = outgoing.entry(receiver).or_default();
         let action = script.actions[receiver as usize][&sender][*nth];
         *nth += 1;
-        let elements = chunk_range(self.elements, script.chunks, sends.chunk()).len();
+        let elements = script.schedule.contract.range(self.elements, sends.chunks()).len();
         Message {
             transfer,
             sender,
@@ -185,7 +178,8 @@ impl Exchange {
         let place = place.unwrap_or_else(|| panic!("{} is not in its own group", party.rank));
         let index = self.operation(&party, ranks);
         let Operation { script, members, .. } = &mut self.operations[index];
-        let executor = Executor::new(&script.steps[place], script.in_flight);
+        let Schedule { contract, steps } = &script.schedule;
+        let executor = Executor::new(&steps[place], contract.in_flight);
         members[place].posted = Some((executor, party.ticket));
         self.go_on(index, place as u32);
     }
@@ -208,7 +202,7 @@ impl Exchange {
     fn go_on(&mut self, index: usize, place: u32) {
         let operation = &mut self.operations[index];
         while let Some((step, ticket)) = operation.members[place as usize].start_next() {
-            match operation.script.steps[place as usize][step] {
+            match operation.script.schedule.steps[place as usize][step] {
                 Step::Send { .. } => {
                     let message = operation.message(index, place, step, ticket);
                     self.outbox.push_back(message);

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 
 use cluster::{Cluster, Domain, Fabric, Link, Precision, Tier, catalogue};
-use collective::{Algorithm, Kind};
+use collective::{Collective, Kind};
 use model::{Block, Operator, Pass, Segment, Shape};
 use program::{
     Action, Axis, Buffer, Instruction, Lane, Mesh, Program, Span, Ticket, Trace, Transfer, Value,
@@ -202,7 +202,7 @@ fn a_ring_takes_its_rounds_times_latency_and_a_chunk() {
             let list = vec![post(0, Axis::Data, Action::Collective(kind), elements), wait(0)];
             let program = program(mesh(ranks, 1), vec![list]);
             let trace = simulate(&program, &World::Roofline(roofline(1))).unwrap();
-            let cost = Algorithm::Ring.cost(kind, ranks, Bytes(4 * elements));
+            let cost = Collective::ring(kind, ranks).cost(Bytes(4 * elements));
             close(trace.duration().0, f64::from(cost.rounds) * (1.0 + 40.0 / 10.0));
         }
     }
@@ -407,7 +407,7 @@ fn every_rank_sends_and_receives_what_the_closed_form_says() {
         let world = World::Roofline(roofline.clone());
         let simulation = Simulation::new(&program, &world, &mut counting).unwrap();
         simulation.run().unwrap();
-        let bytes = Algorithm::Ring.cost(kind, 6, Bytes(2400)).bytes_per_rank;
+        let bytes = Collective::ring(kind, 6).cost(Bytes(2400)).bytes_per_rank;
         assert_eq!(counting.sent, (0..6).map(|rank| (Rank(rank), bytes)).collect());
         assert_eq!(counting.sent, counting.arrived);
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use checkpoint::hugging_face::{Dtype, Writer};
-use collective::Kind;
+use collective::{Collective, Kind};
 use compute::Operators;
 use model::{Block, Config};
 use program::{Axis, Program};
@@ -75,10 +75,11 @@ fn gather<O: Operators>(
     buffer[held].copy_from_slice(&values);
     let rank = worker.rank();
     let (communicator, group) = worker.communication(Axis::Data);
-    let schedule = collective::ring(Kind::AllGather, group.ranks.len() as u32);
+    let member = group.member(rank).expect("a rank is in its own groups");
+    let gather = Collective::ring(Kind::AllGather, group.ranks.len() as u32);
     let operation = Operation {
         group: group.clone(),
-        action: Action::Collective(Arc::new(schedule)),
+        action: Action::Collective(Arc::new(gather.part(member))),
         buffer,
         label: format!("export of {block}").into(),
     };

@@ -6,7 +6,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Instant;
 
-use collective::Kind;
+use collective::{Collective, Kind};
 use compute::{Microbatch, Operators, ProductDims, Stage, Window};
 use model::{Pass, Segment};
 use program::{Instruction, Lane, Program};
@@ -280,8 +280,8 @@ impl Pair<'_> {
 
     /// This process's processor time for large reduce-scatters.
     fn reduce(&mut self) -> Result<Seconds, transport::Error> {
-        let schedule = Arc::new(collective::ring(Kind::ReduceScatter, 2));
-        self.timed(|pair| pair.operate(Action::Collective(Arc::clone(&schedule)), true))
+        let part = Arc::new(Collective::ring(Kind::ReduceScatter, 2).part(self.own.0));
+        self.timed(|pair| pair.operate(Action::Collective(Arc::clone(&part)), true))
     }
 
     fn timed(

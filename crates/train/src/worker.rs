@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use collective::Schedule;
+use collective::{Collective, Part};
 use compute::{Microbatch, Operators, Optimizer, Stage, StageSpec};
 use model::{Block, Config};
 use program::{Action, Axis, Executor, Instruction, Lane, Mesh, Next, Program, Span, Transfer};
@@ -63,7 +63,7 @@ pub struct Worker<O: Operators> {
     stage: Stage<O>,
     communicator: Communicator,
     groups: BTreeMap<Axis, Group>,
-    schedules: BTreeMap<(collective::Kind, u32), Arc<Schedule>>,
+    parts: BTreeMap<(Axis, collective::Kind), Arc<Part>>,
 }
 
 impl<O: Operators> Worker<O> {
@@ -82,7 +82,7 @@ impl<O: Operators> Worker<O> {
         let Device { operators, config, optimizer } = device;
         let stage = Stage::new(operators, config, spec, optimizer, initial)?;
         let groups = groups(&program.mesh, rank);
-        Ok(Self { rank, stage, communicator, groups, schedules: BTreeMap::new() })
+        Ok(Self { rank, stage, communicator, groups, parts: BTreeMap::new() })
     }
 
     /// Which rank.
@@ -168,10 +168,10 @@ impl<O: Operators> Worker<O> {
         let peer = |coordinate: u32| group.ranks[coordinate as usize];
         let action = match transfer.action {
             Action::Collective(kind) => {
-                let ranks = group.ranks.len() as u32;
-                let ring = || Arc::new(collective::ring(kind, ranks));
-                let schedule = self.schedules.entry((kind, ranks)).or_insert_with(ring);
-                transport::Action::Collective(Arc::clone(schedule))
+                let member = group.member(self.rank).expect("a rank is in its own groups");
+                let ring = || Collective::ring(kind, group.ranks.len() as u32).part(member);
+                let part = self.parts.entry((transfer.axis, kind));
+                transport::Action::Collective(Arc::clone(part.or_insert_with(|| Arc::new(ring()))))
             }
             Action::Send { to } => transport::Action::Send { to: peer(to) },
             Action::Receive { from } => transport::Action::Receive { from: peer(from) },

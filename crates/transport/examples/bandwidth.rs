@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use collective::{Algorithm, Kind};
+use collective::{Collective, Kind};
 use rustix::time::{ClockId, clock_gettime};
 use transport::{
     Action, Communicator, Error, Group, InProcess, Limits, Operation, Rendezvous, Transport,
@@ -67,7 +67,8 @@ type Row = (usize, Seconds, Seconds);
 
 fn measure(transport: Box<dyn Transport>) -> Result<Vec<Row>, Error> {
     let mut communicator = Communicator::new(transport, Limits::default())?;
-    let schedule = Arc::new(Algorithm::Ring.schedule(Kind::AllReduce, 2));
+    let member = communicator.rank().0;
+    let part = Arc::new(Collective::ring(Kind::AllReduce, 2).part(member));
     let group = Group { id: 0, ranks: Arc::new([Rank(0), Rank(1)]) };
     let label: Arc<str> = "all-reduce".into();
     let mut rows = Vec::new();
@@ -78,7 +79,7 @@ fn measure(transport: Box<dyn Transport>) -> Result<Vec<Row>, Error> {
         for repeat in 0..repeats + 2 {
             communicator.barrier(&group)?;
             let (start, cpu_start) = (Instant::now(), cpu_seconds());
-            let action = Action::Collective(Arc::clone(&schedule));
+            let action = Action::Collective(Arc::clone(&part));
             let (group, label) = (group.clone(), Arc::clone(&label));
             let ticket = communicator.post(Operation { group, action, buffer, label })?;
             buffer = communicator.wait(ticket)?.buffer;

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use collective::{Kind, Schedule, chunk_range};
+use collective::{Collective, Kind, Part, chunk_range};
 use units::{Bytes, Rank};
 
 use crate::operation::{Action, Group, Operation};
@@ -71,8 +71,8 @@ pub struct Communicator {
     waker: Waker,
     outcomes: Arc<Outcomes>,
     thread: Option<JoinHandle<()>>,
-    /// The schedules of [`Communicator::all_gather_bytes`] by group size.
-    gathers: BTreeMap<usize, Arc<Schedule>>,
+    /// The parts in [`Communicator::all_gather_bytes`] by group size and member.
+    gathers: BTreeMap<(u32, u32), Arc<Part>>,
 }
 
 /// How much sooner than a computing thread the communication thread is scheduled.
@@ -185,14 +185,14 @@ impl Communicator {
 
     /// Gathers equally many elements from every rank of the group and waits for them.
     fn all_gather(&mut self, group: &Group, own: &[f32], label: &str) -> Result<Vec<f32>, Error> {
-        let size = group.ranks.len();
-        let generate = || Arc::new(collective::direct(Kind::AllGather, size as u32));
-        let schedule = Arc::clone(self.gathers.entry(size).or_insert_with(generate));
-        let mut buffer = vec![0.0; size * own.len()];
-        let position = group.ranks.iter().position(|rank| *rank == self.rank);
-        let position = position.expect("a rank gathers in its own groups");
-        buffer[chunk_range(size * own.len(), size as u32, position as u32)].copy_from_slice(own);
-        let (group, action) = (group.clone(), Action::Collective(schedule));
+        let ranks = group.ranks.len() as u32;
+        let member = group.member(self.rank).expect("a rank gathers in its own groups");
+        let generate = || Arc::new(Collective::direct(Kind::AllGather, ranks).part(member));
+        let part = Arc::clone(self.gathers.entry((ranks, member)).or_insert_with(generate));
+        let mut buffer = vec![0.0; group.ranks.len() * own.len()];
+        let range = chunk_range(buffer.len(), ranks, member);
+        buffer[range].copy_from_slice(own);
+        let (group, action) = (group.clone(), Action::Collective(part));
         let ticket = self.post(Operation { group, action, buffer, label: label.into() })?;
         Ok(self.wait(ticket)?.buffer)
     }

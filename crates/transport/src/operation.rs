@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use collective::{Executor, Schedule, Step, chunk_range};
+use collective::{Chunks, Executor, Part, Step};
 use units::{Bytes, Rank};
 
 use crate::Error;
@@ -15,11 +15,17 @@ use crate::frame::{Header, Key, Kind};
 pub struct Group {
     /// The group's number, different from that of every other group in the job.
     pub id: u64,
-    /// Its ranks; member `i` of a schedule is `ranks[i]`.
+    /// Its ranks; member `i` of a collective is `ranks[i]`.
     pub ranks: Arc<[Rank]>,
 }
 
 impl Group {
+    /// Which member of the group's collectives a rank is.
+    #[must_use]
+    pub fn member(&self, rank: Rank) -> Option<u32> {
+        self.ranks.iter().position(|member| *member == rank).map(|member| member as u32)
+    }
+
     /// Every rank of a job, before the job has numbered groups of its own from 1.
     #[must_use]
     pub fn world(ranks: u32) -> Self {
@@ -30,8 +36,8 @@ impl Group {
 /// What an operation does with its buffer.
 #[derive(Debug, Clone)]
 pub enum Action {
-    /// Carry out a schedule, whose member `i` is rank `i` of the group.
-    Collective(Arc<Schedule>),
+    /// Carry out the rank's part of a collective.
+    Collective(Arc<Part>),
     /// Send the whole buffer to a rank of the group, which receives it.
     Send {
         /// The receiving rank.
@@ -64,11 +70,17 @@ pub struct Operation {
 impl Operation {
     /// Refuses, on the caller's thread, what only a bug can ask for.
     pub(crate) fn check(&self, own: Rank) {
-        let Self { group: Group { ranks, .. }, action, label, .. } = self;
-        assert!(ranks.contains(&own), "`{label}`: {own} is not in the group");
+        let Self { group, action, label, .. } = self;
+        let (ranks, member) = (&group.ranks, group.member(own));
+        assert!(member.is_some(), "`{label}`: {own} is not in the group");
         match action {
-            Action::Collective(schedule) => {
-                assert_eq!(schedule.ranks() as usize, ranks.len(), "`{label}`: schedule and group");
+            Action::Collective(part) => {
+                assert_eq!(
+                    part.contract.ranks as usize,
+                    ranks.len(),
+                    "`{label}`: ranks of a group"
+                );
+                assert_eq!(Some(part.member), member, "`{label}`: the part of {own}");
             }
             Action::Send { to: peer } | Action::Receive { from: peer } => {
                 assert!(*peer != own && ranks.contains(peer), "`{label}`: {peer} is no peer");
@@ -92,21 +104,19 @@ pub(crate) struct Active {
 
 /// Where an operation's steps come from.
 enum Work {
-    Collective { ranks: Arc<[Rank]>, schedule: Arc<Schedule>, member: u32 },
+    Collective { ranks: Arc<[Rank]>, part: Arc<Part> },
     PointToPoint { peer: Rank, step: Step },
 }
 
 impl Active {
-    /// Starts a checked operation of rank `own`.
-    pub(crate) fn new(operation: Operation, own: Rank, sequence: u64, posted: Instant) -> Self {
+    /// Starts a checked operation.
+    pub(crate) fn new(operation: Operation, sequence: u64, posted: Instant) -> Self {
         let Operation { group, action, buffer, label } = operation;
         let kind = kind_of(&action);
         let key = Key { kind, group: group.id, sequence };
-        let work = Work::new(group, action, own);
+        let work = Work::new(group, action);
         let executor = match &work {
-            Work::Collective { schedule, member, .. } => {
-                Executor::new(&schedule.steps[*member as usize], schedule.in_flight)
-            }
+            Work::Collective { part, .. } => Executor::new(&part.steps, part.contract.in_flight),
             Work::PointToPoint { step, .. } => Executor::new(&[*step], 1),
         };
         Self { label, key, executor, buffer, posted, started: None, failed: false, work }
@@ -114,7 +124,7 @@ impl Active {
 
     pub(crate) fn step(&self, index: usize) -> Step {
         match &self.work {
-            Work::Collective { schedule, member, .. } => schedule.steps[*member as usize][index],
+            Work::Collective { part, .. } => part.steps[index],
             Work::PointToPoint { step, .. } => *step,
         }
     }
@@ -176,15 +186,15 @@ impl Active {
     /// The frame header of a step.
     pub(crate) fn header(&self, index: usize) -> Header {
         let bytes = 4 * self.range(index).len() as u64;
-        Header { key: self.key, chunk: self.step(index).chunk(), bytes }
+        Header { key: self.key, chunk: self.step(index).chunks().first, bytes }
     }
 
-    /// The elements of a step's chunk.
+    /// The elements of a step's chunks.
     pub(crate) fn chunk(&self, index: usize) -> &[f32] {
         &self.buffer[self.range(index)]
     }
 
-    /// The elements of a step's chunk, to be written.
+    /// The elements of a step's chunks, to be written.
     pub(crate) fn chunk_mut(&mut self, index: usize) -> &mut [f32] {
         let range = self.range(index);
         &mut self.buffer[range]
@@ -209,8 +219,8 @@ impl Active {
 
     fn range(&self, index: usize) -> Range<usize> {
         match &self.work {
-            Work::Collective { schedule, .. } => {
-                chunk_range(self.buffer.len(), schedule.ranks(), self.step(index).chunk())
+            Work::Collective { part, .. } => {
+                part.contract.range(self.buffer.len(), part.steps[index].chunks())
             }
             Work::PointToPoint { .. } => 0..self.buffer.len(),
         }
@@ -218,19 +228,15 @@ impl Active {
 }
 
 impl Work {
-    fn new(group: Group, action: Action, own: Rank) -> Self {
-        let copy = collective::Action::Copy;
+    fn new(group: Group, action: Action) -> Self {
+        let (chunks, copy) = (Chunks::one(0), collective::Action::Copy);
         match action {
-            Action::Collective(schedule) => {
-                let position = group.ranks.iter().position(|rank| *rank == own);
-                let member = position.expect("a rank posts in its own groups") as u32;
-                Self::Collective { ranks: group.ranks, schedule, member }
-            }
+            Action::Collective(part) => Self::Collective { ranks: group.ranks, part },
             Action::Send { to: peer } => {
-                Self::PointToPoint { peer, step: Step::Send { to: 0, chunk: 0 } }
+                Self::PointToPoint { peer, step: Step::Send { to: 0, chunks } }
             }
             Action::Receive { from: peer } => {
-                let step = Step::Receive { from: 0, chunk: 0, action: copy };
+                let step = Step::Receive { from: 0, chunks, action: copy };
                 Self::PointToPoint { peer, step }
             }
         }

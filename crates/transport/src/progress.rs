@@ -178,7 +178,7 @@ impl Progress {
             Action::Receive { from } => (Lane::From(from), Some(from)),
         };
         let next = self.sequences.entry((operation.group.id, lane)).or_default();
-        let active = Active::new(operation, own, *next, posted);
+        let active = Active::new(operation, *next, posted);
         *next += 1;
         if !matches!(lane, Lane::To(_)) {
             self.receivers.insert((active.key, sender), ticket);

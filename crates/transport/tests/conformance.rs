@@ -7,7 +7,7 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective::{Action as Effect, Algorithm, Kind, Schedule, Step, chunk_range};
+use collective::{Action as Effect, Collective, Kind, Schedule, Step, chunk_range};
 use mesh::{MakeMesh, run};
 use transport::{Action, Communicator, Error, Group, Limits, Operation, Ticket};
 use units::{Bytes, Rank};
@@ -48,6 +48,17 @@ fn all(ranks: u32) -> Group {
     group(0, &(0..ranks).collect::<Vec<_>>())
 }
 
+/// A rank's part, to be posted.
+fn part(collective: &Collective, group: &Group, rank: Rank) -> Action {
+    Action::Collective(Arc::new(collective.part(group.member(rank).unwrap())))
+}
+
+/// One algorithm or the other.
+fn alternate(salt: usize, group: &Group) -> Collective {
+    let make = [Collective::ring, Collective::direct][salt % 2];
+    make(Kind::AllReduce, group.ranks.len() as u32)
+}
+
 /// Numbers whose sum depends on the order of addition.
 fn input(rank: Rank, length: usize, salt: usize) -> Vec<f32> {
     let value = |i: usize| 1.0 / (1 + (i * 7 + salt * 13 + rank.index() * 31) % 1009) as f32;
@@ -67,11 +78,11 @@ fn post(
 
 /// The schedule carried out one transfer at a time: what every transport must equal, bit by bit.
 fn reference(schedule: &Schedule, mut buffers: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
-    let ranks = schedule.ranks();
+    let ranks = schedule.contract.ranks;
     let mut executors: Vec<_> = schedule
         .steps
         .iter()
-        .map(|steps| collective::Executor::new(steps, schedule.in_flight))
+        .map(|steps| collective::Executor::new(steps, schedule.contract.in_flight))
         .collect();
     let mut started: Vec<Vec<usize>> = vec![Vec::new(); ranks as usize];
     while executors.iter().any(|executor| !executor.is_done()) {
@@ -90,10 +101,10 @@ fn reference(schedule: &Schedule, mut buffers: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
             else {
                 continue;
             };
-            let Step::Receive { chunk, action, .. } = schedule.steps[to][receive] else {
+            let Step::Receive { chunks, action, .. } = schedule.steps[to][receive] else {
                 continue;
             };
-            for i in chunk_range(buffers[to].len(), ranks, chunk) {
+            for i in schedule.contract.range(buffers[to].len(), chunks) {
                 let value = buffers[from][i];
                 match action {
                     Effect::Copy => buffers[to][i] = value,
@@ -120,27 +131,28 @@ fn promised(kind: Kind, rank: Rank, ranks: u32, buffer: &[f32]) -> Vec<u32> {
 
 fn collectives_have_the_bits_that_their_schedule_says(make: MakeMesh) {
     for ranks in 1..=5 {
-        let cases = [Algorithm::Ring, Algorithm::Direct].into_iter().flat_map(|algorithm| {
-            let lengths = [0, 1, 7, 1_000, if ranks == 3 { 700_001 } else { 10_007 }];
-            KINDS.into_iter().flat_map(move |kind| lengths.map(|length| (algorithm, kind, length)))
-        });
-        let cases: Vec<_> = cases.collect();
+        let lengths = [0, 1, 7, 1_000, if ranks == 3 { 700_001 } else { 10_007 }];
+        let make_both = |kind| [Collective::ring(kind, ranks), Collective::direct(kind, ranks)];
+        let collectives: Vec<_> = KINDS.into_iter().flat_map(make_both).collect();
+        let with_lengths = |collective| lengths.map(|length| (collective, length));
+        let cases: Vec<_> = collectives.iter().flat_map(with_lengths).collect();
         let results = run(make(ranks), Limits::default(), |mut communicator| {
             let rank = communicator.rank();
-            let carry_out = |&(algorithm, kind, length): &(Algorithm, Kind, usize)| {
-                let schedule = Arc::new(algorithm.schedule(kind, ranks));
-                let (buffer, action) = (input(rank, length, 0), Action::Collective(schedule));
+            let carry_out = |&(collective, length): &(&Collective, usize)| {
+                let action = part(collective, &all(ranks), rank);
+                let buffer = input(rank, length, 0);
                 let ticket = post(&mut communicator, &all(ranks), action, buffer, "collective");
+                let kind = collective.contract().kind;
                 promised(kind, rank, ranks, &communicator.wait(ticket).unwrap().buffer)
             };
             cases.iter().map(carry_out).collect::<Vec<_>>()
         });
-        for (index, &(algorithm, kind, length)) in cases.iter().enumerate() {
-            let inputs = (0..ranks).map(|rank| input(Rank(rank), length, 0)).collect();
-            let expected = reference(&algorithm.schedule(kind, ranks), inputs);
+        for (index, (collective, length)) in cases.iter().enumerate() {
+            let inputs = (0..ranks).map(|rank| input(Rank(rank), *length, 0)).collect();
+            let expected = reference(&collective.schedule(), inputs);
             for (rank, buffer) in (0..).map(Rank).zip(&expected) {
-                let expected = promised(kind, rank, ranks, buffer);
-                let case = format!("{algorithm:?} {kind:?} of {length} on {rank} of {ranks}");
+                let expected = promised(collective.contract().kind, rank, ranks, buffer);
+                let case = format!("{collective:?} of {length} on {rank}");
                 assert!(results[rank.index()][index] == expected, "{case}");
             }
         }
@@ -156,9 +168,7 @@ fn operations_overlap_and_are_waited_for_in_any_order(make: MakeMesh) {
         for salt in 0..24 {
             let group = &groups[salt % groups.len()];
             if group.ranks.contains(&rank) {
-                let algorithm = [Algorithm::Ring, Algorithm::Direct][salt % 2];
-                let schedule = algorithm.schedule(Kind::AllReduce, group.ranks.len() as u32);
-                let action = Action::Collective(Arc::new(schedule));
+                let action = part(&alternate(salt, group), group, rank);
                 let buffer = input(rank, 100 + 997 * salt, salt);
                 tickets.push((salt, post(&mut communicator, group, action, buffer, "sum")));
             }
@@ -175,8 +185,7 @@ fn operations_overlap_and_are_waited_for_in_any_order(make: MakeMesh) {
         for (salt, sum) in sums {
             let group = &groups[salt % groups.len()];
             let member = group.ranks.iter().position(|other| *other == rank).unwrap();
-            let algorithm = [Algorithm::Ring, Algorithm::Direct][salt % 2];
-            let schedule = algorithm.schedule(Kind::AllReduce, group.ranks.len() as u32);
+            let schedule = alternate(*salt, group).schedule();
             let inputs = group.ranks.iter().map(|rank| input(*rank, sum.len(), *salt)).collect();
             assert!(reference(&schedule, inputs)[member] == *sum, "{rank}, operation {salt}");
         }
@@ -210,10 +219,10 @@ fn pipelines_send_and_receive_in_order(make: MakeMesh) {
 
 fn frames_of_operations_posted_late_are_kept(make: MakeMesh) {
     run(make(2), Limits::default(), |mut communicator| {
-        let schedule = Arc::new(collective::ring(Kind::AllReduce, 2));
+        let ring = Collective::ring(Kind::AllReduce, 2);
         let sum = |communicator: &mut Communicator| {
             let buffer = input(communicator.rank(), 9_001, 1);
-            let action = Action::Collective(Arc::clone(&schedule));
+            let action = part(&ring, &all(2), communicator.rank());
             post(communicator, &all(2), action, buffer, "late")
         };
         let other = group(1, &[0, 1]);
@@ -222,7 +231,7 @@ fn frames_of_operations_posted_late_are_kept(make: MakeMesh) {
         communicator.barrier(&other).unwrap();
         let ticket = early.unwrap_or_else(|| sum(&mut communicator));
         let inputs = vec![input(Rank(0), 9_001, 1), input(Rank(1), 9_001, 1)];
-        let expected = &reference(&schedule, inputs)[communicator.rank().index()];
+        let expected = &reference(&ring.schedule(), inputs)[communicator.rank().index()];
         assert!(communicator.wait(ticket).unwrap().buffer == *expected);
     });
 }
@@ -296,8 +305,8 @@ fn a_lost_peer_is_named_by_every_operation_it_is_part_of(make: MakeMesh) {
     let without = group(1, &[0, 2, 3]);
     run(ends, Limits::default(), |mut communicator| {
         let mut sum = |group: &Group, label| {
-            let action = collective::ring(Kind::AllReduce, group.ranks.len() as u32);
-            let action = Action::Collective(Arc::new(action));
+            let ring = Collective::ring(Kind::AllReduce, group.ranks.len() as u32);
+            let action = part(&ring, group, communicator.rank());
             post(&mut communicator, group, action, vec![1.0; 500_000], label)
         };
         let (first, second) = (sum(&all(4), "first"), sum(&all(4), "second"));
@@ -329,8 +338,8 @@ fn a_wait_beyond_the_limit_names_who_has_not_answered(make: MakeMesh) {
     let over = std::sync::Barrier::new(3);
     run(make(3), limits, |mut communicator| {
         if communicator.rank() == Rank(0) {
-            let gather = Arc::new(collective::direct(Kind::AllGather, 3));
-            let action = Action::Collective(gather);
+            let gather = Collective::direct(Kind::AllGather, 3);
+            let action = part(&gather, &all(3), Rank(0));
             let ticket = post(&mut communicator, &all(3), action, vec![0.0; 3], "unanswered");
             let Err(Error::Timeout { operation, waiting_for, .. }) = communicator.wait(ticket)
             else {
@@ -347,7 +356,7 @@ fn a_wait_beyond_the_limit_names_who_has_not_answered(make: MakeMesh) {
 fn different_operations_in_the_same_place_are_noticed(make: MakeMesh) {
     let outcomes = run(make(4), Limits::default(), |mut communicator| {
         let length = 1_000 + 4 * communicator.rank().index();
-        let action = Action::Collective(Arc::new(collective::ring(Kind::AllReduce, 4)));
+        let action = part(&Collective::ring(Kind::AllReduce, 4), &all(4), communicator.rank());
         let ticket = post(&mut communicator, &all(4), action, vec![0.0; length], "unequal");
         let outcome = communicator.wait(ticket).unwrap_err();
         // The streams are still in order.
@@ -375,7 +384,7 @@ fn a_failed_collective_fails_for_those_who_post_it_later(make: MakeMesh) {
         if rank == Rank(2) {
             failed.wait();
         }
-        let action = Action::Collective(Arc::new(collective::ring(Kind::AllReduce, 3)));
+        let action = part(&Collective::ring(Kind::AllReduce, 3), &all(3), rank);
         let buffer = vec![0.0; if rank == Rank(0) { 300 } else { 303 }];
         let ticket = post(&mut communicator, &all(3), action, buffer, "unequal");
         // Rank 1 receives from rank 0 and sees that it differs; the others hear of it.

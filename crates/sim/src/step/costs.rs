@@ -112,8 +112,8 @@ impl Costs for Roofline {
         };
         let (rounds, bytes) = match transfer.action {
             Action::Collective(kind) => {
-                let ring = collective::Algorithm::Ring;
-                let cost = ring.cost(kind, mesh.degree(axis), transfer.bytes());
+                let ring = collective::Collective::ring(kind, mesh.degree(axis));
+                let cost = ring.cost(transfer.bytes());
                 (cost.rounds, cost.bytes_per_rank)
             }
             Action::Send { .. } | Action::Receive { .. } => (1, transfer.bytes()),
