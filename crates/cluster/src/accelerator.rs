@@ -137,8 +137,8 @@ pub struct Accelerator {
     pub l2: Bytes,
     /// Dense peak rate in each precision it has.
     pub peak: BTreeMap<Precision, FlopsPerSecond>,
-    /// Most power it draws for longer.
-    pub tdp: Watts,
+    /// Most power it draws for longer, where its maker publishes that.
+    pub tdp: Option<Watts>,
     /// What it draws when it has nothing to do, where that is known.
     pub idle: Option<Watts>,
     /// The node it comes in, unless a cluster says otherwise.

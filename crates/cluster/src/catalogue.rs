@@ -30,7 +30,7 @@ struct AcceleratorEntry {
     memory_bytes_per_s: BytesPerSecond,
     l2_bytes: Bytes,
     peak_flops: BTreeMap<Precision, FlopsPerSecond>,
-    tdp_w: Watts,
+    tdp_w: Option<Watts>,
     idle_w: Option<Watts>,
     node: Option<String>,
 }
@@ -52,6 +52,17 @@ pub(crate) struct NodeEntry {
     pub(crate) wraps_from: u32,
     /// Most that the node draws, its accelerators included.
     pub(crate) max_power_w: Option<Watts>,
+    /// What the node was measured to draw in training, beside its accelerators.
+    pub(crate) host_power_w: Option<Watts>,
+}
+
+impl NodeEntry {
+    /// What an accelerator's share of the host draws.
+    pub(crate) fn host_power(&self, accelerator: &Accelerator) -> Option<Watts> {
+        let share = 1.0 / f64::from(self.per_node);
+        let measured = self.host_power_w.map(|host| host * share);
+        measured.or_else(|| Some(self.max_power_w? * share - accelerator.tdp?))
+    }
 }
 
 #[derive(Deserialize)]
@@ -226,14 +237,29 @@ mod tests {
     fn every_part_can_be_read() {
         for name in accelerator_names() {
             let found = accelerator(&name).unwrap_or_else(|error| panic!("{error}"));
-            let peaks: Vec<_> = found.peak.values().collect();
+            let floats = found.peak.iter().filter(|(precision, _)| **precision != Precision::Int8);
+            let peaks: Vec<_> = floats.map(|(_, peak)| peak).collect();
             assert!(peaks.is_sorted(), "{name}: fewer bits are never slower");
+            assert!(found.idle.is_none_or(|idle| Some(idle) < found.tdp), "{name}");
+            let node = found.node.expect("every accelerator comes in a node");
+            node_of(&toml::Value::String(node)).unwrap_or_else(|error| panic!("{name}: {error}"));
         }
         for name in fabric_names() {
             fabric(&name).unwrap_or_else(|error| panic!("{error}"));
         }
         for name in names(NODES) {
             node_of(&toml::Value::String(name)).unwrap_or_else(|error| panic!("{error}"));
+        }
+    }
+
+    /// Each unit does a power of two of operations a cycle, so a wrong count, clock or peak shows.
+    #[test]
+    fn the_peak_of_products_follows_from_units_and_clock() {
+        for name in accelerator_names() {
+            let found = accelerator(&name).unwrap();
+            let cycles = f64::from(found.multiprocessors) * found.boost_clock.0;
+            let exponent = (found.peak[&Precision::Bf16].0 / cycles).log2();
+            assert!((exponent - exponent.round()).abs() < 0.005, "{name}: 2^{exponent}");
         }
     }
 
@@ -252,7 +278,7 @@ mod tests {
         let h100 = accelerator("h100-sxm").unwrap();
         assert_eq!(h100.peak[&Precision::Bf16].to_string(), "989.40 TFLOP/s");
         assert_eq!(h100.memory_bandwidth.to_string(), "3.35 TB/s");
-        assert_eq!(h100.tdp.to_string(), "700 W");
+        assert_eq!(h100.tdp, Some(Watts(700.0)));
     }
 
     #[test]

@@ -45,10 +45,9 @@ pub struct Composition {
     pub date: Option<String>,
 }
 
-/// Facility power over computing power where an operator publishes none.
-/// Source: Uptime Institute Global Data Center Survey 2024, average of 1.56 over all respondents,
-/// while operators of large accelerator clusters state 1.08 to 1.2 (see `catalogue/clusters.toml`);
-/// 1.2 is our choice between them, not a measurement (2026-11).
+/// Facility power over computing power where an operator publishes none: the highest that an
+/// operator of those in `catalogue/clusters.toml` publishes (1.08 to 1.2). Large data centres of
+/// all kinds average 1.57 (Uptime Institute survey 2021, by cnbc.com 2022-04).
 const USUAL_PUE: f64 = 1.2;
 
 impl Composition {
@@ -92,7 +91,10 @@ impl Composition {
             per_node: self.per_node.unwrap_or(node.per_node),
             domain: self.domain(name, &node)?,
             fabric: self.fabric(name)?,
-            power: Power { node: node.max_power_w, pue: self.pue.unwrap_or(USUAL_PUE) },
+            power: Power {
+                host: node.host_power(&accelerator),
+                pue: self.pue.unwrap_or(USUAL_PUE),
+            },
             price: self.price.clone(),
             source: self.source(&node),
             accelerator,

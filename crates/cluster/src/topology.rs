@@ -133,8 +133,9 @@ impl Fabric {
 /// What a cluster draws beside its accelerators.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Power {
-    /// Most that a node draws, its accelerators included; `None` where nobody says.
-    pub node: Option<Watts>,
+    /// What an accelerator's share of its host draws: as measured in training, or else the most
+    /// that the maker rates the node at without its accelerators; `None` where nobody says.
+    pub host: Option<Watts>,
     /// Facility power over computing power (power usage effectiveness), at least 1.
     pub pue: f64,
 }
@@ -201,6 +202,15 @@ impl Cluster {
         Link { latency, bandwidth: fabric.nic.bandwidth }
     }
 
+    /// What the facility draws for one accelerator that itself draws `accelerator`: with its share
+    /// of the host, and of cooling and conversion. An unknown host counts as nothing, so that the
+    /// result is a lower bound then.
+    #[must_use]
+    pub fn facility_power(&self, accelerator: Watts) -> Watts {
+        let host = self.power.host.unwrap_or_default();
+        (accelerator + host) * self.power.pue
+    }
+
     /// Refuses what cannot be: no accelerators, domains that nothing joins, rates of nothing.
     ///
     /// # Errors
@@ -222,6 +232,10 @@ impl Cluster {
                 "{accelerators} accelerators in domains of {} need a fabric; name one, such as fabric = \"quantum2-ndr\"",
                 domain.accelerators
             ));
+        }
+        let reach = self.fabric.as_ref().and_then(|fabric| Some(fabric.tiers.last()?.reach));
+        if let Some(reach) = reach.filter(|reach| reach < accelerators) {
+            return unfit(format!("{accelerators} accelerators, but its fabric reaches {reach}"));
         }
         if let Some(reason) = domain.unfit().or_else(|| self.fabric.as_ref()?.unfit()) {
             return unfit(reason);
