@@ -11,6 +11,7 @@ use crate::Error;
 
 /// Where and how fast a program runs.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "there is one world at a time")]
 pub enum World {
     /// Hosts like this one, as measured.
     Profile(Profile),
