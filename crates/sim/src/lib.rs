@@ -12,6 +12,7 @@ mod exchange;
 mod machine;
 mod measured;
 pub mod nccl;
+pub mod network;
 mod ports;
 mod simulation;
 pub mod step;

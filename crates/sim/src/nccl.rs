@@ -9,6 +9,7 @@
 //! here either.
 
 mod graph;
+mod message;
 mod tuner;
 
 use std::fmt;
@@ -16,6 +17,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub use graph::{Graph, Graphs, Interconnect, Node};
+pub use message::{Message, POST, message};
 pub use tuner::{Choice, Communicator, Tuner};
 
 /// Generations of GPUs that NCCL's constants tell apart.

@@ -135,6 +135,13 @@ pub struct Choice {
     pub time: Seconds,
 }
 
+/// The latency of a ring over two ranks: in one node, or each alone in its own.
+pub(super) fn pair_latency(inside: bool, protocol: Protocol) -> Seconds {
+    let (link, algorithm) = if inside { (0, Algorithm::Ring) } else { (2, Algorithm::Tree) };
+    let hop = HOP[link][algorithm as usize][protocol as usize];
+    Seconds((BASE[Algorithm::Ring as usize][protocol as usize] + hop) * MICROSECOND)
+}
+
 impl Communicator {
     /// `nodes` nodes like this one.
     #[must_use]
