@@ -200,11 +200,21 @@ fn entry<Entry: DeserializeOwned>(
 ) -> Result<Entry, Error> {
     let mut entries = table(catalogue);
     let Some(entry) = entries.remove(name) else {
-        let distance = |known: &&String| strsim::damerau_levenshtein(name, known);
-        let nearest = entries.keys().min_by_key(distance).cloned().unwrap_or_default();
-        return Err(Error::Unknown { what, name: name.to_owned(), nearest });
+        return Err(Error::Unknown {
+            what,
+            name: name.to_owned(),
+            nearest: nearest(name, &entries),
+        });
     };
     entry.try_into().map_err(|error| malformed(name, &error))
+}
+
+/// The entry spelled most like `name`. A common beginning counts most, since names grow at the end.
+fn nearest(name: &str, entries: &toml::Table) -> String {
+    let name = name.to_lowercase();
+    let alike = |known: &&String| strsim::jaro_winkler(&name, known);
+    let nearest = entries.keys().max_by(|a, b| alike(a).total_cmp(&alike(b)));
+    nearest.cloned().unwrap_or_default()
 }
 
 /// The catalogue is part of the program, so one that cannot be read is a bug.
@@ -270,7 +280,8 @@ mod tests {
             other => panic!("{other}"),
         };
         assert_eq!(nearest(find("dgx-h100-quantum").unwrap_err()), "dgx-h100-quantum2");
-        assert_eq!(nearest(accelerator("h100-sx").unwrap_err()), "h100-sxm");
+        assert_eq!(nearest(accelerator("H100").unwrap_err()), "h100-sxm");
+        assert_eq!(nearest(fabric("quantum").unwrap_err()), "quantum-hdr");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use cluster::{Cluster, Precision};
+use cluster::Precision;
 use compute::Optimizer;
 use model::{Config, Llama3Scaling, Rotary};
 use plan::{Batch, Layout, PartialLayout};
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use train::LearningRate;
 use units::Bytes;
 
-use crate::device::DeviceName;
+pub use crate::cluster_section::ClusterSection;
 
 /// A job file as written.
 #[derive(Debug, Clone, Deserialize)]
@@ -49,54 +49,6 @@ struct ModelSection {
     norm_epsilon: Option<f32>,
     rotary_theta: Option<f64>,
 }
-
-/// Where it runs: this machine, or a cluster of the catalogue.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ClusterSection {
-    /// `local`, or a catalogue name.
-    pub name: String,
-    /// Ranks.
-    pub accelerators: u32,
-    /// Threads that each local rank computes with.
-    pub threads_per_rank: u32,
-    /// What local ranks compute on.
-    pub device: DeviceName,
-}
-
-impl Default for ClusterSection {
-    fn default() -> Self {
-        Self {
-            name: LOCAL.to_owned(),
-            accelerators: 1,
-            threads_per_rank: 1,
-            device: DeviceName::default(),
-        }
-    }
-}
-
-impl ClusterSection {
-    fn check(&self) -> Result<()> {
-        if self.accelerators == 0 || self.threads_per_rank == 0 {
-            bail!("[cluster] accelerators and threads_per_rank must be at least 1");
-        }
-        if self.name == LOCAL {
-            return Ok(());
-        }
-        let Cluster { accelerators, name, .. } =
-            cluster::catalogue::find(&self.name).context("[cluster] name")?;
-        if self.accelerators > accelerators {
-            bail!(
-                "[cluster] accelerators = {}, but {name} has {accelerators}; lower it, or choose a larger cluster",
-                self.accelerators
-            );
-        }
-        Ok(())
-    }
-}
-
-/// The name of the machine at hand.
-const LOCAL: &str = "local";
 
 /// How it is trained.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -269,16 +221,6 @@ impl Job {
     pub fn batch(&self) -> Batch {
         let Training { sequence, global_batch, .. } = self.training;
         Batch { sequence, global_batch }
-    }
-
-    /// Whether it runs on the machine at hand.
-    pub fn is_local(&self) -> bool {
-        self.cluster.name == LOCAL
-    }
-
-    /// The cluster of the catalogue it runs on.
-    pub fn described_cluster(&self) -> Result<Cluster> {
-        Ok(cluster::catalogue::find(&self.cluster.name)?)
     }
 
     /// How parameters are updated.

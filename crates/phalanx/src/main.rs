@@ -1,5 +1,6 @@
 //! The `phalanx` command: arguments, files in and out, exit codes.
 
+mod cluster_section;
 mod device;
 mod figures;
 mod job;

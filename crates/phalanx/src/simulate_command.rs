@@ -58,8 +58,8 @@ fn world(
     machine: Option<&Path>,
     efficiency: f64,
 ) -> Result<(World, String)> {
-    if !job.is_local() {
-        let cluster = job.described_cluster()?;
+    if !job.cluster.is_local() {
+        let cluster = job.cluster.described()?;
         let source = format!(
             "{} of {} ({}), {:.0} % of peak assumed",
             cluster.accelerator.name,

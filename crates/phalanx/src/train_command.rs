@@ -54,7 +54,7 @@ pub fn measure_only(args: &JobArgs, job: &Job) -> Result<Machine> {
 fn checked(args: &JobArgs) -> Result<Job> {
     let job = Job::read(&args.job, &args.set)?;
     ensure!(
-        job.is_local(),
+        job.cluster.is_local(),
         "[cluster] name = \"{}\" is described, not here: `simulate` it, or train with name = \"local\"",
         job.cluster.name
     );

@@ -1,0 +1,155 @@
+//! Where a job runs: `[cluster]` of the job file.
+
+use anyhow::{Context, Result, bail};
+use cluster::{Cluster, Composition, PerDomain, catalogue};
+use serde::{Deserialize, Serialize};
+
+use crate::device::DeviceName;
+
+/// The name of the machine at hand.
+const LOCAL: &str = "local";
+
+/// Where it runs: on this machine, or on a described cluster. That is one of the catalogue, one in
+/// a file, or one made of parts; parts beside a name replace those of the named cluster.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterSection {
+    /// `local`, a catalogue name, or the path of a cluster file.
+    pub name: String,
+    /// Ranks.
+    pub accelerators: u32,
+    /// Threads that each local rank computes with.
+    pub threads_per_rank: u32,
+    /// What local ranks compute on.
+    pub device: DeviceName,
+    /// What described ranks compute on, by its catalogue name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accelerator: Option<String>,
+    /// The node and its scale-up domain, unless it is the accelerator's usual one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// The network between scale-up domains.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fabric: Option<String>,
+    /// Accelerators that share a host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_node: Option<u32>,
+    /// Accelerators of a scale-up domain, or the dimensions of a torus.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub per_domain: Option<PerDomain>,
+    /// Gbit/s that the fabric gives to an accelerator in each direction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link_gbps_per_accelerator: Option<f64>,
+}
+
+impl Default for ClusterSection {
+    fn default() -> Self {
+        Self {
+            name: LOCAL.to_owned(),
+            accelerators: 1,
+            threads_per_rank: 1,
+            device: DeviceName::default(),
+            accelerator: None,
+            node: None,
+            fabric: None,
+            per_node: None,
+            per_domain: None,
+            link_gbps_per_accelerator: None,
+        }
+    }
+}
+
+impl ClusterSection {
+    /// Refuses what cannot be: no ranks, an unknown cluster, more ranks than it has.
+    pub fn check(&self) -> Result<()> {
+        if self.accelerators == 0 || self.threads_per_rank == 0 {
+            bail!("[cluster] accelerators and threads_per_rank must be at least 1");
+        }
+        if self.is_local() {
+            return self.check_local();
+        }
+        let Cluster { accelerators, name, .. } = self.described()?;
+        if self.accelerators > accelerators {
+            bail!(
+                "[cluster] accelerators = {}, but {name} has {accelerators}; lower it, or choose a larger cluster",
+                self.accelerators
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether it is the machine at hand.
+    pub fn is_local(&self) -> bool {
+        self.name == LOCAL && self.accelerator.is_none()
+    }
+
+    /// The described cluster.
+    pub fn described(&self) -> Result<Cluster> {
+        let part = |name: &Option<String>| name.clone().map(toml::Value::String);
+        let parts = Composition {
+            accelerator: part(&self.accelerator),
+            node: part(&self.node),
+            fabric: part(&self.fabric),
+            per_node: self.per_node,
+            per_domain: self.per_domain.clone(),
+            link_gbps_per_accelerator: self.link_gbps_per_accelerator,
+            ..Composition::default()
+        };
+        if self.name != LOCAL {
+            let named = catalogue::composition(&self.name).context("[cluster] name")?;
+            return Ok(parts.over(named).build(&self.name)?);
+        }
+        let name = [&self.accelerator, &self.node, &self.fabric].map(Option::as_deref);
+        let name: Vec<&str> = name.into_iter().flatten().collect();
+        let parts = Composition { accelerators: Some(self.accelerators), ..parts };
+        parts.build(&name.join(" + ")).context("[cluster]")
+    }
+
+    /// This machine is measured, so nothing can be said about its parts.
+    fn check_local(&self) -> Result<()> {
+        let given = [
+            ("node", self.node.is_some()),
+            ("fabric", self.fabric.is_some()),
+            ("per_node", self.per_node.is_some()),
+            ("per_domain", self.per_domain.is_some()),
+            ("link_gbps_per_accelerator", self.link_gbps_per_accelerator.is_some()),
+        ];
+        if let Some((key, _)) = given.into_iter().find(|(_, given)| *given) {
+            bail!("[cluster] {key} needs an `accelerator`, or the `name` of a described cluster");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use units::BytesPerSecond;
+
+    fn section(text: &str) -> ClusterSection {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn a_cluster_is_made_of_parts() {
+        let parts = "accelerator = 'gb200'\naccelerators = 8192\nfabric = 'quantum2-ndr'\n";
+        let cluster = section(parts).described().unwrap();
+        assert_eq!(cluster.name, "gb200 + quantum2-ndr");
+        assert_eq!((cluster.accelerators, cluster.domain.accelerators), (8192, 64));
+    }
+
+    #[test]
+    fn parts_replace_those_of_a_named_cluster() {
+        let faster = "name = 'dgx-h100-quantum2'\nlink_gbps_per_accelerator = 800\n";
+        let cluster = section(faster).described().unwrap();
+        assert_eq!(cluster.fabric.unwrap().nic.bandwidth, BytesPerSecond(100e9));
+    }
+
+    #[test]
+    fn what_does_not_fit_names_the_key() {
+        let error = |text: &str| format!("{:#}", section(text).check().unwrap_err());
+        insta::assert_snapshot!(error("fabric = 'quantum2-ndr'"), @"[cluster] fabric needs an `accelerator`, or the `name` of a described cluster");
+        insta::assert_snapshot!(error("accelerator = 'h100'"), @"[cluster]: the catalogue has no accelerator `h100`; did you mean `h100-sxm`? `phalanx catalogue` lists all");
+        insta::assert_snapshot!(error("accelerator = 'h100-sxm'\naccelerators = 16"), @r#"[cluster]: cluster h100-sxm: 16 accelerators in domains of 8 need a fabric; name one, such as fabric = "quantum2-ndr""#);
+    }
+}
