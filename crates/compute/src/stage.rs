@@ -147,6 +147,9 @@ impl<O: Operators> Stage<O> {
     ///
     /// # Errors
     /// What `initial` returns.
+    ///
+    /// # Panics
+    /// If the model is no Llama ([`Config::require_llama`]).
     pub fn new<E>(
         operators: O,
         config: Config,
@@ -154,6 +157,7 @@ impl<O: Operators> Stage<O> {
         optimizer: Optimizer,
         mut initial: impl FnMut(Block, &mut [f32]) -> Result<(), E>,
     ) -> Result<Self, E> {
+        assert_eq!(config.require_llama(), Ok(()), "only Llamas are carried out yet");
         let mut blocks = BTreeMap::new();
         for block in &spec.blocks {
             let mut values = vec![0.0; config.block_elements(*block) as usize];

@@ -119,7 +119,7 @@ fn holds(device: impl Operators, name: &str) {
                 Instruction::Compute { segment: Segment::Loss, pass, .. }
                     if first && *pass == model::Pass::Forward =>
                 {
-                    let value = Value::Logits;
+                    let value = Value::Logits(golden.config.layers);
                     let logits = peek(&mut stage, Buffer::Activation { value, microbatch: 0 });
                     for (ours, golden) in logits.iter().zip(&golden.tensors["logits"]) {
                         assert!((ours - golden).abs() < 1e-4, "{ours} for {golden}");

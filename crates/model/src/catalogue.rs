@@ -58,10 +58,56 @@ mod tests {
             ("llama-3.1-8b", 8_030_261_248),
             ("llama-3.1-70b", 70_553_706_496),
             ("llama-3.1-405b", 405_853_388_800),
+            // Llama 2's model cards, by the shapes of their checkpoints.
+            ("llama-2-7b", 6_738_415_616),
+            ("llama-2-70b", 68_976_648_192),
+            // Mosaic llm-foundry, scripts/train/benchmarking/README.md.
+            ("mpt-7b", 6_658_859_008),
+            ("mpt-70b", 64_862_437_376),
+            // Checkpoints of mistralai, Qwen and deepseek-ai (DeepSeek-V3's without prediction
+            // layers has 671,026,419,200).
+            ("mixtral-8x7b", 46_702_792_704),
+            ("mixtral-8x22b", 140_630_071_296),
+            ("qwen3-30b-a3b", 30_532_122_624),
+            ("qwen3-235b-a22b", 235_093_634_560),
         ];
         for (name, count) in published {
             assert_eq!(find(name).unwrap().parameter_count(), count, "{name}");
         }
+    }
+
+    #[test]
+    fn rounded_parameter_counts_are_the_published_ones() {
+        // Total and active, in billions, as the papers round them.
+        let published = [
+            ("gpt-3-175b", 175.0, 175.0, 0.01),
+            ("megatron-1008b", 1008.0, 1008.0, 0.001),
+            ("bloom-176b", 176.2, 176.2, 0.001),
+            ("nemotron-4-340b", 341.0, 341.0, 0.002),
+            ("palm-540b", 540.35, 540.35, 0.001),
+            ("deepseek-v2", 236.0, 21.0, 0.02),
+            ("gpt-oss-120b", 116.83, 5.7, 0.01),
+            ("kimi-k2", 1040.0, 32.0, 0.03),
+            ("grok-1", 314.0, 86.0, 0.03),
+        ];
+        for (name, total, active, tolerance) in published {
+            let config = find(name).unwrap();
+            let close = |count: u64, billions: f64| {
+                let ratio = count as f64 / 1e9 / billions;
+                assert!((ratio - 1.0).abs() <= tolerance, "{name}: {count}, {billions} B");
+            };
+            close(config.parameter_count(), total);
+            close(config.active_parameter_count(), active);
+        }
+    }
+
+    #[test]
+    fn deepseek_v3_is_counted_with_and_without_its_prediction_layer() {
+        let config = find("deepseek-v3").unwrap();
+        let without = Config { prediction_layers: 0, ..config.clone() };
+        // The checkpoint's own index, less the 58 x 256 correction biases of its router.
+        assert_eq!(without.parameter_count() + 58 * 256, 671_026_419_200);
+        assert!(config.parameter_count() > 682_000_000_000);
     }
 
     #[test]

@@ -3,7 +3,13 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::{Activation, Experts, LatentAttention, Norm, Positions, Rotary, SlidingWindow};
+
 /// The dimensions of a Llama-class model, in the words of the job file.
+///
+/// What follows `context` is what other models do differently; each key's default is Llama's way,
+/// so the description of a Llama names none of them. [`Config::default`] is a Llama whose
+/// dimensions are still zero.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -26,34 +32,73 @@ pub struct Config {
     /// Added to the mean square under the root of every RMSNorm.
     pub norm_epsilon: f32,
     /// Rotary position embedding.
+    #[serde(default)]
     pub rotary: Rotary,
     /// Longest sequence the model is meant for (`max_position_embeddings`); informative.
     pub context: u64,
+    /// What stands between the products of the feed-forward block.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub activation: Activation,
+    /// The norm before attention, feed-forward block and head.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub norm: Norm,
+    /// How a layer knows where a token stands.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub positions: Positions,
+    /// Whether every product of a layer adds a bias.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub biases: bool,
+    /// Whether the queries and keys of each head are normed.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub query_key_norm: bool,
+    /// Whether attention weights and the output of each block are dropped out in training.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub dropout: bool,
+    /// Attention that sees only the last tokens.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub sliding_window: Option<SlidingWindow>,
+    /// Multi-head latent attention; `head_dim` and `kv_heads` are then unused.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub latent_attention: Option<LatentAttention>,
+    /// A mixture of experts in place of the feed-forward block.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub experts: Option<Experts>,
+    /// Layers after the last that predict one token further each (DeepSeek-V3's multi-token
+    /// prediction).
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub prediction_layers: u32,
 }
 
-/// Rotary position embedding.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Rotary {
-    /// Base of the geometric series of wavelengths.
-    pub theta: f64,
-    /// The frequency scaling Llama 3.1 introduced; `None` for Llama 3 and before.
-    pub scaling: Option<Llama3Scaling>,
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
-/// Llama 3.1's frequency scaling: long wavelengths are stretched by `factor`, short ones kept, and
-/// those between blended (Hugging Face `rope_type = "llama3"`).
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Llama3Scaling {
-    /// How much the longest wavelengths are stretched.
-    pub factor: f64,
-    /// Wavelengths above `original_context / low_frequency_factor` are stretched in full.
-    pub low_frequency_factor: f64,
-    /// Wavelengths below `original_context / high_frequency_factor` are kept.
-    pub high_frequency_factor: f64,
-    /// The context length the unscaled frequencies were trained for.
-    pub original_context: u64,
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            layers: 0,
+            hidden: 0,
+            heads: 0,
+            kv_heads: 0,
+            head_dim: 0,
+            feed_forward: 0,
+            vocabulary: 0,
+            tied_embeddings: false,
+            norm_epsilon: 1e-5,
+            rotary: Rotary::default(),
+            context: 0,
+            activation: Activation::default(),
+            norm: Norm::default(),
+            positions: Positions::default(),
+            biases: false,
+            query_key_norm: false,
+            dropout: false,
+            sliding_window: None,
+            latent_attention: None,
+            experts: None,
+            prediction_layers: 0,
+        }
+    }
 }
 
 /// A configuration that no Llama can have.
@@ -72,6 +117,21 @@ pub enum ConfigError {
         /// Key and value heads.
         kv_heads: u64,
     },
+    /// More experts visited than there are.
+    #[error(
+        "`experts.per_token` = {per_token} is more than `experts.count` = {count}; a token visits each expert once"
+    )]
+    ExpertsPerToken {
+        /// Experts a token visits.
+        per_token: u64,
+        /// Experts there are.
+        count: u64,
+    },
+    /// Something no Llama has, where only a Llama will do.
+    #[error(
+        "`{0}` is not a Llama's; such a model is planned and simulated, but cannot be trained or stored yet"
+    )]
+    NotLlama(&'static str),
     /// Rotary embedding turns pairs.
     #[error("`head_dim` = {0} is odd; rotary embedding turns pairs of components")]
     OddHead(u64),
@@ -83,7 +143,26 @@ impl Config {
     /// # Errors
     /// The first contradiction found.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let dimensions = [
+        if let Some((name, _)) = self.dimensions().into_iter().find(|(_, value)| *value == 0) {
+            return Err(ConfigError::Zero(name));
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(ConfigError::HeadGroups { heads: self.heads, kv_heads: self.kv_heads });
+        }
+        if self.positions == Positions::Rotary && !self.head_dim.is_multiple_of(2) {
+            return Err(ConfigError::OddHead(self.head_dim));
+        }
+        match self.experts {
+            Some(Experts { per_token, count, .. }) if per_token > count => {
+                Err(ConfigError::ExpertsPerToken { per_token, count })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What must not be zero, by the key that gives it.
+    fn dimensions(&self) -> Vec<(&'static str, u64)> {
+        let mut dimensions = vec![
             ("layers", u64::from(self.layers)),
             ("hidden", self.hidden),
             ("heads", self.heads),
@@ -92,22 +171,87 @@ impl Config {
             ("feed_forward", self.feed_forward),
             ("vocabulary", self.vocabulary),
         ];
-        if let Some((name, _)) = dimensions.into_iter().find(|(_, value)| *value == 0) {
-            return Err(ConfigError::Zero(name));
+        if let Positions::Learned(length) = self.positions {
+            dimensions.push(("positions.learned", length));
         }
-        if !self.heads.is_multiple_of(self.kv_heads) {
-            return Err(ConfigError::HeadGroups { heads: self.heads, kv_heads: self.kv_heads });
+        if let Some(window) = self.sliding_window {
+            dimensions.push(("sliding_window.length", window.length));
+            let every = u64::from(window.full_every.unwrap_or(1));
+            dimensions.push(("sliding_window.full_every", every));
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(ConfigError::OddHead(self.head_dim));
+        if let Some(latent) = self.latent_attention {
+            dimensions.extend([
+                ("latent_attention.query_rank", latent.query_rank.unwrap_or(1)),
+                ("latent_attention.kv_rank", latent.kv_rank),
+                ("latent_attention.nope_dim", latent.nope_dim),
+                ("latent_attention.rope_dim", latent.rope_dim),
+                ("latent_attention.value_dim", latent.value_dim),
+            ]);
         }
-        Ok(())
+        if let Some(experts) = self.experts {
+            dimensions.extend([
+                ("experts.count", experts.count),
+                ("experts.per_token", experts.per_token),
+                ("experts.width", experts.width),
+                ("experts.every", u64::from(experts.every)),
+            ]);
+        }
+        dimensions
+    }
+
+    /// Refuses every model but a Llama, where nothing else can be carried out yet.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotLlama`] with the key that no Llama has.
+    pub fn require_llama(&self) -> Result<(), ConfigError> {
+        let differences = [
+            ("activation", self.activation != Activation::SwiGlu),
+            ("norm", self.norm != Norm::Rms),
+            ("positions", self.positions != Positions::Rotary),
+            ("biases", self.biases),
+            ("query_key_norm", self.query_key_norm),
+            ("dropout", self.dropout),
+            ("sliding_window", self.sliding_window.is_some()),
+            ("latent_attention", self.latent_attention.is_some()),
+            ("experts", self.experts.is_some()),
+            ("prediction_layers", self.prediction_layers > 0),
+        ];
+        match differences.into_iter().find(|(_, differs)| *differs) {
+            Some((key, _)) => Err(ConfigError::NotLlama(key)),
+            None => Ok(()),
+        }
+    }
+
+    /// The experts of `layer`; `None` where its feed-forward block is dense. The prediction layers
+    /// are numbered after the others.
+    #[must_use]
+    pub fn experts_of(&self, layer: u32) -> Option<Experts> {
+        self.experts.filter(|experts| {
+            let after = layer.checked_sub(experts.dense_layers);
+            after.is_some_and(|after| (after + 1).is_multiple_of(experts.every))
+        })
+    }
+
+    /// Whether attention of `layer` sees only the last tokens.
+    #[must_use]
+    pub fn is_windowed(&self, layer: u32) -> bool {
+        let sees_all = |every: u32| (layer + 1).is_multiple_of(every);
+        self.sliding_window.is_some_and(|window| !window.full_every.is_some_and(sees_all))
+    }
+
+    /// Width of a head's queries and keys, and of its values.
+    #[must_use]
+    pub fn head_dims(&self) -> (u64, u64) {
+        match self.latent_attention {
+            Some(latent) => (latent.nope_dim + latent.rope_dim, latent.value_dim),
+            None => (self.head_dim, self.head_dim),
+        }
     }
 
     /// Width of all query heads together.
     #[must_use]
     pub fn query_width(&self) -> u64 {
-        self.heads * self.head_dim
+        self.heads * self.head_dims().0
     }
 
     /// Width of all key heads (or all value heads) together.
@@ -120,40 +264,5 @@ impl Config {
     #[must_use]
     pub fn qkv_width(&self) -> u64 {
         self.query_width() + 2 * self.kv_width()
-    }
-}
-
-impl Rotary {
-    /// The angle per position, in radians, of each of the `head_dim / 2` pairs.
-    ///
-    /// Source: Su et al. 2021, eq. 15, with the frequency scaling of Llama 3.1 as in Hugging Face
-    /// `modeling_rope_utils.py` (`_compute_llama3_parameters`).
-    #[must_use]
-    pub fn frequencies(&self, head_dim: u64) -> Vec<f32> {
-        (0..head_dim / 2)
-            .map(|pair| {
-                let exponent = (2 * pair) as f64 / head_dim as f64;
-                // f32 as the reference computes it, so that long sequences agree in phase.
-                let frequency = 1.0 / (self.theta as f32).powf(exponent as f32);
-                self.scaling.map_or(frequency, |scaling| scaling.apply(frequency))
-            })
-            .collect()
-    }
-}
-
-impl Llama3Scaling {
-    fn apply(&self, frequency: f32) -> f32 {
-        let original = self.original_context as f32;
-        let (low, high) = (self.low_frequency_factor as f32, self.high_frequency_factor as f32);
-        let wavelength = std::f32::consts::TAU / frequency;
-        let stretched = frequency / self.factor as f32;
-        if wavelength > original / low {
-            stretched
-        } else if wavelength < original / high {
-            frequency
-        } else {
-            let smooth = (original / wavelength - low) / (high - low);
-            (1.0 - smooth) * stretched + smooth * frequency
-        }
     }
 }

@@ -32,12 +32,14 @@ pub fn from_json(text: &str) -> Result<Config, Error> {
         norm_epsilon: json.or("rms_norm_eps", 1e-6)?,
         rotary: rotary(&json)?,
         context,
+        ..Config::default()
     };
     config.check()?;
     Ok(config)
 }
 
-/// The text of a `config.json` that transformers opens as a `LlamaForCausalLM`.
+/// The text of a `config.json` that transformers opens as a `LlamaForCausalLM`, which `config`
+/// must describe ([`Config::require_llama`]).
 #[must_use]
 pub fn to_json(config: &Config) -> String {
     let json = ConfigJson {
@@ -249,6 +251,7 @@ mod tests {
                 }),
             },
             context: 128,
+            ..Config::default()
         };
         assert_eq!(config, expected);
         let tied = include_str!("../../../golden/tiny-llama-tied/config.json");
@@ -258,7 +261,8 @@ mod tests {
     #[test]
     fn what_is_written_reads_back_the_same() {
         let catalogue = catalogue::names().map(|name| catalogue::find(name).unwrap().clone());
-        for config in catalogue.chain([from_json(GOLDEN).unwrap()]) {
+        let llamas = catalogue.filter(|config| config.require_llama().is_ok());
+        for config in llamas.chain([from_json(GOLDEN).unwrap()]) {
             assert_eq!(from_json(&to_json(&config)), Ok(config));
         }
     }

@@ -15,6 +15,17 @@ pub enum Operator {
         /// Terms of each sum.
         k: u64,
     },
+    /// As many products of this size as there are groups.
+    GroupedProduct {
+        /// Independent products.
+        groups: u64,
+        /// Rows of each output.
+        m: u64,
+        /// Columns of each output.
+        n: u64,
+        /// Terms of each sum.
+        k: u64,
+    },
     /// Root-mean-square norm over rows, or its gradient.
     RmsNorm {
         /// Rows.
@@ -29,7 +40,21 @@ pub enum Operator {
         /// Width of queries and keys together.
         width: u64,
     },
-    /// Causal attention of every query on every key before it.
+    /// Norm over rows by mean and variance, or its gradient.
+    LayerNorm {
+        /// Rows.
+        rows: u64,
+        /// Width of a row.
+        width: u64,
+    },
+    /// Softmax over rows, or its gradient.
+    Softmax {
+        /// Rows.
+        rows: u64,
+        /// Width of a row.
+        width: u64,
+    },
+    /// Attention in one pass over tiles, scores never in memory.
     Attention {
         /// Sequences in the microbatch.
         sequences: u64,
@@ -37,10 +62,16 @@ pub enum Operator {
         heads: u64,
         /// Key and value heads.
         kv_heads: u64,
-        /// Width of a head.
+        /// Width of a head's query and key.
         head_dim: u64,
-        /// Queries, and keys, in a sequence.
-        length: u64,
+        /// Width of a head's value.
+        value_dim: u64,
+        /// Queries in a sequence.
+        queries: u64,
+        /// Keys in a sequence.
+        keys: u64,
+        /// Pairs of query and key in a sequence that are computed.
+        pairs: u64,
         /// Products per pair of query and key: 2 forward, 5 backward (scores are recomputed).
         products: u64,
     },
@@ -49,6 +80,34 @@ pub enum Operator {
         /// Tokens.
         rows: u64,
         /// Inner width.
+        width: u64,
+    },
+    /// GELU, or its gradient.
+    Gelu {
+        /// Tokens.
+        rows: u64,
+        /// Inner width.
+        width: u64,
+    },
+    /// `max(0, x)^2`, or its gradient.
+    SquaredRelu {
+        /// Tokens.
+        rows: u64,
+        /// Inner width.
+        width: u64,
+    },
+    /// The best experts of each token from its scores, or the gradient of the scores.
+    Route {
+        /// Tokens.
+        rows: u64,
+        /// Experts to choose from.
+        experts: u64,
+    },
+    /// Rows copied into another order, or added up from it.
+    Permute {
+        /// Rows read or written, whichever are more.
+        rows: u64,
+        /// Width of a row.
         width: u64,
     },
     /// Row gather from a table, or the scatter-add of its gradient.
@@ -83,18 +142,24 @@ pub enum Operator {
 }
 
 impl Operator {
-    /// Floating-point operations. Causal attention counts the pairs it computes, half of all.
+    /// Floating-point operations. Attention counts the pairs it computes.
     #[must_use]
     pub fn flops(&self) -> Flops {
         Flops(match *self {
             Self::Product { m, n, k } => 2 * m * n * k,
+            Self::GroupedProduct { groups, m, n, k } => 2 * groups * m * n * k,
             Self::RmsNorm { rows, width } => 4 * rows * width,
+            Self::LayerNorm { rows, width } => 7 * rows * width,
+            Self::Softmax { rows, width } => 4 * rows * width,
             Self::Rotary { rows, width } => 3 * rows * width,
-            Self::Attention { sequences, heads, head_dim, length, products, .. } => {
-                // length (length + 1) / 2 pairs, 2 FLOPs a component.
-                products * sequences * heads * head_dim * length * (length + 1)
+            Self::Attention { sequences, heads, pairs, .. } => {
+                2 * sequences * heads * pairs * self.components()
             }
             Self::SwiGlu { rows, width } => 6 * rows * width,
+            Self::Gelu { rows, width } => 8 * rows * width,
+            Self::SquaredRelu { rows, width } => 2 * rows * width,
+            Self::Route { rows, experts } => 6 * rows * experts,
+            Self::Permute { rows, width } => rows * width,
             Self::Embedding { rows, width } => rows * width,
             Self::CrossEntropy { rows, width } => 6 * rows * width,
             Self::Add { elements } => elements,
@@ -109,12 +174,18 @@ impl Operator {
     pub fn bytes(&self, element: Bytes) -> Bytes {
         let elements = match *self {
             Self::Product { m, n, k } => m * k + k * n + m * n,
+            Self::GroupedProduct { groups, m, n, k } => groups * (m * k + k * n + m * n),
             Self::RmsNorm { rows, width } => 2 * rows * width + width,
+            Self::LayerNorm { rows, width } => 2 * (rows * width + width),
+            Self::Softmax { rows, width } => 2 * rows * width,
             Self::Rotary { rows, width } => 2 * rows * width,
-            Self::Attention { sequences, heads, kv_heads, head_dim, length, products } => {
-                products * sequences * length * head_dim * (heads + kv_heads)
+            Self::Attention { sequences, heads, kv_heads, queries, keys, .. } => {
+                sequences * (queries * heads + keys * kv_heads) * self.components()
             }
             Self::SwiGlu { rows, width } => 3 * rows * width,
+            Self::Gelu { rows, width } | Self::SquaredRelu { rows, width } => 2 * rows * width,
+            Self::Route { rows, experts } => 2 * rows * experts,
+            Self::Permute { rows, width } => 2 * rows * width,
             Self::Embedding { rows, width } => 2 * rows * width,
             Self::CrossEntropy { rows, width } => 2 * rows * width,
             Self::Add { elements } => 3 * elements,
@@ -123,5 +194,16 @@ impl Operator {
             Self::AdamW { elements } => return Bytes(7 * 4 * elements),
         };
         element * elements
+    }
+
+    /// Components of attention that all its products of one pair multiply: half of the products
+    /// (and the odd one) are as wide as a key, the others as a value.
+    fn components(&self) -> u64 {
+        match *self {
+            Self::Attention { head_dim, value_dim, products, .. } => {
+                products.div_ceil(2) * head_dim + products / 2 * value_dim
+            }
+            _ => 0,
+        }
     }
 }

@@ -3,14 +3,14 @@
 //! They are cut where an axis may need a collective between two of them: tensor parallelism
 //! reduces after [`Segment::Project`] and [`Segment::FeedForward`], context parallelism exchanges
 //! keys and values around [`Segment::Attend`], a vocabulary-parallel head combines partial
-//! softmaxes between [`Segment::Logits`] and [`Segment::Loss`].
+//! softmaxes between [`Segment::Logits`] and [`Segment::Loss`], expert parallelism sends tokens to
+//! their experts after [`Segment::Dispatch`] and back before [`Segment::Combine`].
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use units::Flops;
 
-use crate::{Block, Config, Operator};
+use crate::{Block, Config};
 
 /// A piece of the model small enough for a collective to stand on either side of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -24,16 +24,31 @@ pub enum Segment {
     Qkv,
     /// Scores, softmax and weighted values.
     Attend,
+    /// As [`Segment::Attend`], over the last tokens alone.
+    AttendWindow,
     /// Attention output product.
     Project,
     /// Attention output onto the residual stream.
     AttentionAdd,
     /// Norm before the feed-forward block.
     FeedForwardNorm,
-    /// Gate and up products, `SwiGLU`, down product.
+    /// The feed-forward block: products, activation, product.
     FeedForward,
+    /// Scores of the experts, and the choice of the best for each token.
+    Route,
+    /// Copies of the tokens, in the order of the experts they go to.
+    Dispatch,
+    /// Every expert's feed-forward block on the tokens sent to it.
+    Experts,
+    /// The feed-forward block of the shared experts, which every token visits.
+    SharedExperts,
+    /// The weighted sum of what the experts made of each token.
+    Combine,
     /// Feed-forward output onto the residual stream.
     FeedForwardAdd,
+    /// Stream and embedding of the next word, normed and projected: what a layer that predicts
+    /// one token further begins with.
+    Merge,
     /// Norm before the head.
     FinalNorm,
     /// Head product.
@@ -54,49 +69,41 @@ pub enum Pass {
     BackwardInput,
     /// Gradients of parameters alone (zero-bubble schedules).
     BackwardWeight,
-}
-
-/// The size of the tensors one microbatch brings to a segment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Shape {
-    /// Sequences in a microbatch.
-    pub sequences: u64,
-    /// Tokens in a sequence.
-    pub sequence: u64,
-}
-
-impl Shape {
-    /// Tokens in a microbatch.
-    #[must_use]
-    pub fn tokens(&self) -> u64 {
-        self.sequences * self.sequence
-    }
+    /// Outputs from inputs a second time, since the first ones were not kept.
+    Recompute,
 }
 
 impl Segment {
-    /// The segments of a transformer layer, in forward order.
-    pub const LAYER: [Self; 8] = [
+    /// Every segment.
+    pub const ALL: [Self; 19] = [
+        Self::Embed,
         Self::AttentionNorm,
         Self::Qkv,
         Self::Attend,
+        Self::AttendWindow,
         Self::Project,
         Self::AttentionAdd,
         Self::FeedForwardNorm,
         Self::FeedForward,
+        Self::Route,
+        Self::Dispatch,
+        Self::Experts,
+        Self::SharedExperts,
+        Self::Combine,
         Self::FeedForwardAdd,
+        Self::Merge,
+        Self::FinalNorm,
+        Self::Logits,
+        Self::Loss,
     ];
 
     /// The segments after the last layer, in forward order.
     pub const HEAD: [Self; 3] = [Self::FinalNorm, Self::Logits, Self::Loss];
 
-    /// The segments that `block` makes up, in forward order.
+    /// Whether it is a piece of a layer, and not of the embedding or the head.
     #[must_use]
-    pub fn of(block: Block) -> &'static [Self] {
-        match block {
-            Block::Embedding => &[Self::Embed],
-            Block::Layer(_) => &Self::LAYER,
-            Block::Head => &Self::HEAD,
-        }
+    pub fn is_layer(self) -> bool {
+        self != Self::Embed && !Self::HEAD.contains(&self)
     }
 
     /// Its name in program text, reports and traces.
@@ -107,11 +114,18 @@ impl Segment {
             Self::AttentionNorm => "attention-norm",
             Self::Qkv => "qkv",
             Self::Attend => "attend",
+            Self::AttendWindow => "attend-window",
             Self::Project => "project",
             Self::AttentionAdd => "attention-add",
             Self::FeedForwardNorm => "feed-forward-norm",
             Self::FeedForward => "feed-forward",
+            Self::Route => "route",
+            Self::Dispatch => "dispatch",
+            Self::Experts => "experts",
+            Self::SharedExperts => "shared-experts",
+            Self::Combine => "combine",
             Self::FeedForwardAdd => "feed-forward-add",
+            Self::Merge => "merge",
             Self::FinalNorm => "final-norm",
             Self::Logits => "logits",
             Self::Loss => "loss",
@@ -134,6 +148,7 @@ impl Pass {
             Self::Backward => "backward",
             Self::BackwardInput => "backward-input",
             Self::BackwardWeight => "backward-weight",
+            Self::Recompute => "recompute",
         }
     }
 }
@@ -144,83 +159,52 @@ impl fmt::Display for Pass {
     }
 }
 
-/// The products of a linear layer `[tokens, k] -> [tokens, n]` in one pass.
-fn linear(pass: Pass, tokens: u64, n: u64, k: u64) -> Vec<Operator> {
-    let forward = Operator::Product { m: tokens, n, k };
-    let input = Operator::Product { m: tokens, n: k, k: n };
-    let weight = Operator::Product { m: n, n: k, k: tokens };
-    match pass {
-        Pass::Forward => vec![forward],
-        Pass::Backward => vec![input, weight],
-        Pass::BackwardInput => vec![input],
-        Pass::BackwardWeight => vec![weight],
-    }
-}
-
 impl Config {
-    /// The operators that `segment` carries out in `pass` on a microbatch of `shape`.
+    /// The segments that `block` makes up, in forward order. Those of [`Block::Experts`] stand in
+    /// their layer, which uses both blocks.
     #[must_use]
-    pub fn operators(&self, segment: Segment, pass: Pass, shape: &Shape) -> Vec<Operator> {
-        let rows = shape.tokens();
-        let weight_only = pass == Pass::BackwardWeight;
-        // What has no parameters has nothing to do in the weight half of a split backward.
-        let unless_weight = |operator| if weight_only { vec![] } else { vec![operator] };
-        match segment {
-            Segment::Embed => vec![Operator::Embedding { rows, width: self.hidden }],
-            Segment::AttentionNorm | Segment::FeedForwardNorm | Segment::FinalNorm => {
-                unless_weight(Operator::RmsNorm { rows, width: self.hidden })
+    pub fn segments(&self, block: Block) -> Vec<Segment> {
+        match block {
+            Block::Embedding => vec![Segment::Embed],
+            Block::Layer(layer) => self.layer_segments(layer),
+            Block::Experts(_) => vec![],
+            Block::Prediction(number) => {
+                let mut segments = vec![Segment::Merge];
+                segments.extend(self.layer_segments(self.prediction_layer(number)));
+                segments.extend(Segment::HEAD);
+                segments
             }
-            Segment::Qkv => {
-                let mut operators = linear(pass, rows, self.qkv_width(), self.hidden);
-                let width = self.query_width() + self.kv_width();
-                operators.extend(unless_weight(Operator::Rotary { rows, width }));
-                operators
-            }
-            Segment::Attend => unless_weight(Operator::Attention {
-                sequences: shape.sequences,
-                heads: self.heads,
-                kv_heads: self.kv_heads,
-                head_dim: self.head_dim,
-                length: shape.sequence,
-                products: if pass == Pass::Forward { 2 } else { 5 },
-            }),
-            Segment::Project => linear(pass, rows, self.hidden, self.query_width()),
-            Segment::AttentionAdd | Segment::FeedForwardAdd => match pass {
-                Pass::Forward => vec![Operator::Add { elements: rows * self.hidden }],
-                _ => vec![], // the gradient of a sum is handed on as it is
-            },
-            Segment::FeedForward => {
-                let mut operators = linear(pass, rows, 2 * self.feed_forward, self.hidden);
-                operators
-                    .extend(unless_weight(Operator::SwiGlu { rows, width: self.feed_forward }));
-                operators.extend(linear(pass, rows, self.hidden, self.feed_forward));
-                operators
-            }
-            Segment::Logits => linear(pass, rows, self.vocabulary, self.hidden),
-            Segment::Loss => match pass {
-                Pass::Forward => {
-                    vec![Operator::CrossEntropy { rows, width: self.vocabulary }]
-                }
-                _ => vec![], // the forward pass leaves the gradient in place of the logits
-            },
+            Block::Head => Segment::HEAD.to_vec(),
         }
     }
 
-    /// FLOPs of the model for one token of a sequence of `sequence` tokens, forward and backward,
-    /// nothing recomputed: three times the forward products and causal attention. The numerator
-    /// of model FLOPs utilization.
+    fn layer_segments(&self, layer: u32) -> Vec<Segment> {
+        let windowed = self.is_windowed(layer);
+        let mut segments = vec![
+            Segment::AttentionNorm,
+            Segment::Qkv,
+            if windowed { Segment::AttendWindow } else { Segment::Attend },
+            Segment::Project,
+            Segment::AttentionAdd,
+            Segment::FeedForwardNorm,
+        ];
+        match self.experts_of(layer) {
+            None => segments.push(Segment::FeedForward),
+            Some(experts) => {
+                segments.extend([Segment::Route, Segment::Dispatch]);
+                segments.extend((experts.shared_width > 0).then_some(Segment::SharedExperts));
+                segments.extend([Segment::Experts, Segment::Combine]);
+            }
+        }
+        segments.push(Segment::FeedForwardAdd);
+        segments
+    }
+
+    /// The number that instructions give the `number`-th prediction layer: after the layers, and
+    /// after the head, which has the number of layers itself. A prediction layer's own head has
+    /// the next number.
     #[must_use]
-    pub fn training_flops_per_token(&self, sequence: u64) -> Flops {
-        let shape = Shape { sequences: 1, sequence };
-        let forward: Flops = self
-            .blocks()
-            .flat_map(Segment::of)
-            .flat_map(|segment| self.operators(*segment, Pass::Forward, &shape))
-            .filter(|operator| {
-                matches!(operator, Operator::Product { .. } | Operator::Attention { .. })
-            })
-            .map(|operator| operator.flops())
-            .sum();
-        Flops(3 * forward.0 / sequence)
+    pub fn prediction_layer(&self, number: u32) -> u32 {
+        self.layers + 1 + 2 * number
     }
 }

@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use cluster::Precision;
 use compute::Optimizer;
-use model::{Config, Llama3Scaling, Rotary};
+use model::{
+    Activation, Config, Experts, LatentAttention, Llama3Scaling, Norm, Positions, Rotary,
+    SlidingWindow,
+};
 use plan::{Batch, Layout, PartialLayout};
 use serde::{Deserialize, Serialize};
 use train::LearningRate;
@@ -48,6 +51,16 @@ struct ModelSection {
     tied_embeddings: Option<bool>,
     norm_epsilon: Option<f32>,
     rotary_theta: Option<f64>,
+    activation: Option<Activation>,
+    norm: Option<Norm>,
+    positions: Option<Positions>,
+    biases: Option<bool>,
+    query_key_norm: Option<bool>,
+    dropout: Option<bool>,
+    sliding_window: Option<SlidingWindow>,
+    latent_attention: Option<LatentAttention>,
+    experts: Option<Experts>,
+    prediction_layers: Option<u32>,
 }
 
 /// How it is trained.
@@ -322,6 +335,7 @@ impl ModelSection {
                 }),
             },
             context: 131_072,
+            ..Config::default()
         })
     }
 
@@ -341,6 +355,16 @@ impl ModelSection {
                 scaling: base.rotary.scaling,
             },
             context: base.context,
+            activation: self.activation.unwrap_or(base.activation),
+            norm: self.norm.unwrap_or(base.norm),
+            positions: self.positions.unwrap_or(base.positions),
+            biases: self.biases.unwrap_or(base.biases),
+            query_key_norm: self.query_key_norm.unwrap_or(base.query_key_norm),
+            dropout: self.dropout.unwrap_or(base.dropout),
+            sliding_window: self.sliding_window.or(base.sliding_window),
+            latent_attention: self.latent_attention.or(base.latent_attention),
+            experts: self.experts.or(base.experts),
+            prediction_layers: self.prediction_layers.unwrap_or(base.prediction_layers),
         }
     }
 }

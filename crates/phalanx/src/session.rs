@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use checkpoint::hugging_face::Weights;
 use compute::{Operators, Stage};
 use data::{Sampler, Tokenizer};
+use model::Counting;
 use plan::{Batch, Layout, lower, lower_evaluation};
 use program::Program;
 use report::{Summary, perfetto, summary_table};
@@ -267,7 +268,8 @@ impl<O> Session<'_, O> {
     /// the measured rate of large products on all ranks.
     pub fn model_flops_utilization(&self, tokens_per_s: f64) -> Option<f64> {
         let machine = self.machine.as_ref()?;
-        let per_token = self.job.model.training_flops_per_token(self.job.training.sequence);
+        let per_token =
+            self.job.model.training_flops_per_token(self.job.training.sequence, Counting::Causal);
         Some(tokens_per_s * per_token.as_f64() / machine.peak_of_all_ranks().0)
     }
 }

@@ -59,6 +59,7 @@ fn checked(args: &JobArgs) -> Result<Job> {
         job.cluster.name
     );
     job.cluster.device.check(job.local_precision()?)?;
+    job.model.require_llama().context("[model]")?;
     Ok(job)
 }
 

@@ -106,6 +106,9 @@ pub enum LayoutError {
         /// The degree asked for.
         degree: u32,
     },
+    /// A kind of model that cannot be lowered yet.
+    #[error("[model] {0}: such a model is counted, but cannot be lowered to a program yet")]
+    Model(&'static str),
     /// A degree or size of zero.
     #[error("`{0}` is 0; it must be at least 1")]
     Zero(&'static str),
@@ -176,6 +179,13 @@ impl Layout {
                 return Err(LayoutError::Unsupported { axis, degree });
             }
         }
+        let kinds = [
+            ("experts", config.experts.is_some()),
+            ("prediction_layers", config.prediction_layers > 0),
+        ];
+        if let Some((kind, _)) = kinds.into_iter().find(|(_, present)| *present) {
+            return Err(LayoutError::Model(kind));
+        }
         if !config.layers.is_multiple_of(pipeline) {
             let choices = divisors(u64::from(config.layers)).map(|d| d as u32).collect();
             return Err(LayoutError::Layers { pipeline, layers: config.layers, choices });
@@ -208,7 +218,7 @@ impl Layout {
     /// The size of a microbatch.
     #[must_use]
     pub fn shape(&self, batch: &Batch) -> Shape {
-        Shape { sequences: self.micro_batch, sequence: batch.sequence }
+        Shape::whole(self.micro_batch, batch.sequence)
     }
 
     /// The layers of a stage.

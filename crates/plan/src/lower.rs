@@ -75,8 +75,8 @@ fn assemble(
     let shape = layout.shape(batch);
     let segments = config
         .blocks()
-        .flat_map(Segment::of)
-        .flat_map(|segment| [(*segment, Pass::Forward), (*segment, Pass::Backward)])
+        .flat_map(|block| config.segments(block))
+        .flat_map(|segment| [(segment, Pass::Forward), (segment, Pass::Backward)])
         .map(|(segment, pass)| ((segment, pass), config.operators(segment, pass, &shape)))
         .collect();
     Program {
@@ -315,10 +315,13 @@ impl<'a> Lowering<'a> {
             Block::Embedding => 0,
             Block::Layer(layer) => layer,
             Block::Head => self.config.layers,
+            Block::Experts(_) | Block::Prediction(_) => {
+                unreachable!("the layout refuses models that have these")
+            }
         };
         let instruction =
             |segment: &Segment| Instruction::Compute { segment: *segment, pass, layer, microbatch };
-        let segments = Segment::of(block);
+        let segments = self.config.segments(block);
         match pass {
             Pass::Forward => self.list.extend(segments.iter().map(instruction)),
             _ => self.list.extend(segments.iter().rev().map(instruction)),

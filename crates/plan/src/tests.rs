@@ -17,6 +17,7 @@ fn config(layers: u32, tied_embeddings: bool) -> Config {
         norm_epsilon: 1e-5,
         rotary: Rotary { theta: 500_000.0, scaling: None },
         context: 64,
+        ..Config::default()
     }
 }
 

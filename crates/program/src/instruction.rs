@@ -27,12 +27,20 @@ pub enum Value {
     FeedForwardNormed(u32),
     /// What the feed-forward block adds to the stream.
     FeedForwardDelta(u32),
+    /// The experts chosen for each token, and their weights.
+    Routes(u32),
+    /// Copies of tokens on their way to experts.
+    Dispatched(u32),
+    /// What the experts made of them.
+    Expertise(u32),
+    /// What the shared experts add to the stream.
+    SharedDelta(u32),
     /// The normed input of the head.
-    FinalNormed,
+    FinalNormed(u32),
     /// Scores over the vocabulary.
-    Logits,
+    Logits(u32),
     /// The loss.
-    Loss,
+    Loss(u32),
 }
 
 impl Value {
@@ -43,7 +51,9 @@ impl Value {
             Segment::Embed => (vec![], Self::Stream(0)),
             Segment::AttentionNorm => (vec![Self::Stream(layer)], Self::AttentionNormed(layer)),
             Segment::Qkv => (vec![Self::AttentionNormed(layer)], Self::Qkv(layer)),
-            Segment::Attend => (vec![Self::Qkv(layer)], Self::Attended(layer)),
+            Segment::Attend | Segment::AttendWindow => {
+                (vec![Self::Qkv(layer)], Self::Attended(layer))
+            }
             Segment::Project => (vec![Self::Attended(layer)], Self::AttentionDelta(layer)),
             Segment::AttentionAdd => {
                 (vec![Self::Stream(layer), Self::AttentionDelta(layer)], Self::Middle(layer))
@@ -52,12 +62,25 @@ impl Value {
             Segment::FeedForward => {
                 (vec![Self::FeedForwardNormed(layer)], Self::FeedForwardDelta(layer))
             }
+            Segment::Route => (vec![Self::FeedForwardNormed(layer)], Self::Routes(layer)),
+            Segment::Dispatch => {
+                (vec![Self::FeedForwardNormed(layer), Self::Routes(layer)], Self::Dispatched(layer))
+            }
+            Segment::Experts => (vec![Self::Dispatched(layer)], Self::Expertise(layer)),
+            Segment::SharedExperts => {
+                (vec![Self::FeedForwardNormed(layer)], Self::SharedDelta(layer))
+            }
+            Segment::Combine => {
+                (vec![Self::Expertise(layer), Self::Routes(layer)], Self::FeedForwardDelta(layer))
+            }
             Segment::FeedForwardAdd => {
                 (vec![Self::Middle(layer), Self::FeedForwardDelta(layer)], Self::Stream(layer + 1))
             }
-            Segment::FinalNorm => (vec![Self::Stream(layer)], Self::FinalNormed),
-            Segment::Logits => (vec![Self::FinalNormed], Self::Logits),
-            Segment::Loss => (vec![Self::Logits], Self::Loss),
+            // What a prediction layer begins with is the stream that the layer before it left.
+            Segment::Merge => (vec![Self::Stream(layer - 1)], Self::Stream(layer)),
+            Segment::FinalNorm => (vec![Self::Stream(layer)], Self::FinalNormed(layer)),
+            Segment::Logits => (vec![Self::FinalNormed(layer)], Self::Logits(layer)),
+            Segment::Loss => (vec![Self::Logits(layer)], Self::Loss(layer)),
         }
     }
 }

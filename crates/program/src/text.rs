@@ -18,9 +18,13 @@ impl fmt::Display for Value {
             Self::Middle(layer) => write!(f, "middle{layer}"),
             Self::FeedForwardNormed(layer) => write!(f, "feed-forward-normed{layer}"),
             Self::FeedForwardDelta(layer) => write!(f, "feed-forward-delta{layer}"),
-            Self::FinalNormed => write!(f, "final-normed"),
-            Self::Logits => write!(f, "logits"),
-            Self::Loss => write!(f, "loss"),
+            Self::Routes(layer) => write!(f, "routes{layer}"),
+            Self::Dispatched(layer) => write!(f, "dispatched{layer}"),
+            Self::Expertise(layer) => write!(f, "expertise{layer}"),
+            Self::SharedDelta(layer) => write!(f, "shared-delta{layer}"),
+            Self::FinalNormed(layer) => write!(f, "final-normed{layer}"),
+            Self::Logits(layer) => write!(f, "logits{layer}"),
+            Self::Loss(layer) => write!(f, "loss{layer}"),
         }
     }
 }

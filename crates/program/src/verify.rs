@@ -175,7 +175,7 @@ impl<'p> Dataflow<'p> {
                 match pass {
                     Pass::Forward => self.forward(segment, layer, microbatch),
                     Pass::Backward => self.backward(segment, layer, microbatch),
-                    Pass::BackwardInput | Pass::BackwardWeight => {
+                    Pass::BackwardInput | Pass::BackwardWeight | Pass::Recompute => {
                         Err("split backward passes are not lowered yet".to_owned())
                     }
                 }
@@ -241,7 +241,7 @@ impl<'p> Dataflow<'p> {
             return Err("there is no forward pass before it".to_owned());
         }
         // The loss is where gradients start.
-        if value != Value::Loss {
+        if !matches!(value, Value::Loss(_)) {
             let gradient = Buffer::ActivationGradient { value, microbatch };
             self.need(gradient)?;
             self.values.remove(&gradient);

@@ -42,7 +42,7 @@ pub(crate) fn program() -> Program {
     Program {
         mesh: Mesh { data: 2, pipeline: 2, ..Mesh::ONE },
         microbatches: 1,
-        shape: Shape { sequences: 1, sequence: 8 },
+        shape: Shape::whole(1, 8),
         in_flight: 1,
         parameters_sharded: false,
         optimizer_sharded: false,

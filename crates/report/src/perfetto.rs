@@ -94,9 +94,7 @@ impl Process<'_> {
             }
             Instruction::Post { .. } if span.lane == Lane::Wait => "too many in flight".to_owned(),
             Instruction::Post { transfer, .. } => describe(transfer),
-            Instruction::Compute { segment, pass, layer, microbatch }
-                if Segment::LAYER.contains(segment) =>
-            {
+            Instruction::Compute { segment, pass, layer, microbatch } if segment.is_layer() => {
                 format!("{pass} {segment} layer{layer} mb{microbatch}")
             }
             Instruction::Compute { segment, pass, microbatch, .. } => {

@@ -25,7 +25,7 @@ fn program(mesh: Mesh, classes: Vec<Vec<Instruction>>) -> Program {
     Program {
         mesh,
         microbatches: 1,
-        shape: Shape { sequences: 1, sequence: 8 },
+        shape: Shape::whole(1, 8),
         in_flight: 64,
         parameters_sharded: false,
         optimizer_sharded: false,

@@ -49,6 +49,7 @@ fn config(tied_embeddings: bool) -> Config {
         norm_epsilon: 1e-5,
         rotary: Rotary { theta: 10_000.0, scaling: Some(scaling) },
         context: 64,
+        ..Config::default()
     }
 }
 

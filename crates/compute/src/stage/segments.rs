@@ -15,8 +15,8 @@ impl<O: Operators> Stage<O> {
         match pass {
             Pass::Forward => self.forward(segment, layer, microbatch),
             Pass::Backward => self.backward(segment, layer, microbatch),
-            Pass::BackwardInput | Pass::BackwardWeight => {
-                unreachable!("the verifier refuses split backward passes")
+            Pass::BackwardInput | Pass::BackwardWeight | Pass::Recompute => {
+                unreachable!("the verifier refuses split backward passes and recomputation")
             }
         }
     }
@@ -56,10 +56,11 @@ impl<O: Operators> Stage<O> {
             }
             Segment::FeedForward => self.feed_forward(layer, mb),
             Segment::Logits => {
-                let logits = self.product((mb, Value::FinalNormed), segment, layer);
-                self.values.insert((mb, Value::Logits), logits);
+                let logits = self.product((mb, Value::FinalNormed(layer)), segment, layer);
+                self.values.insert((mb, Value::Logits(layer)), logits);
             }
-            Segment::Loss => self.loss_forward(mb),
+            Segment::Loss => self.loss_forward(layer, mb),
+            other => unreachable!("{other} is no segment of a Llama"),
         }
     }
 
@@ -87,14 +88,14 @@ impl<O: Operators> Stage<O> {
         self.saved.insert(output, gate_up);
     }
 
-    fn loss_forward(&mut self, mb: u32) {
-        let mut logits = take(&mut self.values, (mb, Value::Logits));
+    fn loss_forward(&mut self, layer: u32, mb: u32) {
+        let mut logits = take(&mut self.values, (mb, Value::Logits(layer)));
         let targets = &self.microbatches[mb as usize].targets;
         let words = self.config.vocabulary as usize;
         let weight = 1.0 / self.global_tokens;
         let loss = self.operators.cross_entropy(&mut logits, targets, words, weight as f32);
         self.share[1] += loss * weight;
-        self.gradients.insert((mb, Value::Logits), logits);
+        self.gradients.insert((mb, Value::Logits(layer)), logits);
     }
 
     fn backward(&mut self, segment: Segment, layer: u32, mb: u32) {
@@ -102,8 +103,8 @@ impl<O: Operators> Stage<O> {
         match segment {
             Segment::Loss => {} // the forward pass left the gradient in place of the logits
             Segment::Logits => {
-                let dy = take(&mut self.gradients, (mb, Value::Logits));
-                self.product_backward(&dy, (mb, Value::FinalNormed), segment, layer);
+                let dy = take(&mut self.gradients, (mb, Value::Logits(layer)));
+                self.product_backward(&dy, (mb, Value::FinalNormed(layer)), segment, layer);
             }
             Segment::FinalNorm | Segment::FeedForwardNorm | Segment::AttentionNorm => {
                 self.norm_backward(segment, layer, mb);
@@ -143,6 +144,7 @@ impl<O: Operators> Stage<O> {
                 let (operators, window) = self.gradient(Block::Embedding, Role::Embedding);
                 operators.embedding_backward(&dy, &words, hidden, window);
             }
+            other => unreachable!("{other} is no segment of a Llama"),
         }
     }
 
@@ -278,7 +280,7 @@ fn norm(segment: Segment, layer: u32) -> (Value, Value, Block, Role) {
             Block::Layer(layer),
             Role::FeedForwardNorm,
         ),
-        _ => (Value::Stream(layer), Value::FinalNormed, Block::Head, Role::FinalNorm),
+        _ => (Value::Stream(layer), Value::FinalNormed(layer), Block::Head, Role::FinalNorm),
     }
 }
 

@@ -100,6 +100,12 @@ fn a_layout_that_does_not_divide() {
 }
 
 #[test]
+fn a_model_that_cannot_be_trained_yet() {
+    let place = Place::new();
+    insta::assert_snapshot!(refusal(&place, &with_model("name = \"gpt-3-175b\"")), @"");
+}
+
+#[test]
 fn weights_that_are_truncated() {
     let place = Place::new();
     place.write_model("model");

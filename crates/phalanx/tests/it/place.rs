@@ -69,6 +69,7 @@ pub fn config() -> Config {
         norm_epsilon: 1e-5,
         rotary: Rotary { theta: 500_000.0, scaling: None },
         context: 64,
+        ..Config::default()
     }
 }
 

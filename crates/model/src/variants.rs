@@ -1,0 +1,108 @@
+//! What models other than Llama do differently, each as one key of [`Config`](crate::Config) whose
+//! default is Llama's way.
+
+use serde::{Deserialize, Serialize};
+
+/// What stands between the products of the feed-forward block.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Activation {
+    /// `silu(gate) * up`, with a gate and an up product.
+    #[default]
+    #[serde(rename = "swiglu")]
+    SwiGlu,
+    /// GELU of one product.
+    Gelu,
+    /// `max(0, x)^2` of one product (Nemotron).
+    SquaredRelu,
+}
+
+impl Activation {
+    /// Products before the activation: two with a gate.
+    #[must_use]
+    pub fn inputs(self) -> u64 {
+        match self {
+            Self::SwiGlu => 2,
+            Self::Gelu | Self::SquaredRelu => 1,
+        }
+    }
+}
+
+/// The norm before attention, feed-forward block and head.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Norm {
+    /// Root mean square, with a scale.
+    #[default]
+    Rms,
+    /// Mean and variance, with a scale and a shift.
+    Layer,
+}
+
+/// How a layer knows where a token stands.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Positions {
+    /// Queries and keys are rotated.
+    #[default]
+    Rotary,
+    /// A table of this many positions is added to the word embedding.
+    Learned(u64),
+    /// A bias on the scores, linear in the distance.
+    Alibi,
+    /// Not at all.
+    None,
+}
+
+/// A mixture of experts in place of the feed-forward block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Experts {
+    /// Routed experts in a layer.
+    pub count: u64,
+    /// Routed experts that each token visits.
+    pub per_token: u64,
+    /// Inner width of one routed expert.
+    pub width: u64,
+    /// Inner width of all shared experts together, which every token visits; 0 without any.
+    #[serde(default)]
+    pub shared_width: u64,
+    /// Leading layers that keep a dense feed-forward block.
+    #[serde(default)]
+    pub dense_layers: u32,
+    /// Of the layers after those, every how many-th has experts; 1 is all.
+    #[serde(default = "one")]
+    pub every: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// Multi-head latent attention: keys and values are expanded from one narrow vector a token.
+///
+/// Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LatentAttention {
+    /// Width of the narrow query vector; `None` where queries are projected at once.
+    pub query_rank: Option<u64>,
+    /// Width of the narrow key and value vector.
+    pub kv_rank: u64,
+    /// Components of a head's query and key without position.
+    pub nope_dim: u64,
+    /// Components of a head's query and key that are rotated; the key's are shared by all heads.
+    pub rope_dim: u64,
+    /// Width of a head's value.
+    pub value_dim: u64,
+}
+
+/// Attention that sees only the last tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SlidingWindow {
+    /// Tokens that a query sees, itself included.
+    pub length: u64,
+    /// Every how many-th layer sees all tokens nevertheless; `None` if no layer does.
+    pub full_every: Option<u32>,
+}
