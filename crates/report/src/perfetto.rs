@@ -1,6 +1,5 @@
 //! Traces in the trace-event format of Chrome, which Perfetto opens.
 
-use model::Segment;
 use program::{Action, Instruction, Lane, Program, Span, Trace, Transfer};
 use serde_json::{Value, json};
 use units::{Rank, Seconds};
