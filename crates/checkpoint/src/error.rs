@@ -3,7 +3,12 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use model::Block;
 use thiserror::Error;
+use units::Rank;
+
+use crate::sharded::Kind;
+use crate::store::Store;
 
 /// A file that cannot be read or written, or does not hold what it should.
 #[derive(Debug, Error)]
@@ -17,6 +22,68 @@ pub enum Error {
         path: PathBuf,
         /// The operating system's reason.
         source: io::Error,
+    },
+    /// A store refused.
+    #[error("cannot {action} {place}: {source}")]
+    Store {
+        /// What was tried: "read", "write", "list", "remove".
+        action: &'static str,
+        /// Which file of which store.
+        place: String,
+        /// The store's reason.
+        source: io::Error,
+    },
+    /// A file of a checkpoint is not what was written.
+    #[error("{place} is damaged: {problem}")]
+    Damaged {
+        /// Which file of which store.
+        place: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A checkpoint of another model.
+    #[error("{place} is of another model: {difference}; name the job it was made by")]
+    OtherModel {
+        /// Which file of which store.
+        place: String,
+        /// What differs.
+        difference: String,
+    },
+    /// A checkpoint that lacks a part of the state.
+    #[error("{place} lacks {kind} {element} of {block}, of which there are {elements}")]
+    Gap {
+        /// Which file of which store.
+        place: String,
+        /// Of what.
+        kind: Kind,
+        /// In which block.
+        block: Block,
+        /// The first missing element.
+        element: u64,
+        /// How many the block has.
+        elements: u64,
+    },
+    /// A checkpoint that has a part of the state twice.
+    #[error("{place} has {kind} {element} of {block} twice")]
+    Overlap {
+        /// Which file of which store.
+        place: String,
+        /// Of what.
+        kind: Kind,
+        /// In which block.
+        block: Block,
+        /// The first element that is there twice.
+        element: u64,
+    },
+    /// A rank did not write its part in time.
+    #[error("{folder} is not complete: {rank} wrote no part of it within {waited_s:.0} s")]
+    Incomplete {
+        /// The checkpoint.
+        folder: String,
+        /// The first rank that is missing.
+        rank: Rank,
+        /// How long it was waited for, in seconds.
+        waited_s: f64,
     },
     /// A `config.json` that describes no Llama.
     #[error("{}: {source}", path.display())]
@@ -110,6 +177,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// For `map_err`: what a store refused to do, and with which file.
+    pub(crate) fn store(
+        action: &'static str,
+        store: &dyn Store,
+        name: &str,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let place = store.place(name);
+        move |source| Self::Store { action, place, source }
+    }
+
     /// For `map_err`: what the operating system refused to do, and to which file.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }

@@ -1,0 +1,51 @@
+//! What tells bytes from other bytes.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_128;
+
+/// XXH3-128 (xxHash 0.8, <https://github.com/Cyan4973/xxHash>, 2020): finds damage at the speed of
+/// memory. It is no proof against someone who means harm; who may write the store must be trusted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Checksum(u128);
+
+impl Checksum {
+    /// The checksum of some bytes.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(xxh3_128(bytes))
+    }
+}
+
+impl fmt::Display for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl FromStr for Checksum {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let value = u128::from_str_radix(text, 16).ok().map(Self);
+        // What does not print as it was written was damaged, if only in the case of a letter.
+        value.filter(|value| value.to_string() == text).ok_or(format!("`{text}` is no checksum"))
+    }
+}
+
+impl TryFrom<String> for Checksum {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Checksum> for String {
+    fn from(checksum: Checksum) -> Self {
+        checksum.to_string()
+    }
+}

@@ -1,0 +1,120 @@
+//! What one rank saves, as it will lie in its file.
+
+use model::Block;
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::{Deserialize, Serialize};
+
+use super::{Checksum, File, Kind, Piece};
+
+/// Most elements of a piece: what has to be read, and checked, for any one of them.
+const PIECE_ELEMENTS: usize = 4 << 20;
+
+/// Bytes of the length that stands before the header of a safetensors file.
+const PREFIX: usize = 8;
+
+/// Adjacent elements of a block's flat buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// In which block.
+    pub block: Block,
+    /// Of what.
+    pub kind: Kind,
+    /// The first element.
+    pub start: u64,
+    /// How many.
+    pub elements: u64,
+}
+
+/// One rank's part of the state, copied out of its tensors.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Shard {
+    runs: Vec<Run>,
+    values: Vec<f32>,
+}
+
+impl Shard {
+    /// Adds the elements of a block that begin at `start`. Over all ranks each element of each kind
+    /// is added once.
+    pub fn push(&mut self, block: Block, kind: Kind, start: u64, values: &[f32]) {
+        self.runs.push(Run { block, kind, start, elements: values.len() as u64 });
+        self.values.extend_from_slice(values);
+    }
+
+    /// The shard of these runs whose values were taken by [`Shard::values`].
+    ///
+    /// # Panics
+    /// When there are more or fewer values than the runs have elements.
+    #[must_use]
+    pub fn new(runs: Vec<Run>, values: Vec<f32>) -> Self {
+        let elements: u64 = runs.iter().map(|run| run.elements).sum();
+        assert_eq!(elements, values.len() as u64, "{runs:?}");
+        Self { runs, values }
+    }
+
+    /// What it holds, in order.
+    #[must_use]
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    /// The elements of all runs, one after the other.
+    #[must_use]
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
+    /// Each run with its elements.
+    pub fn iter(&self) -> impl Iterator<Item = (Run, &[f32])> {
+        let mut rest = &self.values[..];
+        self.runs.iter().map(move |run| {
+            let (own, others) = rest.split_at(run.elements as usize);
+            rest = others;
+            (*run, own)
+        })
+    }
+
+    /// The bytes of the file: header and data; and what they are.
+    pub(super) fn encode(&self) -> (Vec<u8>, &[u8], File) {
+        let header = self.header();
+        let mut offset = header.len() as u64;
+        let mut pieces = Vec::new();
+        for (piece, values) in self.pieces() {
+            let bytes: &[u8] = bytemuck::cast_slice(values);
+            let Run { block, kind, start, elements } = piece;
+            let checksum = Checksum::of(bytes);
+            pieces.push(Piece { block, kind, start, elements, offset, checksum });
+            offset += bytes.len() as u64;
+        }
+        let file = File { bytes: offset, header: Checksum::of(&header), pieces };
+        (header, bytemuck::cast_slice(&self.values), file)
+    }
+
+    /// The runs, cut where they are longer than a piece may be.
+    fn pieces(&self) -> impl Iterator<Item = (Run, &[f32])> {
+        self.iter().flat_map(|(run, values)| {
+            values.chunks(PIECE_ELEMENTS).enumerate().map(move |(index, values)| {
+                let start = run.start + (index * PIECE_ELEMENTS) as u64;
+                (Run { start, elements: values.len() as u64, ..run }, values)
+            })
+        })
+    }
+
+    /// The length of the header and the header, which ends in spaces so that data starts aligned.
+    fn header(&self) -> Vec<u8> {
+        let mut end = 0;
+        let tensors = self.pieces().map(|(Run { block, kind, start, .. }, values)| {
+            let offset = end;
+            end += size_of_val(values);
+            let (shape, data_offsets) = (vec![values.len()], (offset, end));
+            let info = TensorInfo { dtype: Dtype::F32, shape, data_offsets };
+            (format!("{block}.{}.{start}", kind.to_string().replace(' ', "-")), info)
+        });
+        let metadata = Metadata::new(None, tensors.collect()).expect("pieces follow each other");
+        let mut json = serde_json::to_vec(&metadata).expect("a header has a JSON form");
+        json.resize(json.len().next_multiple_of(PREFIX), b' ');
+        [&(json.len() as u64).to_le_bytes(), json.as_slice()].concat()
+    }
+}
+
+const _: () = assert!(cfg!(target_endian = "little"), "safetensors files are little-endian");

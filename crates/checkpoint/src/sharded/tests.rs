@@ -1,0 +1,450 @@
+//! Whatever happens to a disk, what is loaded is what was saved.
+
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use model::{Block, Config, Rotary};
+use proptest::prelude::*;
+use serde_json::Value;
+use units::Rank;
+
+use super::manifest::{file_name, part_name, seal, unseal};
+use super::*;
+use crate::Error;
+use crate::hugging_face::{Dtype, Weights};
+use crate::store::simulated::{Dice, Faults, SimulatedDisk};
+use crate::store::{Folder, Store};
+
+const ROOT: &str = "/checkpoints";
+const SEED: u64 = 3;
+
+fn config() -> Config {
+    Config {
+        layers: 1,
+        hidden: 4,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 2,
+        feed_forward: 6,
+        vocabulary: 10,
+        tied_embeddings: false,
+        norm_epsilon: 1e-5,
+        rotary: Rotary { theta: 1e4, scaling: None },
+        context: 16,
+        ..Config::default()
+    }
+}
+
+fn progress(step: u64) -> Progress {
+    Progress { step, position: 8 * step, seed: SEED, tokens: 99 }
+}
+
+/// What a run holds after a step: another value everywhere.
+fn value(step: u64, block: Block, kind: Kind, element: u64) -> f32 {
+    let block = config().blocks().position(|other| other == block).unwrap() as u64;
+    let mixed = Dice::new(step << 40 | block << 32 | (kind as u64) << 30 | element).roll();
+    f32::from_bits((mixed as u32 & 0x7fff_ffff).min(0x7f00_0000))
+}
+
+fn values(step: u64, block: Block, kind: Kind, range: Range<u64>) -> Vec<f32> {
+    range.map(|element| value(step, block, kind, element)).collect()
+}
+
+/// What a rank of several saves: its chunk of every block.
+fn shard(step: u64, rank: u32, ranks: u32) -> Shard {
+    let mut shard = Shard::default();
+    for block in config().blocks() {
+        let elements = config().block_elements(block);
+        let bound = |rank: u32| elements * u64::from(rank) / u64::from(ranks);
+        let range = bound(rank)..bound(rank + 1);
+        for kind in Kind::ALL {
+            shard.push(block, kind, range.start, &values(step, block, kind, range.clone()));
+        }
+    }
+    shard
+}
+
+/// All that is saved of a step; the first error.
+fn save(store: &dyn Store, step: u64, ranks: u32, attempt: u64) -> Result<(), Error> {
+    for rank in 0..ranks {
+        write_shard(store, step, attempt, Rank(rank), &shard(step, rank, ranks))?;
+    }
+    assert!(commit(store, progress(step), attempt, ranks, &config())?);
+    retain(store, 1)
+}
+
+/// The state that a checkpoint holds is that of its step.
+fn assert_right(checkpoint: &Checkpoint) {
+    let step = checkpoint.progress().step;
+    assert_eq!(checkpoint.progress(), progress(step));
+    for block in config().blocks() {
+        for kind in Kind::ALL {
+            let expected = values(step, block, kind, 0..config().block_elements(block));
+            let mut found = vec![f32::NAN; expected.len()];
+            checkpoint.read(block, kind, 0, &mut found).unwrap();
+            assert_eq!(found, expected, "{block} {kind}");
+        }
+    }
+}
+
+/// A disk, and a store on it.
+fn simulated() -> (SimulatedDisk, Arc<dyn Store>) {
+    let disk = SimulatedDisk::new(Path::new(ROOT));
+    let store = Arc::new(Folder::on(disk.clone(), Path::new(ROOT)));
+    (disk, store)
+}
+
+/// The step of the newest checkpoint, whose contents are right.
+fn newest(store: &Arc<dyn Store>) -> Option<u64> {
+    let (checkpoint, _) = Checkpoint::newest(store, &config()).unwrap();
+    checkpoint.map(|checkpoint| {
+        assert_right(&checkpoint);
+        checkpoint.progress().step
+    })
+}
+
+fn file(step: u64, attempt: u64, name: &str) -> PathBuf {
+    Path::new(ROOT).join(commit::folder_name(step, attempt)).join(name)
+}
+
+#[test]
+fn what_is_saved_is_loaded_and_one_older_is_kept_no_longer() {
+    let (disk, store) = simulated();
+    assert_eq!(newest(&store), None);
+    save(&*store, 10, 3, 0).unwrap();
+    save(&*store, 20, 2, 0).unwrap();
+    assert_eq!(newest(&store), Some(20));
+    let names: Vec<_> = disk.files().into_iter().map(|(path, _)| path).collect();
+    let expected = ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"];
+    assert_eq!(names, expected.map(|name| file(20, 0, name)));
+}
+
+#[test]
+fn a_crash_at_any_change_leaves_a_whole_checkpoint() {
+    let changes = {
+        let (disk, store) = simulated();
+        save(&*store, 10, 2, 0).unwrap();
+        disk.fail(Faults::default());
+        save(&*store, 20, 3, 0).unwrap();
+        disk.changes()
+    };
+    assert!(changes > 40, "{changes}");
+    for crash_after in 0..=changes {
+        for seed in 0..40 {
+            let (disk, store) = simulated();
+            save(&*store, 10, 2, 0).unwrap();
+            disk.fail(Faults { crash_after: Some(crash_after), ..Faults::default() });
+            let saved = save(&*store, 20, 3, 0);
+            assert_eq!(saved.is_ok(), crash_after == changes, "{crash_after}: {saved:?}");
+            disk.reboot(&mut Dice::new(seed));
+            let found = newest(&store).unwrap_or_else(|| panic!("{crash_after}, seed {seed}"));
+            assert!(found == 20 || saved.is_err(), "{crash_after}, seed {seed}");
+            // The job goes on from there, and another attempt at the same step is no problem.
+            save(&*store, 20, 2, 1).unwrap();
+            assert_eq!(newest(&store), Some(20));
+        }
+    }
+}
+
+#[test]
+fn forgetting_to_sync_is_found_out() {
+    let survives = |seed| {
+        let (disk, store) = simulated();
+        save(&*store, 10, 2, 0).unwrap();
+        disk.fail(Faults { lies: true, ..Faults::default() });
+        save(&*store, 20, 2, 0).unwrap();
+        disk.reboot(&mut Dice::new(seed));
+        newest(&store) == Some(20)
+    };
+    assert!((0..20).any(|seed| !survives(seed)), "the crash test would find nothing");
+}
+
+#[test]
+fn a_full_disk_fails_the_save_and_keeps_the_old_checkpoint() {
+    let (disk, store) = simulated();
+    save(&*store, 10, 2, 0).unwrap();
+    let used: u64 = disk.files().iter().map(|(_, bytes)| bytes).sum();
+    for capacity in (used..2 * used).step_by(97) {
+        disk.fail(Faults { capacity: Some(capacity), ..Faults::default() });
+        match save(&*store, 20, 2, 0) {
+            Err(Error::Store { action: "write", source, .. }) => {
+                assert_eq!(source.kind(), io::ErrorKind::StorageFull);
+                assert_eq!(newest(&store), Some(10));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    disk.fail(Faults::default());
+    save(&*store, 20, 2, 0).unwrap();
+    assert_eq!(newest(&store), Some(20));
+}
+
+/// Two checkpoints, of steps 10 and 20.
+fn two() -> (SimulatedDisk, Arc<dyn Store>) {
+    let (disk, store) = simulated();
+    for step in [10, 20] {
+        for rank in 0..2 {
+            write_shard(&*store, step, 0, Rank(rank), &shard(step, rank, 2)).unwrap();
+        }
+        assert!(commit(&*store, progress(step), 0, 2, &config()).unwrap());
+    }
+    (disk, store)
+}
+
+#[test]
+fn every_flipped_bit_and_every_cut_is_found_and_said() {
+    let lengths = two().0.files();
+    let of_newest =
+        lengths.iter().filter(|(path, _)| path.starts_with(file(20, 0, "x").parent().unwrap()));
+    let mut spoiled = 0;
+    for (path, bytes) in of_newest {
+        for byte in (0..*bytes).step_by(7) {
+            let (disk, store) = two();
+            disk.flip(path, 8 * byte + byte % 8);
+            let (checkpoint, rejected) = Checkpoint::newest(&store, &config()).unwrap();
+            let checkpoint = checkpoint.unwrap();
+            assert_right(&checkpoint);
+            if checkpoint.progress().step == 10 {
+                let said = rejected[0].error.to_string();
+                assert!(said.contains("step-0000000020"), "{said}");
+                spoiled += 1;
+            } else {
+                panic!("{}: bit {} went unnoticed", path.display(), 8 * byte + byte % 8);
+            }
+            disk.truncate(path, byte);
+            assert_eq!(newest(&store), Some(10));
+        }
+    }
+    assert!(spoiled > 300, "{spoiled}");
+}
+
+#[test]
+fn a_lost_file_is_walked_back_from() {
+    for name in ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"] {
+        let (_, store) = two();
+        store.remove(&format!("{}/{name}", commit::folder_name(20, 0))).unwrap();
+        assert_eq!(newest(&store), Some(10), "{name}");
+    }
+}
+
+#[test]
+fn another_model_is_refused() {
+    let (_, store) = two();
+    let other = Config { vocabulary: 11, ..config() };
+    let (found, rejected) = Checkpoint::newest(&store, &other).unwrap();
+    assert!(found.is_none() && rejected.len() == 2, "{rejected:?}");
+    assert!(matches!(rejected[0].error, Error::OtherModel { .. }), "{}", rejected[0].error);
+}
+
+#[test]
+fn what_is_missing_or_twice_is_no_checkpoint() {
+    let (_, store) = simulated();
+    write_shard(&*store, 1, 0, Rank(0), &shard(1, 0, 2)).unwrap();
+    assert!(!commit(&*store, progress(1), 0, 2, &config()).unwrap(), "rank 1 has not written");
+    let gap = commit(&*store, progress(1), 0, 1, &config()).unwrap_err();
+    assert!(matches!(gap, Error::Gap { block: Block::Embedding, element: 20, .. }), "{gap}");
+    write_shard(&*store, 1, 0, Rank(1), &shard(1, 0, 1)).unwrap();
+    let overlap = commit(&*store, progress(1), 0, 2, &config()).unwrap_err();
+    assert!(matches!(overlap, Error::Overlap { .. }), "{overlap}");
+    assert_eq!(newest(&store), None);
+}
+
+#[test]
+fn it_exports_to_hugging_face() {
+    let (_, store) = two();
+    let (checkpoint, _) = Checkpoint::newest(&store, &config()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    checkpoint.unwrap().export(folder.path(), Dtype::F32).unwrap();
+    let weights = Weights::open(folder.path()).unwrap();
+    weights.check(&config()).unwrap();
+    for block in config().blocks() {
+        let mut found = vec![0.0; config().block_elements(block) as usize];
+        weights.read_block(&config(), block, &mut found).unwrap();
+        assert_eq!(found, values(20, block, Kind::Parameter, 0..found.len() as u64));
+    }
+}
+
+#[test]
+fn files_are_plain_safetensors() {
+    let (_, store) = two();
+    let name = format!("{}/{}", commit::folder_name(20, 0), file_name(Rank(1)));
+    let bytes = store.get(&name, 0..store.length(&name).unwrap()).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let start = config().block_elements(Block::Head) / 2;
+    let tensor = tensors.tensor(&format!("head.second-moment.{start}")).unwrap();
+    let expected = values(20, Block::Head, Kind::SecondMoment, start..2 * start);
+    let expected: Vec<u8> = expected.iter().flat_map(|value| value.to_le_bytes()).collect();
+    assert_eq!(tensor.data(), expected);
+}
+
+#[cfg(feature = "object-store")]
+#[test]
+fn objects_keep_checkpoints_like_folders() {
+    let service = Arc::new(object_store::memory::InMemory::new());
+    let objects = crate::store::Objects::new(service, "runs/job-001".into()).unwrap();
+    let store: Arc<dyn Store> = Arc::new(objects);
+    assert_eq!(newest(&store), None);
+    save(&*store, 10, 3, 0).unwrap();
+    save(&*store, 20, 2, 0).unwrap();
+    assert_eq!(newest(&store), Some(20));
+    assert_eq!(Checkpoint::names(&*store).unwrap().len(), 1);
+    let name = format!("{}/{}", commit::folder_name(20, 0), file_name(Rank(1)));
+    let length = store.length(&name).unwrap();
+    assert_eq!(store.get(&name, 1..length + 1).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    store.put(&name, &[&vec![0; length as usize]]).unwrap();
+    assert_eq!(newest(&store), None);
+}
+
+fn setup(store: &Arc<dyn Store>, rank: u32, attempt: u64, patience: Duration) -> Setup {
+    let (store, config) = (Arc::clone(store), config());
+    Setup { store, config, rank: Rank(rank), ranks: 2, attempt, keep: 2, patience }
+}
+
+#[test]
+fn ranks_save_beside_training() {
+    let folder = tempfile::tempdir().unwrap();
+    let store: Arc<dyn Store> = Arc::new(Folder::new(folder.path()));
+    let mut savers = [0, 1].map(|rank| Saver::new(setup(&store, rank, 5, Duration::from_secs(60))));
+    for step in [10, 20, 30] {
+        for (rank, saver) in savers.iter_mut().enumerate() {
+            saver.save(progress(step), Arc::new(shard(step, rank as u32, 2)));
+        }
+    }
+    for mut saver in savers {
+        let saved = saver.finish();
+        let steps: Vec<_> = saved.iter().map(|saved| (saved.step, saved.outcome.is_ok())).collect();
+        assert_eq!(steps, [(10, true), (20, true), (30, true)]);
+    }
+    assert_eq!(newest(&store), Some(30));
+    assert_eq!(Checkpoint::names(&*store).unwrap().len(), 2);
+}
+
+#[test]
+fn a_rank_that_never_writes_is_named_and_nothing_is_made_of_two_attempts() {
+    let (_, store) = simulated();
+    write_shard(&*store, 10, 4, Rank(1), &shard(10, 1, 2)).unwrap();
+    let mut alone = Saver::new(setup(&store, 0, 5, Duration::ZERO));
+    alone.save(progress(10), Arc::new(shard(10, 0, 2)));
+    let saved = alone.finish();
+    let Err(Error::Incomplete { rank, .. }) = &saved[0].outcome else { panic!("{saved:?}") };
+    assert_eq!(*rank, Rank(1));
+    assert_eq!(newest(&store), None);
+}
+
+#[test]
+fn a_wait_for_a_rank_that_failed_is_given_up() {
+    let (_, store) = simulated();
+    let mut alone = Saver::new(setup(&store, 0, 5, Duration::from_secs(1 << 40)));
+    alone.save(progress(10), Arc::new(shard(10, 0, 2)));
+    // The thread may not be waiting yet, and then does not hear it.
+    let saved = loop {
+        alone.give_up();
+        if let [saved] = &alone.finished()[..] {
+            break saved.outcome.as_ref().unwrap_err().to_string();
+        }
+        std::thread::yield_now();
+    };
+    assert!(saved.contains("rank 1 wrote no part of it"), "{saved}");
+}
+
+#[test]
+fn nobody_waits_for_ranks_after_the_saver_is_dropped() {
+    let (_, store) = simulated();
+    let mut alone = Saver::new(setup(&store, 0, 5, Duration::from_secs(1 << 40)));
+    alone.save(progress(10), Arc::new(shard(10, 0, 2)));
+    drop(alone);
+    assert_eq!(newest(&store), None);
+}
+
+/// Puts another manifest in the place of the newest, with a checksum that is right.
+fn replace_manifest(store: &dyn Store, manifest: &Value) {
+    let name = format!("{}/manifest.json", commit::folder_name(20, 0));
+    store.put(&name, &[&seal(manifest)]).unwrap();
+}
+
+/// Every number and every string in a value.
+fn leaves<'a>(value: &'a mut Value, found: &mut Vec<&'a mut Value>) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(|item| leaves(item, found)),
+        Value::Object(fields) => fields.values_mut().for_each(|field| leaves(field, found)),
+        leaf => found.push(leaf),
+    }
+}
+
+fn hostile() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        any::<u64>().prop_map(Value::from),
+        (0_u64..200).prop_map(Value::from),
+        Just(Value::from(u64::MAX)),
+        any::<i64>().prop_map(Value::from),
+        ".{0,8}".prop_map(Value::from),
+        Just(Value::Null),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn any_range_is_read_whoever_wrote_it(
+        ranks in 1_u32..6,
+        block in 0_usize..3,
+        kind in 0_usize..3,
+        ends in (0_u64..=200, 0_u64..=200),
+    ) {
+        let (_, store) = simulated();
+        save(&*store, 20, ranks, 0).unwrap();
+        let checkpoint = Checkpoint::newest(&store, &config()).unwrap().0.unwrap();
+        let block = config().blocks().nth(block).unwrap();
+        let (kind, elements) = (Kind::ALL[kind], config().block_elements(block));
+        let (one, other) = (ends.0.min(elements), ends.1.min(elements));
+        let range = one.min(other)..one.max(other);
+        let mut found = vec![f32::NAN; (range.end - range.start) as usize];
+        checkpoint.read(block, kind, range.start, &mut found).unwrap();
+        prop_assert_eq!(found, values(20, block, kind, range));
+    }
+
+    #[test]
+    fn a_hostile_manifest_is_refused_or_harmless(choice: prop::sample::Index, with in hostile()) {
+        let (_, store) = two();
+        let name = format!("{}/manifest.json", commit::folder_name(20, 0));
+        let bytes = store.get(&name, 0..store.length(&name).unwrap()).unwrap();
+        let mut manifest: Value = unseal(&bytes).unwrap();
+        let mut found = Vec::new();
+        leaves(&mut manifest, &mut found);
+        *found.swap_remove(choice.index(found.len())) = with;
+        replace_manifest(&*store, &manifest);
+        let (checkpoint, _) = Checkpoint::newest(&store, &config()).unwrap();
+        // Only what is no part of the state can be another: how far training had come.
+        let checkpoint = checkpoint.unwrap();
+        for block in config().blocks() {
+            let mut found = vec![0.0; config().block_elements(block) as usize];
+            checkpoint.read(block, Kind::Parameter, 0, &mut found).unwrap();
+            let step = checkpoint.progress().step;
+            prop_assert_eq!(&found, &values(step, block, Kind::Parameter, 0..found.len() as u64));
+        }
+    }
+
+    #[test]
+    fn random_bytes_are_no_manifest(bytes: Vec<u8>) {
+        prop_assert!(unseal::<Manifest>(&bytes).is_err());
+        let (_, store) = two();
+        let name = format!("{}/manifest.json", commit::folder_name(20, 0));
+        store.put(&name, &[&bytes]).unwrap();
+        prop_assert_eq!(newest(&store), Some(10));
+    }
+
+    #[test]
+    fn random_bytes_are_no_part(bytes: Vec<u8>) {
+        let (_, store) = simulated();
+        write_shard(&*store, 20, 0, Rank(0), &shard(20, 0, 1)).unwrap();
+        let name = format!("{}/{}", commit::folder_name(20, 0), part_name(Rank(0)));
+        store.put(&name, &[&bytes]).unwrap();
+        let refused = matches!(
+            commit(&*store, progress(20), 0, 1, &config()),
+            Err(Error::Damaged { .. })
+        );
+        prop_assert!(refused);
+    }
+}
