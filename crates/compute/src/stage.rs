@@ -214,13 +214,14 @@ impl<O: Operators> Stage<O> {
     /// Carries out an instruction that is neither a post nor a wait.
     pub fn run(&mut self, instruction: &Instruction) {
         match *instruction {
-            Instruction::Compute { segment, pass, layer, microbatch } => {
+            Instruction::Compute { segment, pass, layer, microbatch, .. } => {
                 self.compute(segment, pass, layer, microbatch);
             }
             Instruction::Accumulate { block } => self.accumulate(block),
             Instruction::SquareSum { block } => self.square_sum(block),
             Instruction::Update { block } => self.update(block),
             Instruction::Release { block } => self.state(block).gathered = None,
+            Instruction::Discard { .. } => unreachable!("the verifier refuses recomputation"),
             Instruction::Post { .. } | Instruction::Wait { .. } => {
                 unreachable!("transfers are the communicator's")
             }

@@ -10,7 +10,7 @@ use checkpoint::hugging_face::Weights;
 use compute::{Cpu, Microbatch, Operators, Optimizer, Precision, Stage, StageSpec};
 use model::{Config, Segment};
 use plan::{Batch, Layout, lower};
-use program::{Action, Axis, Buffer, Instruction, Program, Transfer, Value};
+use program::{Action, Axis, Buffer, Instruction, Piece, Program, Transfer, Value};
 use safetensors::SafeTensors;
 use units::Rank;
 
@@ -94,7 +94,14 @@ fn relative_error(ours: &[f32], golden: &[f32]) -> f64 {
 
 fn transfer(buffer: Buffer) -> Transfer {
     let action = Action::Collective(collective::Kind::AllReduce);
-    Transfer { action, axis: Axis::Data, buffer, elements: 0 }
+    Transfer {
+        action,
+        axis: Axis::Data,
+        buffer,
+        elements: 0,
+        element_bytes: 4,
+        piece: Piece::WHOLE,
+    }
 }
 
 /// Looks at a buffer in passing.

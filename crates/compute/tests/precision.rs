@@ -3,7 +3,7 @@
 use compute::{Cpu, Optimizer, Precision, Stage, StageSpec};
 use model::{Block, Config, catalogue};
 use plan::{Batch, Layout, Shard, lower};
-use program::{Action, Axis, Buffer, Instruction, Mesh, Transfer};
+use program::{Action, Axis, Buffer, Instruction, Mesh, Piece, Transfer};
 use units::Rank;
 
 /// Needs more bits than bf16 has, in every element.
@@ -36,7 +36,14 @@ fn stage(config: &Config, shard: Shard) -> Stage<Cpu> {
 
 fn transfer(buffer: Buffer) -> Transfer {
     let action = Action::Collective(collective::Kind::AllReduce);
-    Transfer { action, axis: Axis::Data, buffer, elements: 0 }
+    Transfer {
+        action,
+        axis: Axis::Data,
+        buffer,
+        elements: 0,
+        element_bytes: 4,
+        piece: Piece::WHOLE,
+    }
 }
 
 fn tiny() -> &'static Config {

@@ -124,6 +124,13 @@ pub enum Operator {
         /// Words in the vocabulary.
         width: u64,
     },
+    /// Maximum and sum of exponentials of each row, without a gradient.
+    LogSum {
+        /// Rows.
+        rows: u64,
+        /// Width of a row.
+        width: u64,
+    },
     /// Elementwise sum of two tensors.
     Add {
         /// Elements.
@@ -162,6 +169,7 @@ impl Operator {
             Self::Permute { rows, width } => rows * width,
             Self::Embedding { rows, width } => rows * width,
             Self::CrossEntropy { rows, width } => 6 * rows * width,
+            Self::LogSum { rows, width } => 3 * rows * width,
             Self::Add { elements } => elements,
             Self::SquareSum { elements } => 2 * elements,
             Self::AdamW { elements } => 14 * elements,
@@ -188,6 +196,7 @@ impl Operator {
             Self::Permute { rows, width } => 2 * rows * width,
             Self::Embedding { rows, width } => 2 * rows * width,
             Self::CrossEntropy { rows, width } => 2 * rows * width,
+            Self::LogSum { rows, width } => rows * width,
             Self::Add { elements } => 3 * elements,
             Self::SquareSum { elements } => elements,
             // Reads parameter, gradient and two moments; writes all but the gradient.

@@ -53,6 +53,10 @@ pub enum Segment {
     FinalNorm,
     /// Head product.
     Logits,
+    /// The maximum, the sum of exponentials and the target's score of a rank's part of the
+    /// vocabulary. Only where ranks split the vocabulary: with all their parts, each rank then
+    /// finds the loss and its own part of the gradient.
+    LogSums,
     /// Softmax cross-entropy and its gradient.
     Loss,
 }
@@ -75,7 +79,7 @@ pub enum Pass {
 
 impl Segment {
     /// Every segment.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Embed,
         Self::AttentionNorm,
         Self::Qkv,
@@ -94,16 +98,18 @@ impl Segment {
         Self::Merge,
         Self::FinalNorm,
         Self::Logits,
+        Self::LogSums,
         Self::Loss,
     ];
 
-    /// The segments after the last layer, in forward order.
+    /// The segments after the last layer, in forward order; where ranks split the vocabulary,
+    /// [`Segment::LogSums`] stands before the last.
     pub const HEAD: [Self; 3] = [Self::FinalNorm, Self::Logits, Self::Loss];
 
     /// Whether it is a piece of a layer, and not of the embedding or the head.
     #[must_use]
     pub fn is_layer(self) -> bool {
-        self != Self::Embed && !Self::HEAD.contains(&self)
+        self != Self::Embed && self != Self::LogSums && !Self::HEAD.contains(&self)
     }
 
     /// Its name in program text, reports and traces.
@@ -128,6 +134,7 @@ impl Segment {
             Self::Merge => "merge",
             Self::FinalNorm => "final-norm",
             Self::Logits => "logits",
+            Self::LogSums => "log-sums",
             Self::Loss => "loss",
         }
     }

@@ -87,9 +87,13 @@ impl Config {
             }
             Segment::Merge => self.merge(pass, stream),
             Segment::Logits => linear(pass, rows, self.vocabulary.div_ceil(tensor), hidden),
+            Segment::LogSums if outputs(pass) => {
+                vec![Operator::LogSum { rows, width: self.vocabulary.div_ceil(tensor) }]
+            }
             Segment::Loss if outputs(pass) => {
                 vec![Operator::CrossEntropy { rows, width: self.vocabulary.div_ceil(tensor) }]
             }
+            Segment::LogSums => vec![],
             Segment::Loss => vec![], // the forward pass leaves the gradient in place of the logits
         }
     }

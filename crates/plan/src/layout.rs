@@ -143,7 +143,8 @@ impl PartialLayout {
         if !ranks.is_multiple_of(model_ranks) {
             return Err(LayoutError::Ranks { tensor, context, pipeline, ranks });
         }
-        let mesh = Mesh { tensor, context, data: ranks / model_ranks, pipeline };
+        let data = ranks / model_ranks;
+        let mesh = Mesh { tensor, context, data, pipeline, ..Mesh::ONE };
         let micro_batch = self.micro_batch.unwrap_or_else(|| default_micro_batch(&mesh, batch));
         let default_shard = if mesh.data > 1 { Shard::Optimizer } else { Shard::None };
         let layout = Layout { mesh, micro_batch, shard: self.shard.unwrap_or(default_shard) };
@@ -173,7 +174,7 @@ impl Layout {
     /// # Errors
     /// See [`LayoutError`].
     pub fn check(&self, config: &Config, batch: &Batch) -> Result<(), LayoutError> {
-        let Mesh { tensor, context, data, pipeline } = self.mesh;
+        let Mesh { tensor, context, data, pipeline, .. } = self.mesh;
         for (axis, degree) in [("tensor", tensor), ("context", context)] {
             if degree > 1 {
                 return Err(LayoutError::Unsupported { axis, degree });

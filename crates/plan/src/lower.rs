@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use collective::Kind;
 use model::{Block, Config, Pass, Segment};
-use program::{Action, Axis, Buffer, Instruction, Program, Ticket, Transfer, Value};
+use program::{Action, Axis, Buffer, Instruction, Piece, Program, Ticket, Transfer, Value};
 
 use crate::schedule::{Turn, forward_only, one_forward_one_backward};
 use crate::{Batch, Layout, LayoutError, Shard};
@@ -183,7 +183,8 @@ impl<'a> Lowering<'a> {
     fn post(&mut self, action: Action, axis: Axis, buffer: Buffer, elements: u64) -> Ticket {
         let ticket = Ticket(self.tickets);
         self.tickets += 1;
-        let transfer = Transfer { action, axis, buffer, elements };
+        let (element_bytes, piece) = (4, Piece::WHOLE);
+        let transfer = Transfer { action, axis, buffer, elements, element_bytes, piece };
         self.list.push(Instruction::Post { ticket, transfer });
         ticket
     }
@@ -319,8 +320,11 @@ impl<'a> Lowering<'a> {
                 unreachable!("the layout refuses models that have these")
             }
         };
-        let instruction =
-            |segment: &Segment| Instruction::Compute { segment: *segment, pass, layer, microbatch };
+        let piece = Piece::WHOLE;
+        let instruction = |segment: &Segment| {
+            let segment = *segment;
+            Instruction::Compute { segment, pass, layer, microbatch, piece }
+        };
         let segments = self.config.segments(block);
         match pass {
             Pass::Forward => self.list.extend(segments.iter().map(instruction)),

@@ -24,7 +24,7 @@ fn config(layers: u32, tied_embeddings: bool) -> Config {
 const SHARDS: [Shard; 4] = [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters];
 
 fn layout(data: u32, pipeline: u32, shard: Shard) -> Layout {
-    Layout { mesh: Mesh { tensor: 1, context: 1, data, pipeline }, micro_batch: 1, shard }
+    Layout { mesh: Mesh { data, pipeline, ..Mesh::ONE }, micro_batch: 1, shard }
 }
 
 #[test]

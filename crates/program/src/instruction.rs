@@ -17,6 +17,8 @@ pub enum Value {
     AttentionNormed(u32),
     /// Queries, keys and values, rotated.
     Qkv(u32),
+    /// The keys and values among them, which context-parallel ranks exchange.
+    KeyValues(u32),
     /// Weighted values of all heads.
     Attended(u32),
     /// What attention adds to the stream.
@@ -39,6 +41,8 @@ pub enum Value {
     FinalNormed(u32),
     /// Scores over the vocabulary.
     Logits(u32),
+    /// Of each word: the maximum, the sum of exponentials and the target's score.
+    LogSums(u32),
     /// The loss.
     Loss(u32),
 }
@@ -80,6 +84,7 @@ impl Value {
             Segment::Merge => (vec![Self::Stream(layer - 1)], Self::Stream(layer)),
             Segment::FinalNorm => (vec![Self::Stream(layer)], Self::FinalNormed(layer)),
             Segment::Logits => (vec![Self::FinalNormed(layer)], Self::Logits(layer)),
+            Segment::LogSums => (vec![Self::Logits(layer)], Self::LogSums(layer)),
             Segment::Loss => (vec![Self::Logits(layer)], Self::Loss(layer)),
         }
     }
@@ -92,6 +97,9 @@ pub enum Buffer {
     Parameters(Block),
     /// A block's gradients.
     Gradients(Block),
+    /// Of a block's gradients, those of parameters that every tensor-parallel rank holds whole (or
+    /// several hold, as with key and value heads) and has only its own part of the sum for.
+    ReplicatedGradients(Block),
     /// What the reduction of a block's gradients left here: the own chunk, or all of it.
     ReducedGradients(Block),
     /// A value of a microbatch.
@@ -127,6 +135,28 @@ pub enum Action {
         /// Coordinate of the sender.
         from: u32,
     },
+    /// To the next rank along the axis and from the one before it, around the ring, all at once.
+    Shift,
+}
+
+/// Which of the pieces along the sequence that a segment or a transfer is cut into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Piece {
+    /// Counted from 0.
+    pub index: u8,
+    /// How many there are.
+    pub of: u8,
+}
+
+impl Piece {
+    /// All of it.
+    pub const WHOLE: Self = Self { index: 0, of: 1 };
+
+    /// Whether it is all there is.
+    #[must_use]
+    pub fn is_whole(self) -> bool {
+        self.of == 1
+    }
 }
 
 /// A movement of one buffer along one axis.
@@ -138,15 +168,20 @@ pub struct Transfer {
     pub axis: Axis,
     /// What.
     pub buffer: Buffer,
-    /// Size of the whole buffer, in fp32 elements.
+    /// Elements of the whole buffer: what an all-gather leaves, what a reduction or an all-to-all
+    /// starts from, on each rank.
     pub elements: u64,
+    /// Bytes of an element on its way.
+    pub element_bytes: u8,
+    /// Which piece of the buffer, if the segment beside it is cut.
+    pub piece: Piece,
 }
 
 impl Transfer {
     /// Size of the whole buffer.
     #[must_use]
     pub fn bytes(&self) -> Bytes {
-        Bytes(4 * self.elements)
+        Bytes(u64::from(self.element_bytes) * self.elements)
     }
 }
 
@@ -167,13 +202,24 @@ pub enum Instruction {
         layer: u32,
         /// For which microbatch.
         microbatch: u32,
+        /// Which piece of it.
+        piece: Piece,
+    },
+    /// Forget a value and what its segment saved beside it for the backward pass, which will have
+    /// them computed again.
+    Discard {
+        /// Which value.
+        value: Value,
+        /// Of which microbatch.
+        microbatch: u32,
     },
     /// Add the reduced gradient of a microbatch to the sum over the microbatches.
     Accumulate {
         /// Of which block.
         block: Block,
     },
-    /// Add this rank's share of the squared gradient norm.
+    /// Add this rank's share of the squared gradient norm. A parameter that several
+    /// tensor-parallel ranks hold is counted by the first of them.
     SquareSum {
         /// Of which block.
         block: Block,

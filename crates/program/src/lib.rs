@@ -19,7 +19,7 @@ use model::{Block, Operator, Pass, Segment, Shape};
 use units::{Bytes, Flops, Rank};
 
 pub use executor::{Executor, Next};
-pub use instruction::{Action, Buffer, Instruction, Ticket, Transfer, Value};
+pub use instruction::{Action, Buffer, Instruction, Piece, Ticket, Transfer, Value};
 pub use meetings::{Meetings, Party};
 pub use mesh::{Axis, Mesh};
 pub use trace::{Lane, Span, Trace};
@@ -92,7 +92,10 @@ impl Program {
             Instruction::Update { block } => {
                 vec![Operator::AdamW { elements: self.updated_elements(block) }]
             }
-            Instruction::Release { .. } | Instruction::Post { .. } | Instruction::Wait { .. } => {
+            Instruction::Discard { .. }
+            | Instruction::Release { .. }
+            | Instruction::Post { .. }
+            | Instruction::Wait { .. } => {
                 vec![]
             }
         }
@@ -115,7 +118,7 @@ impl Program {
     /// not depend on the layout.
     #[must_use]
     pub fn positions(&self, rank: Rank, microbatch: u32) -> Range<u64> {
-        let data = u64::from(self.mesh.coordinate(rank, Axis::Data));
+        let data = u64::from(self.mesh.batch_coordinate(rank));
         let index = data * u64::from(self.microbatches) + u64::from(microbatch);
         index * self.shape.sequences..(index + 1) * self.shape.sequences
     }

@@ -43,7 +43,7 @@ impl Meetings {
     fn place(&self, party: &Party) -> (Place, usize) {
         let (rank, axis) = (party.rank, party.transfer.axis);
         match party.transfer.action {
-            Action::Collective(_) => {
+            Action::Collective(_) | Action::Shift => {
                 let leader = self.mesh.leader(rank, axis);
                 (Place::Group { axis, leader }, self.mesh.degree(axis) as usize)
             }

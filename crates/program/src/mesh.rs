@@ -13,8 +13,15 @@ pub enum Axis {
     Tensor,
     /// Ranks that split each sequence.
     Context,
-    /// Ranks that split the batch.
+    /// Ranks that hold the same parameters, reduce their gradients and share out their state: those
+    /// that split the batch, or a sequence, or both. With replicas, those of one replica.
     Data,
+    /// Ranks that hold the same share of the same parameters, one in each replica.
+    Replica,
+    /// Ranks that split the experts of a layer.
+    Expert,
+    /// Ranks that hold the same experts, reduce their gradients and share out their state.
+    ExpertData,
     /// Ranks that split the layers.
     Pipeline,
     /// The first and the last stage, which both hold a tied embedding.
@@ -29,6 +36,9 @@ impl fmt::Display for Axis {
             Self::Tensor => "tensor",
             Self::Context => "context",
             Self::Data => "data",
+            Self::Replica => "replica",
+            Self::Expert => "expert",
+            Self::ExpertData => "expert-data",
             Self::Pipeline => "pipeline",
             Self::Tied => "tied",
             Self::World => "world",
@@ -38,26 +48,57 @@ impl fmt::Display for Axis {
 
 /// The degree of every axis. Ranks are numbered with tensor fastest, then context, data and
 /// pipeline, so that the axes that talk most have neighbouring ranks.
+///
+/// The ranks of a stage are the product of tensor, context and data. Experts lie across the same
+/// ranks in a second arrangement: the ranks that split an expert's products fastest, then those
+/// that split the experts, then those that hold the same ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mesh {
     /// Tensor-parallel degree.
     pub tensor: u32,
     /// Context-parallel degree.
     pub context: u32,
-    /// Data-parallel degree.
+    /// Data-parallel degree: ranks that split the batch.
     pub data: u32,
     /// Pipeline stages.
     pub pipeline: u32,
+    /// Expert-parallel degree.
+    pub expert: u32,
+    /// Ranks that split each expert's products: 1, or the tensor-parallel degree.
+    pub expert_tensor: u32,
+    /// Copies of the sharded parameters: above 1, state is shared out within each of as many parts
+    /// of the data axis and repeated in the others (hybrid sharding).
+    pub replicas: u32,
 }
 
 impl Mesh {
     /// A single rank.
-    pub const ONE: Self = Self { tensor: 1, context: 1, data: 1, pipeline: 1 };
+    pub const ONE: Self = Self {
+        tensor: 1,
+        context: 1,
+        data: 1,
+        pipeline: 1,
+        expert: 1,
+        expert_tensor: 1,
+        replicas: 1,
+    };
 
     /// Ranks in all.
     #[must_use]
     pub fn ranks(&self) -> u32 {
         self.tensor * self.context * self.data * self.pipeline
+    }
+
+    /// Ranks of a pipeline stage.
+    #[must_use]
+    pub fn stage_ranks(&self) -> u32 {
+        self.tensor * self.context * self.data
+    }
+
+    /// The place of `rank` among those that split the batch.
+    #[must_use]
+    pub fn batch_coordinate(&self, rank: Rank) -> u32 {
+        rank.0 / (self.tensor * self.context) % self.data
     }
 
     /// Ranks in a group along `axis`.
@@ -66,7 +107,10 @@ impl Mesh {
         match axis {
             Axis::Tensor => self.tensor,
             Axis::Context => self.context,
-            Axis::Data => self.data,
+            Axis::Data => self.context * self.data / self.replicas,
+            Axis::Replica => self.replicas,
+            Axis::Expert => self.expert,
+            Axis::ExpertData => self.stage_ranks() / (self.expert * self.expert_tensor),
             Axis::Pipeline => self.pipeline,
             Axis::Tied => self.pipeline.min(2),
             Axis::World => self.ranks(),
@@ -77,9 +121,11 @@ impl Mesh {
     fn stride(&self, axis: Axis) -> u32 {
         match axis {
             Axis::Tensor | Axis::World => 1,
-            Axis::Context => self.tensor,
-            Axis::Data => self.tensor * self.context,
-            Axis::Pipeline => self.tensor * self.context * self.data,
+            Axis::Context | Axis::Data => self.tensor,
+            Axis::Replica => self.tensor * self.degree(Axis::Data),
+            Axis::Expert => self.expert_tensor,
+            Axis::ExpertData => self.expert_tensor * self.expert,
+            Axis::Pipeline => self.stage_ranks(),
             Axis::Tied => self.stride(Axis::Pipeline) * self.pipeline.saturating_sub(1).max(1),
         }
     }
@@ -114,11 +160,17 @@ impl Mesh {
 
 impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let axes = [Axis::Data, Axis::Pipeline, Axis::Context, Axis::Tensor];
+        let axes = [
+            ("data", self.data),
+            ("pipeline", self.pipeline),
+            ("context", self.context),
+            ("tensor", self.tensor),
+            ("expert", self.expert),
+        ];
         let parts: Vec<String> = axes
             .into_iter()
-            .filter(|axis| self.degree(*axis) > 1)
-            .map(|axis| format!("{axis} {}", self.degree(axis)))
+            .filter(|(_, degree)| *degree > 1)
+            .map(|(axis, degree)| format!("{axis} {degree}"))
             .collect();
         if parts.is_empty() { f.write_str("1 rank") } else { f.write_str(&parts.join(" x ")) }
     }
@@ -130,8 +182,17 @@ mod tests {
 
     #[test]
     fn every_rank_is_where_its_group_says() {
-        let mesh = Mesh { tensor: 2, context: 3, data: 2, pipeline: 4 };
-        let axes = [Axis::Tensor, Axis::Context, Axis::Data, Axis::Pipeline, Axis::World];
+        let mesh = Mesh { tensor: 2, context: 3, data: 2, pipeline: 4, expert: 3, ..Mesh::ONE };
+        let axes = [
+            Axis::Tensor,
+            Axis::Context,
+            Axis::Data,
+            Axis::Replica,
+            Axis::Expert,
+            Axis::ExpertData,
+            Axis::Pipeline,
+            Axis::World,
+        ];
         for rank in (0..mesh.ranks()).map(Rank) {
             for axis in axes {
                 let group = mesh.group(rank, axis);
@@ -142,8 +203,20 @@ mod tests {
     }
 
     #[test]
+    fn the_ranks_that_share_parameters_are_those_that_split_the_tokens() {
+        let mesh = Mesh { tensor: 2, context: 2, data: 4, replicas: 2, ..Mesh::ONE };
+        let ranks = |numbers: &[u32]| numbers.iter().copied().map(Rank).collect::<Vec<_>>();
+        assert_eq!(mesh.group(Rank(1), Axis::Data), ranks(&[1, 3, 5, 7]));
+        assert_eq!(mesh.group(Rank(1), Axis::Replica), ranks(&[1, 9]));
+        let experts = Mesh { expert: 4, ..mesh };
+        assert_eq!(experts.group(Rank(1), Axis::Expert), ranks(&[0, 1, 2, 3]));
+        assert_eq!(experts.group(Rank(1), Axis::ExpertData), ranks(&[1, 5, 9, 13]));
+        assert_eq!(mesh.batch_coordinate(Rank(5)), 1);
+    }
+
+    #[test]
     fn the_tied_group_is_the_first_and_the_last_stage() {
-        let mesh = Mesh { tensor: 1, context: 1, data: 2, pipeline: 4 };
+        let mesh = Mesh { data: 2, pipeline: 4, ..Mesh::ONE };
         assert_eq!(mesh.group(Rank(1), Axis::Tied), [Rank(1), Rank(7)]);
         assert_eq!(mesh.group(Rank(7), Axis::Tied), [Rank(1), Rank(7)]);
         assert_eq!(mesh.coordinate(Rank(7), Axis::Tied), 1);

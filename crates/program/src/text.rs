@@ -5,7 +5,7 @@ use std::fmt;
 use model::Pass;
 use units::Rank;
 
-use crate::{Action, Axis, Buffer, Instruction, Program, Transfer, Value};
+use crate::{Action, Axis, Buffer, Instruction, Piece, Program, Transfer, Value};
 
 impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -13,6 +13,7 @@ impl fmt::Display for Value {
             Self::Stream(layer) => write!(f, "stream{layer}"),
             Self::AttentionNormed(layer) => write!(f, "attention-normed{layer}"),
             Self::Qkv(layer) => write!(f, "qkv{layer}"),
+            Self::KeyValues(layer) => write!(f, "key-values{layer}"),
             Self::Attended(layer) => write!(f, "attended{layer}"),
             Self::AttentionDelta(layer) => write!(f, "attention-delta{layer}"),
             Self::Middle(layer) => write!(f, "middle{layer}"),
@@ -24,6 +25,7 @@ impl fmt::Display for Value {
             Self::SharedDelta(layer) => write!(f, "shared-delta{layer}"),
             Self::FinalNormed(layer) => write!(f, "final-normed{layer}"),
             Self::Logits(layer) => write!(f, "logits{layer}"),
+            Self::LogSums(layer) => write!(f, "log-sums{layer}"),
             Self::Loss(layer) => write!(f, "loss{layer}"),
         }
     }
@@ -34,6 +36,7 @@ impl fmt::Display for Buffer {
         match self {
             Self::Parameters(block) => write!(f, "parameters({block})"),
             Self::Gradients(block) => write!(f, "gradients({block})"),
+            Self::ReplicatedGradients(block) => write!(f, "replicated-gradients({block})"),
             Self::ReducedGradients(block) => write!(f, "reduced-gradients({block})"),
             Self::Activation { value, microbatch } => write!(f, "{value} mb{microbatch}"),
             Self::ActivationGradient { value, microbatch } => {
@@ -44,23 +47,32 @@ impl fmt::Display for Buffer {
     }
 }
 
+impl fmt::Display for Piece {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_whole() { Ok(()) } else { write!(f, " {}/{}", self.index + 1, self.of) }
+    }
+}
+
 impl fmt::Display for Transfer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (axis, buffer, bytes) = (self.axis, self.buffer, self.bytes());
+        let Self { axis, buffer, piece, .. } = self;
         match self.action {
-            Action::Collective(kind) => write!(f, "{kind} {axis} {buffer}, {bytes}"),
-            Action::Send { to } => write!(f, "send {axis} {to} {buffer}, {bytes}"),
-            Action::Receive { from } => write!(f, "receive {axis} {from} {buffer}, {bytes}"),
+            Action::Collective(kind) => write!(f, "{kind} {axis} {buffer}{piece}")?,
+            Action::Send { to } => write!(f, "send {axis} {to} {buffer}{piece}")?,
+            Action::Receive { from } => write!(f, "receive {axis} {from} {buffer}{piece}")?,
+            Action::Shift => write!(f, "shift {axis} {buffer}{piece}")?,
         }
+        write!(f, ", {}", self.bytes())
     }
 }
 
 impl fmt::Display for Instruction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Compute { segment, pass, layer, microbatch } => {
-                write!(f, "{pass} layer{layer} mb{microbatch}: {segment}")
+            Self::Compute { segment, pass, layer, microbatch, piece } => {
+                write!(f, "{pass} layer{layer} mb{microbatch}: {segment}{piece}")
             }
+            Self::Discard { value, microbatch } => write!(f, "discard {value} mb{microbatch}"),
             Self::Accumulate { block } => write!(f, "accumulate {block}"),
             Self::SquareSum { block } => write!(f, "square-sum {block}"),
             Self::Update { block } => write!(f, "update {block}"),
@@ -98,10 +110,11 @@ impl Program {
             write!(f, "{index:>6}  {}", list[index])?;
             let key = run_key(&list[index]);
             index += 1;
-            while let (Some(_), Some(Instruction::Compute { segment, .. })) = (key, list.get(index))
+            while let (Some(_), Some(Instruction::Compute { segment, piece, .. })) =
+                (key, list.get(index))
                 && run_key(&list[index]) == key
             {
-                write!(f, " {segment}")?;
+                write!(f, " {segment}{piece}")?;
                 index += 1;
             }
             writeln!(f)?;

@@ -107,6 +107,7 @@ fn met(meetings: &mut Meetings, party: Party) -> Result<Vec<Party>, VerifyError>
         let first = &parties[0];
         let same_action = match (first.transfer.action, other.transfer.action) {
             (Action::Collective(a), Action::Collective(b)) => a == b,
+            (Action::Shift, Action::Shift) => true,
             (Action::Send { .. }, Action::Receive { .. })
             | (Action::Receive { .. }, Action::Send { .. }) => true,
             _ => false,
@@ -170,7 +171,7 @@ impl<'p> Dataflow<'p> {
 
     fn step(&mut self, instruction: &Instruction) -> Result<(), String> {
         match *instruction {
-            Instruction::Compute { segment, pass, layer, microbatch } => {
+            Instruction::Compute { segment, pass, layer, microbatch, .. } => {
                 self.need_parameters(segment, layer)?;
                 match pass {
                     Pass::Forward => self.forward(segment, layer, microbatch),
@@ -180,6 +181,7 @@ impl<'p> Dataflow<'p> {
                     }
                 }
             }
+            Instruction::Discard { .. } => Err("recomputation is not lowered yet".to_owned()),
             Instruction::Post { ticket, transfer } => {
                 self.post(ticket, transfer.action, transfer.buffer)
             }
@@ -282,7 +284,7 @@ impl<'p> Dataflow<'p> {
                 self.values.insert(buffer);
             }
             Buffer::Gradients(block) => self.reduced.push(block),
-            Buffer::ReducedGradients(_) | Buffer::Statistics => {}
+            Buffer::ReplicatedGradients(_) | Buffer::ReducedGradients(_) | Buffer::Statistics => {}
         }
         Ok(())
     }

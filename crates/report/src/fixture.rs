@@ -5,18 +5,32 @@ use std::collections::BTreeMap;
 use collective::Kind;
 use model::{Block, Pass, Segment, Shape};
 use program::{
-    Action, Axis, Buffer, Instruction, Lane, Mesh, Program, Span, Ticket, Trace, Transfer, Value,
+    Action, Axis, Buffer, Instruction, Lane, Mesh, Piece, Program, Span, Ticket, Trace, Transfer,
+    Value,
 };
 use units::{Rank, Seconds};
 
 fn compute() -> Instruction {
-    Instruction::Compute { segment: Segment::Qkv, pass: Pass::Forward, layer: 3, microbatch: 0 }
+    Instruction::Compute {
+        segment: Segment::Qkv,
+        pass: Pass::Forward,
+        layer: 3,
+        microbatch: 0,
+        piece: Piece::WHOLE,
+    }
 }
 
 fn post(ticket: u32, axis: Axis, action: Action, buffer: Buffer) -> Instruction {
     Instruction::Post {
         ticket: Ticket(ticket),
-        transfer: Transfer { action, axis, buffer, elements: 256 },
+        transfer: Transfer {
+            action,
+            axis,
+            buffer,
+            elements: 256,
+            element_bytes: 4,
+            piece: Piece::WHOLE,
+        },
     }
 }
 

@@ -93,8 +93,10 @@ impl Process<'_> {
             }
             Instruction::Post { .. } if span.lane == Lane::Wait => "too many in flight".to_owned(),
             Instruction::Post { transfer, .. } => describe(transfer),
-            Instruction::Compute { segment, pass, layer, microbatch } if segment.is_layer() => {
-                format!("{pass} {segment} layer{layer} mb{microbatch}")
+            Instruction::Compute { segment, pass, layer, microbatch, piece }
+                if segment.is_layer() =>
+            {
+                format!("{pass} {segment}{piece} layer{layer} mb{microbatch}")
             }
             Instruction::Compute { segment, pass, microbatch, .. } => {
                 format!("{pass} {segment} mb{microbatch}")
@@ -110,6 +112,7 @@ fn describe(transfer: &Transfer) -> String {
         Action::Collective(kind) => format!("{kind} {axis} {buffer}"),
         Action::Send { .. } => format!("send {axis} {buffer}"),
         Action::Receive { .. } => format!("receive {axis} {buffer}"),
+        Action::Shift => format!("shift {axis} {buffer}"),
     }
 }
 

@@ -83,6 +83,21 @@ impl Script {
         Self::new(Schedule { contract, steps: vec![vec![send], vec![receive]] })
     }
 
+    /// Every member sends to the next and receives from the one before it.
+    fn shift(ranks: u32) -> Self {
+        let chunks = Chunks::one(0);
+        let steps = |member| {
+            let receive = Step::Receive {
+                from: (member + ranks - 1) % ranks,
+                chunks,
+                action: collective::Action::Copy,
+            };
+            vec![Step::Send { to: (member + 1) % ranks, chunks }, receive]
+        };
+        let contract = Contract { kind: Kind::AllReduce, ranks, chunks: 1, in_flight: 2 };
+        Self::new(Schedule { contract, steps: (0..ranks).map(steps).collect() })
+    }
+
     fn collective(kind: Kind, ranks: u32) -> Self {
         Self::new(Collective::ring(kind, ranks).schedule())
     }
@@ -221,7 +236,7 @@ impl Exchange {
         let axis = party.transfer.axis;
         let peer = |coordinate| self.mesh.peer(party.rank, axis, coordinate);
         match party.transfer.action {
-            Action::Collective(_) => self.mesh.group(party.rank, axis),
+            Action::Collective(_) | Action::Shift => self.mesh.group(party.rank, axis),
             Action::Send { to } => vec![party.rank, peer(to)],
             Action::Receive { from } => vec![peer(from), party.rank],
         }
@@ -231,7 +246,7 @@ impl Exchange {
     fn operation(&mut self, party: &Party, ranks: Vec<Rank>) -> usize {
         let group = Group {
             axis: party.transfer.axis,
-            pair: !matches!(party.transfer.action, Action::Collective(_)),
+            pair: matches!(party.transfer.action, Action::Send { .. } | Action::Receive { .. }),
             first: ranks[0],
             last: ranks[ranks.len() - 1],
         };
@@ -253,8 +268,10 @@ impl Exchange {
     }
 
     fn script(&mut self, action: Action, ranks: u32) -> Rc<Script> {
-        let Action::Collective(kind) = action else {
-            return Rc::clone(&self.pair);
+        let kind = match action {
+            Action::Collective(kind) => kind,
+            Action::Shift => return Rc::new(Script::shift(ranks)),
+            Action::Send { .. } | Action::Receive { .. } => return Rc::clone(&self.pair),
         };
         let new = || Rc::new(Script::collective(kind, ranks));
         Rc::clone(self.scripts.entry((kind, ranks)).or_insert_with(new))

@@ -107,6 +107,11 @@ impl<'a> Network<'a> {
             Action::Send { to: peer } | Action::Receive { from: peer } => {
                 self.message(rank, self.mesh.peer(rank, axis, peer), bytes)
             }
+            // The ring is as slow as the link between its ends.
+            Action::Shift => {
+                let last = self.mesh.degree(axis) - 1;
+                self.message(self.mesh.peer(rank, axis, last), self.mesh.leader(rank, axis), bytes)
+            }
         }
     }
 

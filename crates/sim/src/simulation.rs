@@ -124,7 +124,9 @@ impl<'p, M: Machine> Simulation<'p, M> {
         state.executor.ran();
         match *instruction {
             Instruction::Post { ticket, transfer } => self.post(rank, index, ticket, transfer),
-            Instruction::Wait { .. } | Instruction::Release { .. } => {}
+            Instruction::Wait { .. }
+            | Instruction::Release { .. }
+            | Instruction::Discard { .. } => {}
             Instruction::Compute { .. }
             | Instruction::Accumulate { .. }
             | Instruction::SquareSum { .. }

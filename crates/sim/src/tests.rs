@@ -4,7 +4,8 @@ use cluster::{Cluster, Domain, Fabric, Link, Precision, Tier, catalogue};
 use collective::{Collective, Kind};
 use model::{Block, Operator, Pass, Segment, Shape};
 use program::{
-    Action, Axis, Buffer, Instruction, Lane, Mesh, Program, Span, Ticket, Trace, Transfer, Value,
+    Action, Axis, Buffer, Instruction, Lane, Mesh, Piece, Program, Span, Ticket, Trace, Transfer,
+    Value,
 };
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
@@ -39,7 +40,13 @@ fn program(mesh: Mesh, classes: Vec<Vec<Instruction>>) -> Program {
 }
 
 fn compute(pass: Pass, microbatch: u32) -> Instruction {
-    Instruction::Compute { segment: Segment::Project, pass, layer: 0, microbatch }
+    Instruction::Compute {
+        segment: Segment::Project,
+        pass,
+        layer: 0,
+        microbatch,
+        piece: Piece::WHOLE,
+    }
 }
 
 fn forward() -> Instruction {
@@ -49,7 +56,17 @@ fn forward() -> Instruction {
 fn post(ticket: u32, axis: Axis, action: Action, elements: u64) -> Instruction {
     let buffer = Buffer::Activation { value: Value::Stream(ticket), microbatch: 0 };
     let ticket = Ticket(ticket);
-    Instruction::Post { ticket, transfer: Transfer { action, axis, buffer, elements } }
+    Instruction::Post {
+        ticket,
+        transfer: Transfer {
+            action,
+            axis,
+            buffer,
+            elements,
+            element_bytes: 4,
+            piece: Piece::WHOLE,
+        },
+    }
 }
 
 fn wait(ticket: u32) -> Instruction {

@@ -117,7 +117,9 @@ impl Profile {
             Instruction::Post { transfer, .. } => {
                 Ok(self.post_overhead + self.copy * own_chunk(program, &transfer))
             }
-            Instruction::Wait { .. } | Instruction::Release { .. } => Ok(Seconds::ZERO),
+            Instruction::Wait { .. }
+            | Instruction::Release { .. }
+            | Instruction::Discard { .. } => Ok(Seconds::ZERO),
             Instruction::Accumulate { .. }
             | Instruction::SquareSum { .. }
             | Instruction::Update { .. } => Ok(program

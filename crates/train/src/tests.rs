@@ -54,7 +54,7 @@ fn config(tied_embeddings: bool) -> Config {
 }
 
 fn layout(data: u32, pipeline: u32, micro_batch: u64, shard: Shard) -> Layout {
-    Layout { mesh: Mesh { tensor: 1, context: 1, data, pipeline }, micro_batch, shard }
+    Layout { mesh: Mesh { data, pipeline, ..Mesh::ONE }, micro_batch, shard }
 }
 
 /// A token file that all tests read.

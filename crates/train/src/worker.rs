@@ -175,6 +175,7 @@ impl<O: Operators> Worker<O> {
             }
             Action::Send { to } => transport::Action::Send { to: peer(to) },
             Action::Receive { from } => transport::Action::Receive { from: peer(from) },
+            Action::Shift => unreachable!("the layout refuses ring exchange"),
         };
         let buffer = self.stage.take(transfer);
         let label = transfer.to_string().into();

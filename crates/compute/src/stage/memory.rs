@@ -36,6 +36,7 @@ impl<O: Operators> Stage<O> {
                 let gradient = self.gradients.remove(&(microbatch, value));
                 self.operators.download(gradient.expect("the gradient is computed"))
             }
+            Buffer::ReplicatedGradients(_) => unreachable!("the layout refuses tensor parallelism"),
             Buffer::Statistics => self.take_statistics(),
         }
     }
@@ -68,6 +69,7 @@ impl<O: Operators> Stage<O> {
                 let gradient = self.operators.upload(buffer);
                 self.gradients.insert((microbatch, value), gradient);
             }
+            Buffer::ReplicatedGradients(_) => unreachable!("the layout refuses tensor parallelism"),
             Buffer::Statistics => self.statistics = buffer,
         }
     }

@@ -7,7 +7,7 @@ use super::*;
 const GIB: Bytes = Bytes(1 << 30);
 
 fn mesh(tensor: u32, context: u32, data: u32, pipeline: u32) -> Mesh {
-    Mesh { tensor, context, data, pipeline }
+    Mesh { tensor, context, data, pipeline, ..Mesh::ONE }
 }
 
 fn h100() -> Cluster {

@@ -102,7 +102,7 @@ impl Costs for Roofline {
         let rank = representative(mesh, class);
         let axis = transfer.axis;
         let (first, last) = match transfer.action {
-            Action::Collective(_) => {
+            Action::Collective(_) | Action::Shift => {
                 let first = mesh.leader(rank, axis);
                 (first, mesh.peer(first, axis, mesh.degree(axis) - 1))
             }
@@ -116,7 +116,7 @@ impl Costs for Roofline {
                 let cost = ring.cost(transfer.bytes());
                 (cost.rounds, cost.bytes_per_rank)
             }
-            Action::Send { .. } | Action::Receive { .. } => (1, transfer.bytes()),
+            Action::Send { .. } | Action::Receive { .. } | Action::Shift => (1, transfer.bytes()),
         };
         let inside = cluster.same_node(first, last);
         let resource = if inside { Resource::Domain } else { Resource::Nic };
