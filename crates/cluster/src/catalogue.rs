@@ -2,7 +2,9 @@
 //! and the source's date.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -13,10 +15,56 @@ use crate::{
     Tier,
 };
 
-const ACCELERATORS: &str = include_str!("../../../catalogue/accelerators.toml");
-const NODES: &str = include_str!("../../../catalogue/nodes.toml");
-const FABRICS: &str = include_str!("../../../catalogue/fabrics.toml");
-const CLUSTERS: &str = include_str!("../../../catalogue/clusters.toml");
+/// What the catalogue has entries of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "as their names say")]
+pub enum Kind {
+    Accelerator,
+    Node,
+    Fabric,
+    Cluster,
+}
+
+impl Kind {
+    /// All of them, parts before wholes.
+    pub const ALL: [Self; 4] = [Self::Accelerator, Self::Node, Self::Fabric, Self::Cluster];
+
+    /// Its entries as they are written down, by name. Keys say their unit.
+    #[must_use]
+    pub fn entries(self) -> &'static toml::Table {
+        static ENTRIES: LazyLock<[toml::Table; 4]> = LazyLock::new(|| {
+            [
+                include_str!("../../../catalogue/accelerators.toml"),
+                include_str!("../../../catalogue/nodes.toml"),
+                include_str!("../../../catalogue/fabrics.toml"),
+                include_str!("../../../catalogue/clusters.toml"),
+            ]
+            .map(read)
+        });
+        &ENTRIES[self as usize]
+    }
+
+    /// The names of its entries.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        self.entries().keys().map(String::as_str)
+    }
+}
+
+/// The catalogue is part of the program, so one that cannot be read is a bug.
+fn read(text: &str) -> toml::Table {
+    text.parse().unwrap_or_else(|error| panic!("the built-in catalogue: {error}"))
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Accelerator => "accelerator",
+            Self::Node => "node",
+            Self::Fabric => "fabric",
+            Self::Cluster => "cluster",
+        })
+    }
+}
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -97,7 +145,7 @@ pub fn find(name: &str) -> Result<Cluster, Error> {
 /// As [`find`].
 pub fn composition(name: &str) -> Result<Composition, Error> {
     if Path::new(name).extension().is_none_or(|extension| extension != "toml") {
-        return entry("cluster", CLUSTERS, name);
+        return entry(Kind::Cluster, name);
     }
     let unreadable = |error: std::io::Error| Error::Unreadable {
         path: name.to_owned(),
@@ -123,27 +171,9 @@ pub fn fabric(name: &str) -> Result<Fabric, Error> {
     fabric_of(&toml::Value::String(name.to_owned()))
 }
 
-/// The names of all clusters.
-#[must_use]
-pub fn cluster_names() -> Vec<String> {
-    names(CLUSTERS)
-}
-
-/// The names of all accelerators.
-#[must_use]
-pub fn accelerator_names() -> Vec<String> {
-    names(ACCELERATORS)
-}
-
-/// The names of all fabrics.
-#[must_use]
-pub fn fabric_names() -> Vec<String> {
-    names(FABRICS)
-}
-
 /// An accelerator by name or in full.
 pub(crate) fn accelerator_of(value: &toml::Value) -> Result<Accelerator, Error> {
-    let (name, entry): (_, AcceleratorEntry) = part("accelerator", ACCELERATORS, value)?;
+    let (name, entry): (_, AcceleratorEntry) = part(Kind::Accelerator, value)?;
     Ok(Accelerator {
         name,
         generation: entry.generation,
@@ -162,12 +192,12 @@ pub(crate) fn accelerator_of(value: &toml::Value) -> Result<Accelerator, Error> 
 
 /// A node by name or in full.
 pub(crate) fn node_of(value: &toml::Value) -> Result<NodeEntry, Error> {
-    Ok(part("node", NODES, value)?.1)
+    Ok(part(Kind::Node, value)?.1)
 }
 
 /// A fabric by name or in full.
 pub(crate) fn fabric_of(value: &toml::Value) -> Result<Fabric, Error> {
-    let (name, entry): (_, FabricEntry) = part("fabric", FABRICS, value)?;
+    let (name, entry): (_, FabricEntry) = part(Kind::Fabric, value)?;
     Ok(Fabric {
         name,
         nic: entry.nic,
@@ -182,48 +212,28 @@ pub(crate) fn fabric_of(value: &toml::Value) -> Result<Fabric, Error> {
 
 /// A part of a cluster: an entry of the catalogue by its name, or a table of the same form.
 fn part<Entry: DeserializeOwned>(
-    what: &'static str,
-    catalogue: &str,
+    kind: Kind,
     value: &toml::Value,
 ) -> Result<(String, Entry), Error> {
     if let Some(name) = value.as_str() {
-        return Ok((name.to_owned(), entry(what, catalogue, name)?));
+        return Ok((name.to_owned(), entry(kind, name)?));
     }
-    let entry = value.clone().try_into().map_err(|error| malformed(what, &error))?;
-    Ok((format!("this {what}"), entry))
+    let entry = value.clone().try_into().map_err(|error| malformed(&kind.to_string(), &error))?;
+    Ok((format!("this {kind}"), entry))
 }
 
-fn entry<Entry: DeserializeOwned>(
-    what: &'static str,
-    catalogue: &str,
-    name: &str,
-) -> Result<Entry, Error> {
-    let mut entries = table(catalogue);
-    let Some(entry) = entries.remove(name) else {
-        return Err(Error::Unknown {
-            what,
-            name: name.to_owned(),
-            nearest: nearest(name, &entries),
-        });
+fn entry<Entry: DeserializeOwned>(kind: Kind, name: &str) -> Result<Entry, Error> {
+    let Some(entry) = kind.entries().get(name) else {
+        return Err(Error::Unknown { kind, name: name.to_owned(), nearest: nearest(name, kind) });
     };
-    entry.try_into().map_err(|error| malformed(name, &error))
+    entry.clone().try_into().map_err(|error| malformed(name, &error))
 }
 
 /// The entry spelled most like `name`. A common beginning counts most, since names grow at the end.
-fn nearest(name: &str, entries: &toml::Table) -> String {
+fn nearest(name: &str, kind: Kind) -> String {
     let name = name.to_lowercase();
-    let alike = |known: &&String| strsim::jaro_winkler(&name, known);
-    let nearest = entries.keys().max_by(|a, b| alike(a).total_cmp(&alike(b)));
-    nearest.cloned().unwrap_or_default()
-}
-
-/// The catalogue is part of the program, so one that cannot be read is a bug.
-fn table(catalogue: &str) -> toml::Table {
-    catalogue.parse().unwrap_or_else(|error| panic!("the built-in catalogue: {error}"))
-}
-
-fn names(catalogue: &str) -> Vec<String> {
-    table(catalogue).into_iter().map(|(name, _)| name).collect()
+    let alike = |known: &&str| strsim::jaro_winkler(&name, known);
+    kind.names().max_by(|a, b| alike(a).total_cmp(&alike(b))).unwrap_or_default().to_owned()
 }
 
 fn malformed(place: &str, error: &toml::de::Error) -> Error {
@@ -237,16 +247,16 @@ mod tests {
 
     #[test]
     fn every_cluster_can_be_built() {
-        for name in cluster_names() {
-            let cluster = find(&name).unwrap_or_else(|error| panic!("{error}"));
+        for name in Kind::Cluster.names() {
+            let cluster = find(name).unwrap_or_else(|error| panic!("{error}"));
             assert_eq!(cluster.accelerators % cluster.per_node, 0, "{name}");
         }
     }
 
     #[test]
     fn every_part_can_be_read() {
-        for name in accelerator_names() {
-            let found = accelerator(&name).unwrap_or_else(|error| panic!("{error}"));
+        for name in Kind::Accelerator.names() {
+            let found = accelerator(name).unwrap_or_else(|error| panic!("{error}"));
             let floats = found.peak.iter().filter(|(precision, _)| **precision != Precision::Int8);
             let peaks: Vec<_> = floats.map(|(_, peak)| peak).collect();
             assert!(peaks.is_sorted(), "{name}: fewer bits are never slower");
@@ -254,19 +264,20 @@ mod tests {
             let node = found.node.expect("every accelerator comes in a node");
             node_of(&toml::Value::String(node)).unwrap_or_else(|error| panic!("{name}: {error}"));
         }
-        for name in fabric_names() {
-            fabric(&name).unwrap_or_else(|error| panic!("{error}"));
+        for name in Kind::Fabric.names() {
+            fabric(name).unwrap_or_else(|error| panic!("{error}"));
         }
-        for name in names(NODES) {
-            node_of(&toml::Value::String(name)).unwrap_or_else(|error| panic!("{error}"));
+        for name in Kind::Node.names() {
+            node_of(&toml::Value::String(name.to_owned()))
+                .unwrap_or_else(|error| panic!("{error}"));
         }
     }
 
     /// Each unit does a power of two of operations a cycle, so a wrong count, clock or peak shows.
     #[test]
     fn the_peak_of_products_follows_from_units_and_clock() {
-        for name in accelerator_names() {
-            let found = accelerator(&name).unwrap();
+        for name in Kind::Accelerator.names() {
+            let found = accelerator(name).unwrap();
             let cycles = f64::from(found.multiprocessors) * found.boost_clock.0;
             let exponent = (found.peak[&Precision::Bf16].0 / cycles).log2();
             assert!((exponent - exponent.round()).abs() < 0.005, "{name}: 2^{exponent}");

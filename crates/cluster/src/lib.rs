@@ -21,11 +21,11 @@ pub use topology::{Cluster, Domain, Fabric, Link, Power, Price, Routing, Shape, 
 pub enum Error {
     /// A name that the catalogue does not have.
     #[error(
-        "the catalogue has no {what} `{name}`; did you mean `{nearest}`? `phalanx catalogue` lists all"
+        "the catalogue has no {kind} `{name}`; did you mean `{nearest}`? `phalanx catalogue` lists all"
     )]
     Unknown {
         /// What was looked for.
-        what: &'static str,
+        kind: catalogue::Kind,
         /// The name that was given.
         name: String,
         /// The entry spelled most like it.

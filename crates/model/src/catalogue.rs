@@ -3,20 +3,20 @@
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Config, Error};
 
-#[derive(Deserialize)]
+/// A model as it is written down.
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Entry {
+pub struct Entry {
     /// Where the dimensions were published.
-    #[allow(dead_code, reason = "for the reader of the file; required, and checked by a test")]
-    source: String,
+    pub source: String,
     /// When they were published.
-    #[allow(dead_code, reason = "for the reader of the file; required, and checked by a test")]
-    date: String,
-    config: Config,
+    pub date: String,
+    /// The dimensions.
+    pub config: Config,
 }
 
 static ENTRIES: LazyLock<BTreeMap<String, Entry>> = LazyLock::new(|| {
@@ -29,8 +29,16 @@ static ENTRIES: LazyLock<BTreeMap<String, Entry>> = LazyLock::new(|| {
 /// # Errors
 /// [`Error::UnknownModel`], which names the nearest entry.
 pub fn find(name: &str) -> Result<&'static Config, Error> {
+    entry(name).map(|entry| &entry.config)
+}
+
+/// The entry called `name`.
+///
+/// # Errors
+/// As [`find`].
+pub fn entry(name: &str) -> Result<&'static Entry, Error> {
     match ENTRIES.get(name) {
-        Some(entry) => Ok(&entry.config),
+        Some(entry) => Ok(entry),
         None => Err(Error::UnknownModel { name: name.to_owned(), nearest: nearest(name) }),
     }
 }

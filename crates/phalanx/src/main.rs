@@ -1,5 +1,6 @@
 //! The `phalanx` command: arguments, files in and out, exit codes.
 
+mod catalogue_command;
 mod cluster_section;
 mod device;
 mod figures;
@@ -34,6 +35,14 @@ struct Cli {
 enum Command {
     /// Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
     Train(JobArgs),
+    /// List the hardware and the models that are known, or show an entry with its sources
+    Catalogue {
+        /// An accelerator, node, fabric, cluster or model
+        name: Option<String>,
+        /// Print one JSON object instead of text
+        #[arg(long)]
+        json: bool,
+    },
     /// Show how a job is laid out over ranks
     Plan {
         #[command(flatten)]
@@ -100,6 +109,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Train(args) => train_command::train(&args),
+        Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
         Command::Plan { job, show_program } => plan_command::plan(&job, show_program),
         Command::Simulate { job, machine, efficiency, trace } => {
             simulate_command::simulate(&job, machine.as_deref(), efficiency, trace.as_deref())

@@ -176,7 +176,7 @@ fn nothing_costs_nothing() {
 
 /// Any cluster of the catalogue, and some that are not in it.
 fn any_cluster() -> impl Strategy<Value = Cluster> {
-    let known = prop::sample::select(catalogue::cluster_names());
+    let known = prop::sample::select(catalogue::Kind::Cluster.names().collect::<Vec<_>>());
     prop_oneof![
         8 => known.prop_map(|name| catalogue::find(&name).unwrap()),
         1 => Just(torus(&[4, 8, 8], 8)),
