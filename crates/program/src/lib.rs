@@ -4,6 +4,7 @@
 //! the simulator and the real runtime read the same lists, the latter two through the same
 //! [`Executor`]. Nothing here knows where or how fast a program runs.
 
+mod breakdown;
 mod executor;
 mod instruction;
 mod meetings;
@@ -18,6 +19,7 @@ use std::ops::Range;
 use model::{Block, Operator, Pass, Segment, Shape};
 use units::{Bytes, Flops, Rank};
 
+pub use breakdown::{Breakdown, Work};
 pub use executor::{Executor, Next};
 pub use instruction::{Action, Buffer, Instruction, Piece, Ticket, Transfer, Value};
 pub use meetings::{Meetings, Party};

@@ -30,6 +30,21 @@ pub enum Axis {
     World,
 }
 
+impl Axis {
+    /// Every axis.
+    pub const ALL: [Self; 9] = [
+        Self::Tensor,
+        Self::Context,
+        Self::Data,
+        Self::Replica,
+        Self::Expert,
+        Self::ExpertData,
+        Self::Pipeline,
+        Self::Tied,
+        Self::World,
+    ];
+}
+
 impl fmt::Display for Axis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -10,5 +10,5 @@ mod table;
 mod fixture;
 
 pub use perfetto::perfetto;
-pub use summary::{Breakdown, Summary};
+pub use summary::Summary;
 pub use table::summary_table;

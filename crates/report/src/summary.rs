@@ -2,27 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use program::{Axis, Instruction, Lane, Meetings, Party, Program, Span, Ticket, Trace};
+use program::{
+    Axis, Breakdown, Instruction, Lane, Meetings, Party, Program, Span, Ticket, Trace, Work,
+};
 use serde::Serialize;
 use units::{Rank, Seconds};
-
-/// The time of one rank's step, by what it was spent on.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Breakdown {
-    /// Computing.
-    #[serde(rename = "compute_s")]
-    pub compute: Seconds,
-    /// Held up by transfers that all their parties had posted, by axis.
-    #[serde(rename = "exposed_communication_s")]
-    pub exposed: BTreeMap<Axis, Seconds>,
-    /// Held up by other ranks that had not posted their part yet: the pipeline's bubble, and
-    /// whatever else makes ranks differ.
-    #[serde(rename = "bubble_s")]
-    pub bubble: Seconds,
-    /// The rest: posting transfers, and having nothing left to do.
-    #[serde(rename = "other_s")]
-    pub other: Seconds,
-}
 
 /// The time of a step.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -30,27 +14,10 @@ pub struct Summary {
     /// Until the last rank was done.
     #[serde(rename = "step_time_s")]
     pub step_time: Seconds,
-    /// Of each rank, in order.
+    /// Of each rank, in order; or of each class of ranks that do the same, all of one size.
     pub ranks: Vec<Breakdown>,
     /// The mean over the ranks.
     pub mean: Breakdown,
-}
-
-impl Breakdown {
-    /// Exposed communication on all axes.
-    #[must_use]
-    pub fn exposed_communication(&self) -> Seconds {
-        self.exposed.values().copied().sum()
-    }
-
-    fn add(&mut self, other: &Self, weight: f64) {
-        self.compute += other.compute * weight;
-        self.bubble += other.bubble * weight;
-        self.other += other.other * weight;
-        for (axis, time) in &other.exposed {
-            *self.exposed.entry(*axis).or_default() += *time * weight;
-        }
-    }
 }
 
 impl Summary {
@@ -60,25 +27,37 @@ impl Summary {
     /// When the trace is of another program.
     #[must_use]
     pub fn new(program: &Program, trace: &Trace) -> Self {
-        let step_time = trace.duration();
         let transfers = Transfers::new(program, trace);
         let mut ranks = vec![Breakdown::default(); program.mesh.ranks() as usize];
         for span in &trace.spans {
             let rank = &mut ranks[span.rank.index()];
             match span.lane {
-                Lane::Compute => rank.compute += span.end - span.start,
+                Lane::Compute => compute(program, span, rank),
                 Lane::Wait => transfers.attribute(span, rank),
                 Lane::Transfer => {}
             }
         }
-        let mut mean = Breakdown::default();
-        let weight = 1.0 / ranks.len() as f64;
+        transfers.attribute_hidden(&mut ranks);
+        let step_time = trace.duration();
         for rank in &mut ranks {
-            let known = rank.compute + rank.exposed_communication() + rank.bubble;
-            rank.other = (step_time - known).max(Seconds::ZERO);
-            mean.add(rank, weight);
+            rank.other = rank.rest_of(step_time);
         }
-        Self { step_time, ranks, mean }
+        Self::of(step_time, ranks)
+    }
+
+    /// Sums up a step of which the time of each rank, or of each class of ranks, is known.
+    #[must_use]
+    pub fn of(step_time: Seconds, ranks: Vec<Breakdown>) -> Self {
+        Self { step_time, mean: Breakdown::mean(&ranks), ranks }
+    }
+}
+
+fn compute(program: &Program, span: &Span, rank: &mut Breakdown) {
+    let time = span.end - span.start;
+    let instruction = &program.instructions(span.rank)[span.instruction as usize];
+    rank.compute += time;
+    if let Some(work) = Work::of(instruction) {
+        *rank.work.entry(work).or_default() += time;
     }
 }
 
@@ -143,6 +122,26 @@ impl<'a> Transfers<'a> {
         *rank.exposed.entry(transfer.axis).or_default() += wait.end - Seconds(split);
     }
 
+    /// What of the time that transfers of an axis were under way did not hold the rank up. Spans
+    /// are visited by rank and post; those of one axis overlap when several peers are talked to.
+    fn attribute_hidden(&self, ranks: &mut [Breakdown]) {
+        let mut under_way: BTreeMap<(Rank, Axis), Vec<(Seconds, Seconds)>> = BTreeMap::new();
+        for ((rank, post), span) in &self.spans {
+            let list = self.program.instructions(*rank);
+            if let Instruction::Post { transfer, .. } = &list[*post as usize]
+                && let Some(met) = self.met.get(&(*rank, *post))
+            {
+                under_way.entry((*rank, transfer.axis)).or_default().push((*met, span.end));
+            }
+        }
+        for ((rank, axis), intervals) in under_way {
+            let breakdown = &mut ranks[rank.index()];
+            let exposed = breakdown.exposed.get(&axis).copied().unwrap_or_default();
+            let hidden = (union(intervals) - exposed).max(Seconds::ZERO);
+            breakdown.hidden.insert(axis, hidden);
+        }
+    }
+
     /// What a post waits for while the window is full.
     fn oldest_under_way(&self, wait: &Span) -> Option<u32> {
         let earlier = (wait.rank, 0)..(wait.rank, wait.instruction);
@@ -150,6 +149,17 @@ impl<'a> Transfers<'a> {
         let oldest = under_way.find(|(_, span)| span.end > wait.start);
         oldest.map(|((_, post), _)| *post)
     }
+}
+
+/// The time that at least one of the intervals covers.
+fn union(mut intervals: Vec<(Seconds, Seconds)>) -> Seconds {
+    intervals.sort_by(|a, b| a.0.0.total_cmp(&b.0.0));
+    let (mut covered, mut until) = (Seconds::ZERO, Seconds::ZERO);
+    for (start, end) in intervals {
+        covered += (end - start.max(until)).max(Seconds::ZERO);
+        until = until.max(end);
+    }
+    covered
 }
 
 fn posts(list: &[Instruction]) -> BTreeMap<Ticket, u32> {
@@ -191,6 +201,17 @@ mod tests {
         assert_eq!(first.exposed[&Axis::Data], Seconds(5.0));
         assert_eq!(first.bubble, Seconds(1.0), "rank 1 posts a second later");
         assert_eq!(first.exposed_communication(), Seconds(5.0));
+    }
+
+    #[test]
+    fn a_transfer_behind_compute_is_hidden() {
+        let summary = Summary::new(&program(), &trace());
+        let first = &summary.ranks[0];
+        assert_eq!(first.hidden[&Axis::Pipeline], Seconds(0.5), "nothing waited for the send");
+        assert_eq!(first.hidden[&Axis::Data], Seconds::ZERO);
+        assert_eq!(summary.ranks[2].hidden[&Axis::Pipeline], Seconds::ZERO);
+        let parts: Seconds = first.work.values().copied().sum();
+        assert_eq!(parts, first.compute);
     }
 
     #[test]

@@ -35,12 +35,6 @@ impl<Event> Agenda<Event> {
         self.scheduled += 1;
     }
 
-    /// Whether something is left to happen before time goes on.
-    pub(crate) fn has_more_now(&self) -> bool {
-        let next = self.events.first_key_value();
-        next.is_some_and(|((at, _), _)| at.0 <= self.now.0)
-    }
-
     /// Takes the next event and moves the clock to its time.
     pub(crate) fn pop(&mut self) -> Option<Event> {
         let ((at, _), event) = self.events.pop_first()?;

@@ -1,19 +1,19 @@
 //! A program in virtual time: what [`simulate`] makes of it is the same kind of trace that the
 //! runtime records.
 //!
-//! Nothing here has a copy of an algorithm. Each rank is a [`program::Executor`], each member of a
-//! collective a [`collective::Executor`], as in the runtime; this crate only decides when what
-//! they start is done. How long that takes comes from a [`World`].
+//! Hosts like this one are simulated as the runtime runs them: each rank is a
+//! [`program::Executor`], each member of a collective a [`collective::Executor`], and this crate only
+//! decides when what they start is done. On described accelerators a transfer has one [`step::TransferCost`]
+//! and ranks that do the same are one, so that a step of thousands of ranks takes milliseconds: see
+//! [`step`].
 
 mod agenda;
 mod cores;
-mod described;
 mod exchange;
 mod machine;
 mod measured;
 pub mod nccl;
 pub mod network;
-mod ports;
 mod simulation;
 pub mod step;
 mod world;
@@ -23,10 +23,11 @@ use model::{Pass, Segment};
 use program::{Program, Trace};
 use thiserror::Error;
 
-use described::Described;
 use measured::Measured;
 use simulation::Simulation;
-pub use world::{MeasuredLink, Profile, Roofline, SegmentTime, World};
+pub use step::Roofline;
+use step::Step;
+pub use world::{MeasuredLink, Profile, SegmentTime, World};
 
 /// Why a program cannot be simulated.
 #[derive(Debug, Error, PartialEq)]
@@ -88,15 +89,13 @@ pub enum Error {
 /// When the world lacks a number that the program needs or has a useless one, and when the program
 /// would hang.
 pub fn simulate(program: &Program, world: &World) -> Result<Trace, Error> {
-    world.check(program)?;
-    let ranks = program.mesh.ranks();
     match world {
         World::Profile(profile) => {
-            Simulation::new(program, world, Measured::new(profile, ranks))?.run()
+            profile.check()?;
+            let machine = Measured::new(profile, program.mesh.ranks());
+            Simulation::new(program, profile, machine)?.run()
         }
-        World::Roofline(roofline) => {
-            Simulation::new(program, world, Described::new(&roofline.cluster, ranks))?.run()
-        }
+        World::Roofline(roofline) => Step::new(program, roofline)?.trace_of_all(),
     }
 }
 

@@ -9,7 +9,7 @@ use units::{Rank, Seconds};
 
 use crate::exchange::Exchange;
 use crate::machine::{Completion, Machine};
-use crate::{Error, World};
+use crate::{Error, Profile};
 
 /// A program under way on a machine.
 pub(crate) struct Simulation<'p, M> {
@@ -33,8 +33,8 @@ struct RankState<'p> {
 }
 
 impl<'p, M: Machine> Simulation<'p, M> {
-    pub(crate) fn new(program: &'p Program, world: &World, machine: M) -> Result<Self, Error> {
-        let time = |instruction| world.time(program, instruction);
+    pub(crate) fn new(program: &'p Program, profile: &Profile, machine: M) -> Result<Self, Error> {
+        let time = |instruction| profile.time(program, instruction);
         let times = |list: &'p Vec<Instruction>| list.iter().map(time).collect();
         let rank = |rank| RankState {
             executor: Executor::new(program, rank),

@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use cluster::{Cluster, Domain, Fabric, Link, Precision, Tier, catalogue};
+use cluster::{Precision, catalogue};
 use collective::{Collective, Kind};
 use model::{Block, Operator, Pass, Segment, Shape};
 use program::{
@@ -9,8 +9,8 @@ use program::{
 };
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
-use crate::described::Described;
 use crate::machine::{Completion, Machine, Message};
+use crate::measured::Measured;
 use crate::simulation::Simulation;
 use crate::{Error, MeasuredLink, Profile, Roofline, SegmentTime, World, simulate};
 
@@ -109,22 +109,17 @@ fn profile(cores: u32, ranks_per_host: u32) -> Profile {
     }
 }
 
-/// Slow links in round numbers: a second and 10 bytes a second between nodes.
-fn roofline(per_node: u32) -> Roofline {
-    let link = |latency, bandwidth| Link {
-        latency: Seconds(latency),
-        bandwidth: BytesPerSecond(bandwidth),
-    };
-    let described = catalogue::find("dgx-h100-quantum2").unwrap();
-    let domain = Domain {
-        accelerators: per_node,
-        shape: cluster::Shape::Switched(link(0.5, 100.0)),
-        in_network_reduction: None,
-    };
-    let tier = Tier { reach: described.accelerators, oversubscription: 1.0, latency: Seconds(0.0) };
-    let fabric =
-        described.fabric.map(|fabric| Fabric { nic: link(1.0, 10.0), tiers: vec![tier], ..fabric });
-    let cluster = Cluster { per_node, domain, fabric, ..described };
+/// A host with a core for every thread and slow links in round numbers: a second and 10 bytes a
+/// second.
+fn slow(ranks: u32) -> World {
+    let mut profile = profile(2 * ranks, ranks);
+    profile.link.latency = Seconds(1.0);
+    profile.link.bandwidth = BytesPerSecond(10.0);
+    World::Profile(profile)
+}
+
+fn roofline() -> Roofline {
+    let cluster = catalogue::find("dgx-h100-quantum2").unwrap();
     Roofline { cluster, precision: Precision::Bf16, efficiency: 0.5 }
 }
 
@@ -162,7 +157,7 @@ fn described_accelerators_take_the_longer_of_operations_and_bytes() {
     let bound_by_bytes = Operator::Add { elements: 1 << 30 };
     let operators = vec![bound_by_operations, bound_by_bytes];
     program.segments.insert((Segment::Project, Pass::Forward), operators);
-    let trace = simulate(&program, &World::Roofline(roofline(8))).unwrap();
+    let trace = simulate(&program, &World::Roofline(roofline())).unwrap();
     let operations = 2.0 * 4096_f64.powi(3) / (989.4e12 * 0.5);
     let bytes = 3.0 * 2.0 * f64::from(1 << 30) / 3.35e12;
     close(trace.duration().0, operations + bytes);
@@ -172,16 +167,9 @@ fn described_accelerators_take_the_longer_of_operations_and_bytes() {
 fn a_message_takes_latency_and_bytes_over_bandwidth() {
     let lists = vec![vec![send(0, 1, 25), wait(0)], vec![receive(0, 0, 25), wait(0)]];
     let program = program(mesh(1, 2), lists);
-    let trace = simulate(&program, &World::Roofline(roofline(1))).unwrap();
+    let trace = simulate(&program, &slow(2)).unwrap();
     close(trace.duration().0, 1.0 + 100.0 / 10.0);
     assert_eq!(spans(&trace, 1, Lane::Wait), [(1, 0.0, 11.0)]);
-    assert_eq!(spans(&trace, 0, Lane::Transfer), [(0, 0.0, 10.0)]);
-
-    let mut slow = profile(2, 2);
-    slow.link.latency = Seconds(1.0);
-    slow.link.bandwidth = BytesPerSecond(10.0);
-    let trace = simulate(&program, &World::Profile(slow)).unwrap();
-    close(trace.duration().0, 1.0 + 100.0 / 10.0);
 }
 
 #[test]
@@ -200,25 +188,13 @@ fn a_message_occupies_both_progress_threads() {
 }
 
 #[test]
-fn messages_that_leave_one_rank_share_its_link() {
-    let lists = vec![
-        vec![send(0, 1, 25), send(1, 2, 25), wait(0), wait(1)],
-        vec![receive(0, 0, 25), wait(0)],
-        vec![receive(0, 0, 25), wait(0)],
-    ];
-    let trace = simulate(&program(mesh(1, 3), lists), &World::Roofline(roofline(1))).unwrap();
-    assert_eq!(spans(&trace, 1, Lane::Transfer), [(0, 0.0, 21.0)]);
-    assert_eq!(spans(&trace, 2, Lane::Transfer), [(0, 0.0, 21.0)]);
-}
-
-#[test]
 fn a_ring_takes_its_rounds_times_latency_and_a_chunk() {
     for kind in [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather] {
         for ranks in [1, 2, 3, 5, 8, 13] {
             let elements = 10 * u64::from(ranks);
             let list = vec![post(0, Axis::Data, Action::Collective(kind), elements), wait(0)];
             let program = program(mesh(ranks, 1), vec![list]);
-            let trace = simulate(&program, &World::Roofline(roofline(1))).unwrap();
+            let trace = simulate(&program, &slow(ranks)).unwrap();
             let cost = Collective::ring(kind, ranks).cost(Bytes(4 * elements));
             close(trace.duration().0, f64::from(cost.rounds) * (1.0 + 40.0 / 10.0));
         }
@@ -226,24 +202,14 @@ fn a_ring_takes_its_rounds_times_latency_and_a_chunk() {
 }
 
 #[test]
-fn a_ring_is_as_slow_as_its_slowest_link() {
-    let list = vec![all_reduce(0, 80), wait(0)];
-    let program = program(mesh(8, 1), vec![list]);
-    let inside = simulate(&program, &World::Roofline(roofline(8))).unwrap();
-    let across = simulate(&program, &World::Roofline(roofline(4))).unwrap();
-    close(inside.duration().0, 14.0 * (0.5 + 40.0 / 100.0));
-    assert!(across.duration().0 > 6.0 * (1.0 + 40.0 / 10.0));
-    assert!(across.duration().0 < 14.0 * (1.0 + 40.0 / 10.0));
-}
-
-#[test]
-fn a_thousand_ranks_are_simulated() {
+fn a_thousand_ranks_are_simulated_as_one_of_each_class() {
     let list = vec![forward(), all_reduce(0, 640), wait(0)];
-    let mut program = program(mesh(64, 16), vec![list; 16]);
-    program.segments.insert((Segment::Project, Pass::Forward), vec![]);
-    let trace = simulate(&program, &World::Roofline(roofline(1))).unwrap();
-    close(trace.duration().0, 126.0 * (1.0 + 40.0 / 10.0));
+    let program = program(mesh(64, 16), vec![list; 16]);
+    let trace = simulate(&program, &World::Roofline(roofline())).unwrap();
     assert_eq!(trace.spans.len(), 3 * 1024);
+    for lane in [Lane::Compute, Lane::Wait, Lane::Transfer] {
+        assert_eq!(spans(&trace, 1023, lane), spans(&trace, 0, lane));
+    }
 }
 
 #[test]
@@ -312,7 +278,7 @@ fn a_full_window_holds_up_the_post() {
     let list = vec![all_reduce(0, 20), all_reduce(1, 20), wait(0), wait(1)];
     let mut program = program(mesh(2, 1), vec![list]);
     program.in_flight = 1;
-    let trace = simulate(&program, &World::Roofline(roofline(1))).unwrap();
+    let trace = simulate(&program, &slow(2)).unwrap();
     assert_eq!(spans(&trace, 0, Lane::Wait), [(1, 0.0, 10.0), (3, 10.0, 20.0)]);
 }
 
@@ -374,7 +340,7 @@ fn equal_arguments_give_equal_traces() {
     profile.link.latency = Seconds(0.013);
     profile.link.send_cpu = Seconds(0.7e-4);
     profile.link.receive_cpu = Seconds(1.1e-4);
-    for world in [World::Profile(profile), World::Roofline(roofline(4))] {
+    for world in [World::Profile(profile), World::Roofline(roofline())] {
         let first = simulate(&program, &world).unwrap();
         assert_eq!(first, simulate(&program, &world).unwrap());
     }
@@ -415,14 +381,13 @@ fn every_rank_sends_and_receives_what_the_closed_form_says() {
     for kind in [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather] {
         let list = vec![post(0, Axis::Data, Action::Collective(kind), 600), wait(0)];
         let program = program(mesh(6, 1), vec![list]);
-        let roofline = roofline(4);
+        let profile = profile(6, 6);
         let mut counting = Counting {
-            machine: Described::new(&roofline.cluster, 6),
+            machine: Measured::new(&profile, 6),
             sent: BTreeMap::new(),
             arrived: BTreeMap::new(),
         };
-        let world = World::Roofline(roofline.clone());
-        let simulation = Simulation::new(&program, &world, &mut counting).unwrap();
+        let simulation = Simulation::new(&program, &profile, &mut counting).unwrap();
         simulation.run().unwrap();
         let bytes = Collective::ring(kind, 6).cost(Bytes(2400)).bytes_per_rank;
         assert_eq!(counting.sent, (0..6).map(|rank| (Rank(rank), bytes)).collect());
@@ -447,10 +412,10 @@ fn what_cannot_be_simulated_says_why() {
     assert!(error.to_string().starts_with("`link.bandwidth` = 0"), "{error}");
 
     let many = program(mesh(11_617, 1), vec![vec![]]);
-    let error = simulate(&many, &World::Roofline(roofline(8))).unwrap_err();
+    let error = simulate(&many, &World::Roofline(roofline())).unwrap_err();
     assert!(matches!(error, Error::TooSmall { ranks: 11_617, .. }));
 
-    let mut coarse = roofline(8);
+    let mut coarse = roofline();
     coarse.cluster.accelerator = catalogue::accelerator("a100-sxm-80gb").unwrap();
     coarse.precision = Precision::Fp8;
     let error = simulate(&lonely, &World::Roofline(coarse)).unwrap_err();

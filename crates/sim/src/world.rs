@@ -1,13 +1,12 @@
 //! How long things take: measured on the machine at hand, or worked out from described hardware.
 
-use cluster::{Cluster, Precision};
 use collective::Kind;
 use model::{Operator, Pass, Segment};
 use program::{Action, Instruction, Program, Transfer};
 use serde::{Deserialize, Serialize};
-use units::{BytesPerSecond, FlopsPerSecond, Seconds};
+use units::{BytesPerSecond, Seconds};
 
-use crate::Error;
+use crate::{Error, Roofline};
 
 /// Where and how fast a program runs.
 #[derive(Debug, Clone, PartialEq)]
@@ -74,44 +73,13 @@ pub struct MeasuredLink {
     pub reduce_cpu: Seconds,
 }
 
-/// Every operator takes the longer of its floating-point operations at a share of the peak rate
-/// and its bytes at the memory's rate.
-///
-/// Every rank has an accelerator to itself. In this first model communication takes nothing from
-/// computation: neither cores nor memory bandwidth.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Roofline {
-    /// The accelerators and links.
-    pub cluster: Cluster,
-    /// What products are computed in.
-    pub precision: Precision,
-    /// The share of the peak rate that operators reach, above 0 and at most 1.
-    pub efficiency: f64,
-}
-
-impl World {
-    /// What an instruction takes on the rank's compute thread when nothing else runs.
-    ///
-    /// # Errors
-    /// When the profile has no time for it, or the accelerator no rate.
-    pub fn time(&self, program: &Program, instruction: &Instruction) -> Result<Seconds, Error> {
-        match self {
-            Self::Profile(profile) => profile.time(program, instruction),
-            Self::Roofline(roofline) => roofline.time(program, instruction),
-        }
-    }
-
-    /// Refuses numbers with which nothing would ever end, and clusters that are too small.
-    pub(crate) fn check(&self, program: &Program) -> Result<(), Error> {
-        match self {
-            Self::Profile(profile) => profile.check(),
-            Self::Roofline(roofline) => roofline.check(program.mesh.ranks()),
-        }
-    }
-}
-
 impl Profile {
-    fn time(&self, program: &Program, instruction: &Instruction) -> Result<Seconds, Error> {
+    /// What an instruction takes on the rank's compute thread when nothing else runs.
+    pub(crate) fn time(
+        &self,
+        program: &Program,
+        instruction: &Instruction,
+    ) -> Result<Seconds, Error> {
         match *instruction {
             Instruction::Compute { segment, pass, .. } => self.segment(segment, pass),
             Instruction::Post { transfer, .. } => {
@@ -144,7 +112,7 @@ impl Profile {
         }
     }
 
-    fn check(&self) -> Result<(), Error> {
+    pub(crate) fn check(&self) -> Result<(), Error> {
         let link = &self.link;
         positive("cores", f64::from(self.cores))?;
         positive("ranks_per_host", f64::from(self.ranks_per_host))?;
@@ -166,54 +134,12 @@ impl Profile {
     }
 }
 
-impl Roofline {
-    pub(crate) fn time(
-        &self,
-        program: &Program,
-        instruction: &Instruction,
-    ) -> Result<Seconds, Error> {
-        let rate = FlopsPerSecond(self.peak()?.0 * self.efficiency);
-        let operators = program.operators(instruction);
-        Ok(operators.iter().map(|operator| self.operator(operator, rate)).sum())
-    }
-
-    fn operator(&self, operator: &Operator, rate: FlopsPerSecond) -> Seconds {
-        let bytes = operator.bytes(self.precision.element());
-        (operator.flops() / rate).max(bytes / self.cluster.accelerator.memory_bandwidth)
-    }
-
-    fn peak(&self) -> Result<FlopsPerSecond, Error> {
-        let accelerator = &self.cluster.accelerator;
-        let peak = accelerator.peak.get(&self.precision).copied();
-        peak.ok_or_else(|| Error::Precision {
-            accelerator: accelerator.name.clone(),
-            precision: self.precision,
-            known: accelerator.peak.keys().map(Precision::to_string).collect(),
-        })
-    }
-
-    fn check(&self, ranks: u32) -> Result<(), Error> {
-        let cluster = &self.cluster;
-        if ranks > cluster.accelerators {
-            return Err(Error::TooSmall {
-                cluster: cluster.name.clone(),
-                accelerators: cluster.accelerators,
-                ranks,
-            });
-        }
-        positive("efficiency", self.efficiency)?;
-        positive("peak_flops", self.peak()?.0)?;
-        positive("memory_bytes_per_s", cluster.accelerator.memory_bandwidth.0)?;
-        Ok(cluster.check()?)
-    }
-}
-
-fn positive(key: &'static str, value: f64) -> Result<(), Error> {
+pub(crate) fn positive(key: &'static str, value: f64) -> Result<(), Error> {
     let good = value > 0.0 && value.is_finite();
     good.then_some(()).ok_or(Error::Unusable { key, value })
 }
 
-fn duration(key: &'static str, time: Seconds) -> Result<(), Error> {
+pub(crate) fn duration(key: &'static str, time: Seconds) -> Result<(), Error> {
     let good = time.0 >= 0.0 && time.0.is_finite();
     let value = time.0;
     good.then_some(()).ok_or(Error::Unusable { key, value })

@@ -1,9 +1,9 @@
 //! The seam between what ranks do and how long it takes on described hardware.
 
-use program::{Action, Axis, Instruction, Mesh, Program, Transfer};
+use program::{Axis, Instruction, Mesh, Program, Transfer};
 use units::{Rank, Seconds};
 
-use crate::{Error, Roofline};
+use crate::Error;
 
 /// A connection of a rank that all its transfers share; each has its own way out and way in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -41,6 +41,15 @@ pub struct TransferCost {
 /// cost may depend on the class, the segment, the pass and the layer or block, not on the
 /// microbatch; a transfer's on everything but the layer, block or microbatch in its buffer's name.
 pub trait Costs {
+    /// Refuses a program that cannot run here at all.
+    ///
+    /// # Errors
+    /// What is wrong with the hardware or the program's size.
+    fn check(&self, program: &Program) -> Result<(), Error> {
+        let _ = program;
+        Ok(())
+    }
+
     /// Time on the compute stream of a rank of `class` when no transfer is under way. Asked for
     /// every kind of instruction but posts, waits and releases.
     ///
@@ -84,46 +93,4 @@ where
 /// The first rank of a class.
 pub(crate) fn representative(mesh: &Mesh, class: usize) -> Rank {
     mesh.peer(Rank(0), Axis::Pipeline, class as u32)
-}
-
-/// Rings over the slowest link between two members, and messages over the link they take.
-impl Costs for Roofline {
-    fn compute(&self, program: &Program, _: usize, of: &Instruction) -> Result<Seconds, Error> {
-        self.time(program, of)
-    }
-
-    fn transfer(
-        &self,
-        program: &Program,
-        class: usize,
-        transfer: &Transfer,
-    ) -> Result<TransferCost, Error> {
-        let (mesh, cluster) = (&program.mesh, &self.cluster);
-        let rank = representative(mesh, class);
-        let axis = transfer.axis;
-        let (first, last) = match transfer.action {
-            Action::Collective(_) | Action::Shift => {
-                let first = mesh.leader(rank, axis);
-                (first, mesh.peer(first, axis, mesh.degree(axis) - 1))
-            }
-            Action::Send { to: peer } | Action::Receive { from: peer } => {
-                (rank, mesh.peer(rank, axis, peer))
-            }
-        };
-        let (rounds, bytes) = match transfer.action {
-            Action::Collective(kind) => {
-                let ring = collective::Collective::ring(kind, mesh.degree(axis));
-                let cost = ring.cost(transfer.bytes());
-                (cost.rounds, cost.bytes_per_rank)
-            }
-            Action::Send { .. } | Action::Receive { .. } | Action::Shift => (1, transfer.bytes()),
-        };
-        let inside = cluster.same_node(first, last);
-        let resource = if inside { Resource::Domain } else { Resource::Nic };
-        let link = cluster.link(first, last);
-        let mut cost =
-            TransferCost { latency: link.latency * f64::from(rounds), ..TransferCost::default() };
-        cost.wire[resource as usize] = bytes / link.bandwidth;
-        Ok(cost)
-    }
 }
