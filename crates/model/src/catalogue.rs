@@ -15,6 +15,8 @@ pub struct Entry {
     pub source: String,
     /// When they were published.
     pub date: String,
+    /// Parameters in all, to the digits that were published.
+    pub parameters: u64,
     /// The dimensions.
     pub config: Config,
 }
@@ -116,6 +118,21 @@ mod tests {
         // The checkpoint's own index, less the 58 x 256 correction biases of its router.
         assert_eq!(without.parameter_count() + 58 * 256, 671_026_419_200);
         assert!(config.parameter_count() > 682_000_000_000);
+    }
+
+    /// Within 1 %, or half of the last digit that was published.
+    #[test]
+    fn every_model_has_the_parameters_that_were_published() {
+        for (name, Entry { parameters, config, .. }) in &*ENTRIES {
+            let count = config.parameter_count();
+            let last_digit = 10_u64.pow(trailing_zeros(*parameters));
+            let allowed = (parameters / 100).max(last_digit / 2);
+            assert!(count.abs_diff(*parameters) <= allowed, "{name}: {count}, not {parameters}");
+        }
+    }
+
+    fn trailing_zeros(number: u64) -> u32 {
+        (1..).find(|zeros| !number.is_multiple_of(10_u64.pow(*zeros))).unwrap_or(1) - 1
     }
 
     #[test]

@@ -153,16 +153,10 @@ fn everything() -> Result<Map<String, Value>> {
     Ok(all)
 }
 
-/// The models by name, each as it is written down and with the parameters that follow.
+/// The models by name, each as it is written down.
 fn model_entries() -> Result<toml::Table> {
-    let with_parameters = |name: &str| -> Result<toml::Value> {
-        let entry = model::catalogue::entry(name)?;
-        let mut table = toml::Table::try_from(entry)?;
-        table
-            .insert("parameters".to_owned(), i64::try_from(entry.config.parameter_count())?.into());
-        Ok(table.into())
-    };
-    model::catalogue::names().map(|name| Ok((name.to_owned(), with_parameters(name)?))).collect()
+    let entry = |name: &str| Ok(toml::Value::try_from(model::catalogue::entry(name)?)?);
+    model::catalogue::names().map(|name| Ok((name.to_owned(), entry(name)?))).collect()
 }
 
 /// The entries called `name`, and those that they name, by kind and name.
