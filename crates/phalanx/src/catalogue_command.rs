@@ -155,8 +155,10 @@ fn everything() -> Result<Map<String, Value>> {
 
 /// The models by name, each as it is written down.
 fn model_entries() -> Result<toml::Table> {
-    let entry = |name: &str| Ok(toml::Value::try_from(model::catalogue::entry(name)?)?);
-    model::catalogue::names().map(|name| Ok((name.to_owned(), entry(name)?))).collect()
+    let entry = |name: &str| -> Result<(String, toml::Value)> {
+        Ok((name.to_owned(), toml::Value::try_from(model::catalogue::entry(name)?)?))
+    };
+    model::catalogue::names().map(entry).collect()
 }
 
 /// The entries called `name`, and those that they name, by kind and name.
