@@ -10,6 +10,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use units::{Bytes, BytesPerSecond, FlopsPerSecond, Hertz, Watts};
 
+use crate::energy::LOADED_SHARE;
 use crate::{
     Accelerator, Cluster, Composition, Error, Fabric, Generation, Link, Precision, Routing, Shape,
     Tier,
@@ -109,7 +110,8 @@ impl NodeEntry {
     pub(crate) fn host_power(&self, accelerator: &Accelerator) -> Option<Watts> {
         let share = 1.0 / f64::from(self.per_node);
         let measured = self.host_power_w.map(|host| host * share);
-        measured.or_else(|| Some(self.max_power_w? * share - accelerator.tdp?))
+        let rated = || Some(self.max_power_w? * share - accelerator.tdp?);
+        measured.or_else(|| Some(rated()? * LOADED_SHARE))
     }
 }
 

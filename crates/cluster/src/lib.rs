@@ -8,12 +8,14 @@
 mod accelerator;
 pub mod catalogue;
 mod composition;
+mod energy;
 mod topology;
 
 use thiserror::Error;
 
 pub use accelerator::{Accelerator, Generation, Precision, Vendor};
 pub use composition::{Composition, PerDomain};
+pub use energy::Energy;
 pub use topology::{Cluster, Domain, Fabric, Link, Power, Price, Routing, Shape, Tier};
 
 /// Why there is no such cluster.

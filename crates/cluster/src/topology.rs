@@ -133,8 +133,8 @@ impl Fabric {
 /// What a cluster draws beside its accelerators.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Power {
-    /// What an accelerator's share of its host draws: as measured in training, or else the most
-    /// that the maker rates the node at without its accelerators; `None` where nobody says.
+    /// What an accelerator's share of its host draws in training, as measured or by the node's
+    /// rating; `None` where nobody says.
     pub host: Option<Watts>,
     /// Facility power over computing power (power usage effectiveness), at least 1.
     pub pue: f64,
@@ -200,15 +200,6 @@ impl Cluster {
         let fabric = self.fabric.as_ref().expect("a cluster of several domains has a fabric");
         let latency = fabric.latency(fabric.tier_between(a, b));
         Link { latency, bandwidth: fabric.nic.bandwidth }
-    }
-
-    /// What the facility draws for one accelerator that itself draws `accelerator`: with its share
-    /// of the host, and of cooling and conversion. An unknown host counts as nothing, so that the
-    /// result is a lower bound then.
-    #[must_use]
-    pub fn facility_power(&self, accelerator: Watts) -> Watts {
-        let host = self.power.host.unwrap_or_default();
-        (accelerator + host) * self.power.pue
     }
 
     /// Refuses what cannot be: no accelerators, domains that nothing joins, rates of nothing.
