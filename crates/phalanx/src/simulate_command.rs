@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use program::Program;
 use report::{Summary, perfetto, summary_table};
 use serde_json::json;
 use sim::{Roofline, World, simulate as run};
+use units::Joules;
 
 use crate::JobArgs;
 use crate::job::Job;
@@ -30,6 +32,7 @@ pub fn simulate(
         std::fs::write(path, perfetto(&program, &[("predicted", &trace)]))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
+    let drawn = drawn(&world, &program, &summary);
     let tokens_per_s = program.global_tokens() as f64 / summary.step_time.0;
     if args.json {
         let answer = json!({
@@ -39,6 +42,9 @@ pub fn simulate(
             "exposed_communication_s": summary.mean.exposed_communication(),
             "pipeline_bubble_s": summary.mean.bubble,
             "compute_s": summary.mean.compute,
+            "energy_j": drawn.map(|drawn| drawn.energy),
+            "energy_j_per_token": drawn.map(|drawn| drawn.energy_per_token),
+            "usd": drawn.and_then(|drawn| drawn.usd),
             "machine": source,
         });
         println!("{}", serde_json::to_string_pretty(&answer)?);
@@ -48,7 +54,29 @@ pub fn simulate(
     println!("machine        {source}\n");
     print!("{}", summary_table(&[("predicted", &summary)]));
     println!("{:<32}{:>12}", "tokens/s", thousands(tokens_per_s as u64));
+    if let Some(drawn) = drawn {
+        println!("{:<32}{:>12}", "energy at the wall", drawn.energy.to_string());
+        println!("{:<32}{:>12}", "energy a token", drawn.energy_per_token.to_string());
+    }
     Ok(())
+}
+
+/// What a step on described hardware draws at the wall, and what it costs.
+#[derive(Clone, Copy)]
+struct Drawn {
+    energy: Joules,
+    energy_per_token: Joules,
+    usd: Option<f64>,
+}
+
+/// `None` for a measured machine, and where the maker publishes no power rating.
+fn drawn(world: &World, program: &Program, summary: &Summary) -> Option<Drawn> {
+    let World::Roofline(Roofline { cluster, .. }) = world else { return None };
+    let ranks = program.mesh.ranks();
+    let busy = summary.mean.compute / summary.step_time;
+    let energy = cluster.energy(ranks, summary.step_time, busy)?.facility;
+    let energy_per_token = energy * (1.0 / program.global_tokens() as f64);
+    Some(Drawn { energy, energy_per_token, usd: cluster.usd(ranks, summary.step_time) })
 }
 
 /// How long things take for this job, and where that is known from.

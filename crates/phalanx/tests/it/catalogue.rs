@@ -41,7 +41,7 @@ fn an_entry_comes_with_its_parts_and_all_their_sources() {
 
 #[test]
 fn an_unknown_entry_is_answered_with_the_nearest() {
-    insta::assert_snapshot!(refusal(&Place::new(), &["catalogue", "gpt3"]), @"phalanx: the catalogue has nothing called `gpt3`; did you mean `gpt-3-175b`? `phalanx catalogue` lists all");
+    insta::assert_snapshot!(refusal(&Place::new(), &["catalogue", "bloom"]), @"phalanx: the catalogue has nothing called `bloom`; did you mean `bloom-176b`? `phalanx catalogue` lists all");
 }
 
 #[test]

@@ -72,9 +72,14 @@ fn a_described_cluster_is_simulated() {
         "tokens_per_s_per_accelerator",
         "exposed_communication_s",
         "pipeline_bubble_s",
+        "energy_j",
+        "energy_j_per_token",
     ] {
         assert!(json[key].is_number(), "{key}: {json}");
     }
+    // 16 accelerators of 700 W, their hosts and the facility, for a step.
+    let watts = json["energy_j"].as_f64().unwrap() / json["step_time_s"].as_f64().unwrap();
+    assert!((0.3..1.0).contains(&(watts / (16.0 * 1050.0 * 1.2))), "{watts} W");
 }
 
 #[test]
