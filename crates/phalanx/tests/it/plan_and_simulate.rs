@@ -130,10 +130,11 @@ fn every_command_says_what_it_takes() {
     Usage: phalanx <COMMAND>
 
     Commands:
-      train     Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
-      plan      Show how a job is laid out over ranks
-      simulate  Run one step in virtual time: where the time goes
-      help      Print this message or the help of the given subcommand(s)
+      train      Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
+      catalogue  List the hardware and the models that are known, or show an entry with its sources
+      plan       Show how a job is laid out over ranks
+      simulate   Run one step in virtual time: where the time goes
+      help       Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help     Print help
