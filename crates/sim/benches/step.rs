@@ -4,7 +4,7 @@ mod llama;
 
 use divan::{Bencher, black_box};
 use program::{Axis, Instruction, Transfer};
-use sim::step::{Resource, Step, TransferCost};
+use sim::step::{Disturbance, Resource, Step, TransferCost};
 use units::Seconds;
 
 use llama::{Size, program};
@@ -44,7 +44,14 @@ fn prepare_405b(bencher: Bencher<'_, '_>) {
 fn folded_405b(bencher: Bencher<'_, '_>) {
     let program = program(&Size::LLAMA_405B);
     let step = Step::new(&program, &(compute, transfer)).expect("the costs are finite");
-    println!("{:?}", step.run().map(|t| t.step_time));
-    println!("{} instructions", program.classes.iter().map(Vec::len).sum::<usize>());
     bencher.bench(|| step.run());
+}
+
+/// The same: all 8,192 ranks, each with noise of its own.
+#[divan::bench(sample_count = 5)]
+fn unfolded_405b(bencher: Bencher<'_, '_>) {
+    let program = program(&Size::LLAMA_405B);
+    let step = Step::new(&program, &(compute, transfer)).expect("the costs are finite");
+    let disturbance = Disturbance { jitter: 0.02, rank_spread: 0.01, ..Disturbance::default() };
+    bencher.bench(|| step.run_unfolded(&disturbance));
 }

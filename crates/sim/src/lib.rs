@@ -22,6 +22,7 @@ use cluster::Precision;
 use model::{Pass, Segment};
 use program::{Program, Trace};
 use thiserror::Error;
+use units::Rank;
 
 use measured::Measured;
 use simulation::Simulation;
@@ -71,6 +72,14 @@ pub enum Error {
     /// The cluster's parts do not fit together.
     #[error(transparent)]
     Cluster(#[from] cluster::Error),
+    /// A disturbance of a rank that the program does not have.
+    #[error("there is no {rank}; ranks are numbered 0 to {}", ranks - 1)]
+    NoSuchRank {
+        /// Which.
+        rank: Rank,
+        /// How many there are.
+        ranks: u32,
+    },
     /// The program would hang; its verifier says why.
     #[error("the program cannot go on: {}", blocked.join("; "))]
     Stuck {

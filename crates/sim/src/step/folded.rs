@@ -73,8 +73,8 @@ enum Standing {
 pub(crate) struct Durations {
     /// Of each meeting, from when its streams were free.
     pub(crate) meetings: Vec<f64>,
-    /// Of each computation that was slowed down: class, instruction, time.
-    pub(crate) slowed: Vec<(u32, u32, f64)>,
+    /// Of each computation by class and instruction, if transfers slow computation down at all.
+    pub(crate) slowed: Vec<Vec<f64>>,
 }
 
 /// A step under way.
@@ -128,7 +128,10 @@ impl<'s> Folded<'s> {
             runnable: (0..count as u32).rev().collect(),
             sums: vec![Sums::default(); count],
             computed: vec![0.0; script.costs.len()],
-            durations: Durations { meetings: vec![0.0; script.meetings.len()], slowed: Vec::new() },
+            durations: Durations {
+                meetings: vec![0.0; script.meetings.len()],
+                slowed: slowed(script),
+            },
             spans: traced.then(Vec::new),
         }
     }
@@ -167,6 +170,11 @@ impl<'s> Folded<'s> {
     /// The spans of one rank of each class, if they were asked for.
     pub(crate) fn into_trace(self) -> Trace {
         Trace { spans: self.spans.unwrap_or_default() }
+    }
+
+    /// How long things took, after a run.
+    pub(crate) fn into_durations(self) -> Durations {
+        self.durations
     }
 
     /// Takes a class as far as it gets without time passing.
@@ -219,8 +227,8 @@ impl<'s> Folded<'s> {
         if let Op::Compute(cost) = self.script.ops[class][index] {
             let time = self.now - began;
             self.computed[cost as usize] += time;
-            if self.script.slows_down {
-                self.durations.slowed.push((class as u32, index as u32, time));
+            if let Some(slowed) = self.durations.slowed.get_mut(class) {
+                slowed[index] = time;
             }
         }
         self.record(class, index, Lane::Compute, began);
@@ -394,4 +402,9 @@ impl<'s> Folded<'s> {
         let blocked: Vec<String> = self.classes.iter().enumerate().filter_map(stuck).collect();
         if blocked.is_empty() { Ok(()) } else { Err(Error::Stuck { blocked }) }
     }
+}
+
+fn slowed(script: &Script) -> Vec<Vec<f64>> {
+    let lists = script.ops.iter().filter(|_| script.slows_down);
+    lists.map(|list| vec![0.0; list.len()]).collect()
 }

@@ -6,19 +6,23 @@
 
 mod clock;
 mod costs;
+mod disturbance;
 mod folded;
 mod roofline;
 mod script;
 mod sums;
+mod unfolded;
 mod wires;
 
 use program::{Axis, Breakdown, Program, Span, Trace};
 use units::{Rank, Seconds};
 
 pub use costs::{Costs, Resource, TransferCost};
-use folded::Folded;
+pub use disturbance::{Disturbance, Pause};
+use folded::{Durations, Folded};
 pub use roofline::Roofline;
 use script::Script;
+use unfolded::Unfolded;
 
 use crate::Error;
 
@@ -71,6 +75,57 @@ impl Step {
         let mut trace = folded.into_trace();
         sort(&mut trace.spans);
         Ok(trace)
+    }
+
+    /// Simulates every rank with a time of its own, disturbed: stragglers, noise, slow links.
+    ///
+    /// Undisturbed it takes as long as [`Step::run`] says. Disturbed, a transfer or computation
+    /// that shares wires takes as much longer as it does undisturbed. Hidden communication is not
+    /// told.
+    ///
+    /// # Errors
+    /// A disturbance that no rank can have, or a program that would hang.
+    pub fn run_unfolded(&self, disturbance: &Disturbance) -> Result<Times, Error> {
+        disturbance.check(&self.script.mesh)?;
+        Unfolded::new(&self.script, &self.durations()?, disturbance).run()
+    }
+
+    /// Step times of as many steps as `runs`, disturbed with seeds from that of `disturbance` on,
+    /// in ascending order: the step time as a distribution.
+    ///
+    /// # Errors
+    /// As for [`Step::run_unfolded`].
+    pub fn distribution(
+        &self,
+        disturbance: &Disturbance,
+        runs: u32,
+    ) -> Result<Vec<Seconds>, Error> {
+        disturbance.check(&self.script.mesh)?;
+        let durations = self.durations()?;
+        let run = |index: u32| {
+            let seed = disturbance.seed.wrapping_add(u64::from(index));
+            let disturbance = Disturbance { seed, ..disturbance.clone() };
+            Unfolded::new(&self.script, &durations, &disturbance).run()
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = |thread| {
+            let mine = (0..runs).skip(thread).step_by(threads);
+            mine.map(|index| Ok(run(index)?.step_time)).collect::<Result<Vec<_>, _>>()
+        };
+        let shares: Result<Vec<_>, Error> = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                (0..threads).map(|thread| scope.spawn(move || share(thread))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no run panics")).collect()
+        });
+        let mut times: Vec<Seconds> = shares?.into_iter().flatten().collect();
+        times.sort_by(|a, b| a.0.total_cmp(&b.0));
+        Ok(times)
+    }
+
+    fn durations(&self) -> Result<Durations, Error> {
+        let mut folded = Folded::new(&self.script, false);
+        folded.run()?;
+        Ok(folded.into_durations())
     }
 
     /// The trace of all ranks.

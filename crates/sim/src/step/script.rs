@@ -14,6 +14,8 @@ use crate::Error;
 pub(crate) const NONE: u32 = u32::MAX;
 /// Ways into and out of a rank: one out and one in for each resource.
 const PORTS: usize = 2 * Resource::COUNT;
+const OUT: u32 = 0;
+const IN: u32 = 1;
 
 /// One instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +106,7 @@ impl Script {
     pub(crate) fn new(program: &Program, costs: &impl Costs) -> Result<Self, Error> {
         let mut writer = Writer::new(program, costs);
         for class in 0..program.classes.len() {
-            writer.class(class)?;
+            writer.class(class as u32)?;
         }
         Ok(writer.script)
     }
@@ -146,9 +148,9 @@ enum Place {
     Block(Block),
 }
 
-/// What in a program's transfer decides its cost.
+/// What in a class's transfer decides how it is carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct TransferKind {
+struct Form {
     action: Action,
     axis: Axis,
     bytes: Bytes,
@@ -156,7 +158,7 @@ struct TransferKind {
     buffer: std::mem::Discriminant<program::Buffer>,
 }
 
-impl TransferKind {
+impl Form {
     fn of(transfer: &Transfer) -> Self {
         Self {
             action: transfer.action,
@@ -168,7 +170,28 @@ impl TransferKind {
     }
 }
 
-/// Transfers between two classes, in one direction of one axis: the n-th send is the n-th receive.
+/// How the transfers of one form are carried out.
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    stream: u32,
+    meets: Meets,
+    /// Of a receive none: its send has it.
+    route: u32,
+}
+
+/// With whom a party meets.
+#[derive(Debug, Clone, Copy)]
+enum Meets {
+    /// Ranks of its own class, which post at the same time.
+    Alone,
+    /// Other classes, by place in the writer's rooms.
+    Others(usize),
+    /// The receiver, or the sender, by place in the writer's channels.
+    Receiver(usize),
+    Sender(usize),
+}
+
+/// Transfers from one class to another along one axis: the n-th send is the n-th receive.
 #[derive(Debug, Default)]
 struct Channel {
     meetings: Vec<u32>,
@@ -176,7 +199,16 @@ struct Channel {
     received: usize,
 }
 
-/// The way of a party onto its stream.
+/// Collectives of the same classes along one axis: the n-th of each class is that of the others.
+#[derive(Debug)]
+struct Room {
+    classes: Vec<u32>,
+    meetings: Vec<u32>,
+    /// How many each class has come to.
+    attended: Vec<usize>,
+}
+
+/// What tells streams apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum StreamKey {
     Collective(u32, Axis),
@@ -188,19 +220,19 @@ struct Writer<'a, C> {
     program: &'a Program,
     costs: &'a C,
     script: Script,
-    /// The computations of the class under way, by layer or block; found once for a run of
-    /// instructions that share it.
-    known: HashMap<Place, Vec<(Work, u32)>>,
-    /// The kinds of transfers of each class, with their routes.
-    routes: Vec<Vec<(TransferKind, u32)>>,
-    channels: BTreeMap<(Axis, u32, u32), Channel>,
-    /// The meetings of collectives over several classes, and how many each class has come to.
-    shared: BTreeMap<(Axis, u32), Vec<u32>>,
-    attended: BTreeMap<(Axis, u32), usize>,
-    /// The classes that a class's group along an axis has members in.
-    groups: BTreeMap<(Axis, u32), Vec<u32>>,
-    /// Number and last party of each stream.
-    streams: BTreeMap<StreamKey, (u32, u32)>,
+    /// Of the class under way: its computations by layer or block, and the place looked up last.
+    known: HashMap<Place, usize>,
+    computations: Vec<Vec<(Work, u32)>>,
+    latest: Option<(Place, usize)>,
+    /// Of the class under way: its kinds of transfers.
+    kinds: Vec<(Form, Kind)>,
+    channels: BTreeMap<(Axis, u32, u32), usize>,
+    open_channels: Vec<Channel>,
+    rooms: BTreeMap<(Axis, u32), usize>,
+    open_rooms: Vec<Room>,
+    streams: BTreeMap<StreamKey, u32>,
+    /// The last party of each stream.
+    last: Vec<u32>,
 }
 
 impl<'a, C: Costs> Writer<'a, C> {
@@ -222,25 +254,31 @@ impl<'a, C: Costs> Writer<'a, C> {
                 slows_down: false,
             },
             known: HashMap::new(),
-            routes: vec![Vec::new(); program.classes.len()],
+            computations: Vec::new(),
+            latest: None,
+            kinds: Vec::new(),
             channels: BTreeMap::new(),
-            shared: BTreeMap::new(),
-            attended: BTreeMap::new(),
-            groups: BTreeMap::new(),
+            open_channels: Vec::new(),
+            rooms: BTreeMap::new(),
+            open_rooms: Vec::new(),
             streams: BTreeMap::new(),
+            last: Vec::new(),
         }
     }
 
-    fn class(&mut self, class: usize) -> Result<(), Error> {
-        let list = &self.program.classes[class];
+    fn class(&mut self, class: u32) -> Result<(), Error> {
+        let list = &self.program.classes[class as usize];
         let mut ops = Vec::with_capacity(list.len());
         let mut posted: Vec<u32> = Vec::new();
         self.known.clear();
+        self.computations.clear();
+        self.latest = None;
+        self.kinds.clear();
         self.script.first_parties.push(self.script.parties.len() as u32);
         for (index, instruction) in list.iter().enumerate() {
             ops.push(match instruction {
                 Instruction::Post { ticket, transfer } => {
-                    let party = self.post(class as u32, index as u32, *ticket, transfer)?;
+                    let party = self.post(class, index as u32, *ticket, transfer)?;
                     note(&mut posted, *ticket, party);
                     Op::Post(party)
                 }
@@ -258,15 +296,24 @@ impl<'a, C: Costs> Writer<'a, C> {
         Ok(())
     }
 
-    fn compute(&mut self, class: usize, of: &Instruction, work: Work) -> Result<u32, Error> {
-        let known = self.known.entry(place(of)).or_default();
+    fn compute(&mut self, class: u32, of: &Instruction, work: Work) -> Result<u32, Error> {
+        let place = place(of);
+        let index = match self.latest {
+            Some((latest, index)) if latest == place => index,
+            _ => *self.known.entry(place).or_insert_with(|| {
+                self.computations.push(Vec::new());
+                self.computations.len() - 1
+            }),
+        };
+        self.latest = Some((place, index));
+        let known = &mut self.computations[index];
         if let Some((_, cost)) = known.iter().find(|(known, _)| *known == work) {
             return Ok(*cost);
         }
-        let time = self.costs.compute(self.program, class, of)?.0;
-        crate::world::duration("compute", units::Seconds(time))?;
+        let time = self.costs.compute(self.program, class as usize, of)?;
+        crate::world::duration("compute", time)?;
         let cost = self.script.costs.len() as u32;
-        self.script.costs.push(ComputeCost { class: class as u32, work, time });
+        self.script.costs.push(ComputeCost { class, work, time: time.0 });
         known.push((work, cost));
         Ok(cost)
     }
@@ -278,35 +325,88 @@ impl<'a, C: Costs> Writer<'a, C> {
         ticket: Ticket,
         transfer: &Transfer,
     ) -> Result<u32, Error> {
-        let party = self.script.parties.len() as u32;
+        let number = self.script.parties.len() as u32;
+        let Kind { stream, meets, route } = self.kind(class, transfer)?;
+        let meeting = self.meeting(class, meets, route);
+        let sibling = std::mem::replace(&mut self.script.meetings[meeting as usize].first, number);
+        match std::mem::replace(&mut self.last[stream as usize], number) {
+            NONE => self.script.streams[stream as usize] = number,
+            last => self.script.parties[last as usize].next = number,
+        }
+        let (next, axis) = (NONE, transfer.axis);
+        let party = Party { class, instruction, meeting, stream, next, sibling, axis, ticket };
+        self.script.parties.push(party);
+        Ok(number)
+    }
+
+    /// The meeting that a class's next post of a kind is part of: a new one, or one that another
+    /// class has begun.
+    fn meeting(&mut self, class: u32, meets: Meets, route: u32) -> u32 {
+        let (begun, nth, parties) = match meets {
+            Meets::Alone => return self.begin(1, route),
+            Meets::Others(room) => {
+                let Room { classes, meetings, attended } = &mut self.open_rooms[room];
+                let me = classes.iter().position(|member| *member == class);
+                let attended = &mut attended[me.expect("a class is in its own group")];
+                *attended += 1;
+                (meetings, *attended - 1, classes.len() as u32)
+            }
+            Meets::Receiver(channel) => {
+                let channel = &mut self.open_channels[channel];
+                channel.sent += 1;
+                (&mut channel.meetings, channel.sent - 1, 2)
+            }
+            Meets::Sender(channel) => {
+                let channel = &mut self.open_channels[channel];
+                channel.received += 1;
+                (&mut channel.meetings, channel.received - 1, 2)
+            }
+        };
+        if let Some(meeting) = begun.get(nth).copied() {
+            let known = &mut self.script.meetings[meeting as usize].route;
+            *known = if *known == NONE { route } else { *known };
+            return meeting;
+        }
+        begun.push(self.script.meetings.len() as u32);
+        self.begin(parties, route)
+    }
+
+    fn begin(&mut self, parties: u32, route: u32) -> u32 {
+        self.script.meetings.push(Meeting { first: NONE, parties, route });
+        self.script.meetings.len() as u32 - 1
+    }
+
+    /// How a transfer of this form is carried out, worked out when it is the first.
+    fn kind(&mut self, class: u32, transfer: &Transfer) -> Result<Kind, Error> {
+        let form = Form::of(transfer);
+        if let Some((_, kind)) = self.kinds.iter().find(|(known, _)| *known == form) {
+            return Ok(*kind);
+        }
         let axis = transfer.axis;
-        let (meeting, key) = match transfer.action {
+        let kind = match transfer.action {
             Action::Collective(_) | Action::Shift => {
-                (self.collective(class, transfer)?, StreamKey::Collective(class, axis))
+                let stream = self.stream(StreamKey::Collective(class, axis));
+                let group = self.group(class, axis);
+                let meets = if group.len() > 1 { self.room(axis, &group) } else { Meets::Alone };
+                let ways = group.iter().flat_map(|class| [(*class, OUT), (*class, IN)]).collect();
+                Kind { stream, meets, route: self.route(&group, transfer, ways)? }
             }
             Action::Send { to } => {
                 let to = self.peer(class, axis, to);
-                (self.pair(class, to, class, transfer)?, StreamKey::Send(axis, class, to))
+                let stream = self.stream(StreamKey::Send(axis, class, to));
+                let meets = Meets::Receiver(self.channel(axis, class, to));
+                let ways = vec![(class, OUT), (to, IN)];
+                Kind { stream, meets, route: self.route(&[class], transfer, ways)? }
             }
             Action::Receive { from } => {
                 let from = self.peer(class, axis, from);
-                (self.pair(from, class, class, transfer)?, StreamKey::Receive(axis, from, class))
+                let stream = self.stream(StreamKey::Receive(axis, from, class));
+                let meets = Meets::Sender(self.channel(axis, from, class));
+                Kind { stream, meets, route: NONE }
             }
         };
-        let stream = self.append(key, party);
-        let first = &mut self.script.meetings[meeting as usize].first;
-        let sibling = std::mem::replace(first, party);
-        self.script.parties.push(Party {
-            class,
-            instruction,
-            meeting,
-            stream,
-            next: NONE,
-            sibling,
-            axis,
-            ticket,
-        });
-        Ok(party)
+        self.kinds.push((form, kind));
+        Ok(kind)
     }
 
     fn peer(&self, class: u32, axis: Axis, coordinate: u32) -> u32 {
@@ -315,114 +415,69 @@ impl<'a, C: Costs> Writer<'a, C> {
         mesh.coordinate(mesh.peer(rank, axis, coordinate), Axis::Pipeline)
     }
 
-    /// Puts a party at the end of its stream.
-    fn append(&mut self, key: StreamKey, party: u32) -> u32 {
-        let next = self.streams.len() as u32;
-        let (stream, last) = self.streams.entry(key).or_insert((next, NONE));
-        match *last {
-            NONE => self.script.streams.push(party),
-            last => self.script.parties[last as usize].next = party,
-        }
-        *last = party;
-        *stream
-    }
-
-    /// The meeting of a send from one class to another and its receive. Whoever comes second finds
-    /// it; its route is the sender's.
-    fn pair(&mut self, from: u32, to: u32, me: u32, transfer: &Transfer) -> Result<u32, Error> {
-        let sends = matches!(transfer.action, Action::Send { .. });
-        let channel = self.channels.entry((transfer.axis, from, to)).or_default();
-        let count = if sends { &mut channel.sent } else { &mut channel.received };
-        let nth = *count;
-        *count += 1;
-        let found = channel.meetings.get(nth).copied();
-        let meeting = found.unwrap_or_else(|| {
-            let meeting = self.script.meetings.len() as u32;
-            channel.meetings.push(meeting);
-            self.script.meetings.push(Meeting { first: NONE, parties: 2, route: NONE });
-            meeting
-        });
-        if sends {
-            let cost = |this: &Self| this.costs.transfer(this.program, me as usize, transfer);
-            let ports = [(from, 0), (to, 1)];
-            let route = self.route(from, transfer, cost, &ports)?;
-            self.script.meetings[meeting as usize].route = route;
-        }
-        Ok(meeting)
-    }
-
-    /// The meeting of a collective: of one class alone, or of all that have members in its group.
-    fn collective(&mut self, class: u32, transfer: &Transfer) -> Result<u32, Error> {
-        let group = self.group(class, transfer.axis);
-        let leader = group[0];
-        if group.len() > 1 {
-            let nth = self.attended.entry((transfer.axis, class)).or_default();
-            *nth += 1;
-            let shared = self.shared.entry((transfer.axis, leader)).or_default();
-            if let Some(meeting) = shared.get(*nth - 1) {
-                return Ok(*meeting);
-            }
-            shared.push(self.script.meetings.len() as u32);
-        }
-        let cost = |this: &Self| {
-            let costs = group
-                .iter()
-                .map(|class| this.costs.transfer(this.program, *class as usize, transfer));
-            costs.reduce(|a, b| Ok(most(a?, b?))).unwrap_or_else(|| Ok(TransferCost::default()))
-        };
-        let ports: Vec<_> = group.iter().flat_map(|class| [(*class, 0), (*class, 1)]).collect();
-        let route = self.route(leader, transfer, cost, &ports)?;
-        let meeting = self.script.meetings.len() as u32;
-        let parties = group.len() as u32;
-        self.script.meetings.push(Meeting { first: NONE, parties, route });
-        Ok(meeting)
-    }
-
-    fn group(&mut self, class: u32, axis: Axis) -> Vec<u32> {
+    /// The classes that a class's group along an axis has members in.
+    fn group(&self, class: u32, axis: Axis) -> Vec<u32> {
         let mesh = &self.program.mesh;
-        let classes = || {
-            let members = mesh.group(representative(mesh, class as usize), axis);
-            let classes = members.iter().map(|rank| mesh.coordinate(*rank, Axis::Pipeline));
-            let mut classes: Vec<u32> = classes.collect();
-            classes.dedup();
-            classes
-        };
-        self.groups.entry((axis, class)).or_insert_with(classes).clone()
+        let members = mesh.group(representative(mesh, class as usize), axis);
+        let classes = members.iter().map(|rank| mesh.coordinate(*rank, Axis::Pipeline));
+        let mut classes: Vec<u32> = classes.collect();
+        classes.dedup();
+        classes
     }
 
-    /// The route of this kind of transfer from `class`. `ports` are pairs of a class and a
-    /// direction, 0 out and 1 in.
+    fn stream(&mut self, key: StreamKey) -> u32 {
+        let next = self.last.len() as u32;
+        let stream = *self.streams.entry(key).or_insert(next);
+        if stream == next {
+            self.last.push(NONE);
+            self.script.streams.push(NONE);
+        }
+        stream
+    }
+
+    fn channel(&mut self, axis: Axis, from: u32, to: u32) -> usize {
+        *self.channels.entry((axis, from, to)).or_insert_with(|| {
+            self.open_channels.push(Channel::default());
+            self.open_channels.len() - 1
+        })
+    }
+
+    fn room(&mut self, axis: Axis, group: &[u32]) -> Meets {
+        Meets::Others(*self.rooms.entry((axis, group[0])).or_insert_with(|| {
+            let (classes, attended) = (group.to_vec(), vec![0; group.len()]);
+            self.open_rooms.push(Room { classes, meetings: Vec::new(), attended });
+            self.open_rooms.len() - 1
+        }))
+    }
+
+    /// What a transfer takes that costs the most that any of `payers` says, over these ways.
     fn route(
         &mut self,
-        class: u32,
+        payers: &[u32],
         transfer: &Transfer,
-        cost: impl Fn(&Self) -> Result<TransferCost, Error>,
-        ports: &[(u32, u32)],
+        ways: Vec<(u32, u32)>,
     ) -> Result<u32, Error> {
-        let kind = TransferKind::of(transfer);
-        let known = self.routes[class as usize].iter().find(|(known, _)| *known == kind);
-        if let Some((_, route)) = known {
-            return Ok(*route);
+        let mut cost = TransferCost::default();
+        for class in payers {
+            let own = self.costs.transfer(self.program, *class as usize, transfer)?;
+            check(&own)?;
+            cost = most(cost, own);
         }
-        let cost = cost(self)?;
-        check(&cost)?;
         let start = self.script.loads.len() as u32;
         for (resource, time) in cost.wire.iter().enumerate().filter(|(_, time)| time.0 > 0.0) {
-            self.script.loads.extend(ports.iter().map(|(class, direction)| Load {
+            self.script.loads.extend(ways.iter().map(|(class, direction)| Load {
                 port: class * PORTS as u32 + 2 * resource as u32 + direction,
                 time: time.0,
             }));
         }
         self.script.slows_down |= cost.compute_slowdown > 0.0;
-        let route = self.script.routes.len() as u32;
         self.script.routes.push(Route {
             latency: cost.latency.0,
             wire: cost.wire.iter().fold(0.0, |most, time| f64::max(most, time.0)),
             slowdown: cost.compute_slowdown,
             loads: (start, self.script.loads.len() as u32),
         });
-        self.routes[class as usize].push((kind, route));
-        Ok(route)
+        Ok(self.script.routes.len() as u32 - 1)
     }
 }
 

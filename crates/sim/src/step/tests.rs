@@ -8,9 +8,9 @@ use program::{
 };
 use proptest::prelude::*;
 use report::Summary;
-use units::Seconds;
+use units::{Rank, Seconds};
 
-use super::{Costs, Resource, Step, Times, TransferCost};
+use super::{Costs, Disturbance, Pause, Resource, Step, Times, TransferCost};
 use crate::Error;
 
 #[path = "../../benches/llama/mod.rs"]
@@ -249,6 +249,57 @@ fn a_useless_cost_is_refused() {
     assert!(matches!(refused, Error::Unusable { key: "compute", .. }), "{refused}");
 }
 
+#[test]
+fn a_slow_rank_holds_up_all_that_meet_it() {
+    let list = vec![compute(Pass::Forward), post(0, Axis::Tensor, 1), wait(0)];
+    let step = Step::new(&one_class(list), &(passes, wired)).unwrap();
+    let slow = Disturbance { slow_ranks: vec![(Rank(1), 3.0)], ..Disturbance::default() };
+    let times = step.run_unfolded(&slow).unwrap();
+    close(times.step_time, 3.0 + 1.0 + 1.0);
+    // One of eight ranks waits two seconds, in a group of two.
+    close(times.classes[0].bubble, 2.0 / 8.0);
+    close(times.classes[0].compute, (7.0 + 3.0) / 8.0);
+}
+
+#[test]
+fn a_slow_link_holds_up_the_transfers_of_its_rank() {
+    let list = vec![post(0, Axis::Tensor, 1), post(1, Axis::Data, 7), wait(0), wait(1)];
+    let step = Step::new(&one_class(list), &(passes, wired)).unwrap();
+    let slow = Disturbance { slow_links: vec![(Rank(0), 1.5)], ..Disturbance::default() };
+    close(step.run_unfolded(&slow).unwrap().step_time, 1.5 * (1.0 + 7.0));
+}
+
+#[test]
+fn a_pause_delays_what_computes_and_may_hide_in_a_wait() {
+    let list = vec![compute(Pass::Forward), post(0, Axis::World, 4), wait(0)];
+    let step = Step::new(&one_class(list), &(passes, wired)).unwrap();
+    let paused = |at| {
+        let pause = Pause { rank: Rank(3), at: Seconds(at), lasts: Seconds(2.0) };
+        let disturbance = Disturbance { pauses: vec![pause], ..Disturbance::default() };
+        step.run_unfolded(&disturbance).unwrap().step_time
+    };
+    close(paused(0.5), 1.0 + 2.0 + 5.0);
+    close(paused(2.0), 1.0 + 5.0);
+    close(paused(5.5), 7.5);
+}
+
+#[test]
+fn a_distribution_widens_with_the_noise_and_depends_on_nothing_but_its_seed() {
+    let program = llama(&size(Mesh { tensor: 2, data: 4, pipeline: 4, ..Mesh::ONE }, 1, 8));
+    let step = Step::new(&program, &(passes, wired)).unwrap();
+    let drawn = |jitter| {
+        let disturbance = Disturbance { seed: 5, jitter, ..Disturbance::default() };
+        step.distribution(&disturbance, 20).unwrap()
+    };
+    let quiet = step.run().unwrap().step_time;
+    assert!(drawn(0.0).iter().all(|time| (time.0 / quiet.0 - 1.0).abs() < 1e-9));
+    let (some, more) = (drawn(0.01), drawn(0.1));
+    assert!(some.is_sorted_by(|a, b| a.0 <= b.0));
+    assert!(quiet.0 < some[0].0, "the slowest of many is slower than the mean");
+    assert!(some[19].0 < more[0].0);
+    assert_eq!(some, drawn(0.01));
+}
+
 /// Costs in which everything shares, slows down and differs from class to class.
 #[derive(Debug, Clone)]
 struct Drawn {
@@ -321,7 +372,7 @@ proptest! {
         let summary = Summary::new(&program, &step.trace_of_all().unwrap());
         prop_assert_eq!(times.step_time, summary.step_time);
         for (class, sums) in times.classes.iter().enumerate() {
-            let rank = program.mesh.peer(units::Rank(0), Axis::Pipeline, class as u32);
+            let rank = program.mesh.peer(Rank(0), Axis::Pipeline, class as u32);
             let told = &summary.ranks[rank.index()];
             prop_assert!(alike(sums, told), "{sums:?}\n{told:?}");
         }
@@ -332,6 +383,20 @@ proptest! {
         let program = llama(&size);
         let trace = || Step::new(&program, &costs).unwrap().trace().unwrap();
         prop_assert_eq!(trace(), trace());
+    }
+
+    #[test]
+    fn unfolded_and_undisturbed_is_folded(size in sizes(), costs in drawn()) {
+        let program = llama(&size);
+        let step = Step::new(&program, &costs).unwrap();
+        let (folded, unfolded) =
+            (step.run().unwrap(), step.run_unfolded(&Disturbance::default()).unwrap());
+        let difference = (folded.step_time.0 - unfolded.step_time.0).abs();
+        prop_assert!(difference <= 1e-9 * folded.step_time.0, "{folded:?}\n{unfolded:?}");
+        for (folded, unfolded) in folded.classes.iter().zip(unfolded.classes) {
+            let unfolded = Breakdown { hidden: folded.hidden.clone(), ..unfolded };
+            prop_assert!(alike(folded, &unfolded), "{folded:?}\n{unfolded:?}");
+        }
     }
 
     #[test]
