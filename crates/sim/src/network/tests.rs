@@ -178,7 +178,7 @@ fn nothing_costs_nothing() {
 fn any_cluster() -> impl Strategy<Value = Cluster> {
     let known = prop::sample::select(catalogue::Kind::Cluster.names().collect::<Vec<_>>());
     prop_oneof![
-        8 => known.prop_map(|name| catalogue::find(&name).unwrap()),
+        8 => known.prop_map(|name| catalogue::find(name).unwrap()),
         1 => Just(torus(&[4, 8, 8], 8)),
         1 => Just(oversubscribed(Routing::Ecmp { flows_per_pair: 4 })),
     ]
