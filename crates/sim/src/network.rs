@@ -10,6 +10,7 @@
 
 mod collisions;
 mod fabric;
+pub mod flow;
 mod geometry;
 mod gpus;
 mod limit;
