@@ -13,8 +13,10 @@ use crate::Error;
 
 /// Picoseconds of a second.
 const PER_SECOND: f64 = 1e12;
-/// No such member, stream or connection.
+/// No such member or stream; no limit.
 const NONE: u32 = u32::MAX;
+/// When nothing ends.
+const IDLE: Time = Time::MAX;
 /// Kinds of events, in the lowest bits; the rest is a number.
 const FLOW_ENDS: u32 = 0;
 const ARRIVES: u32 = 1;
@@ -22,49 +24,53 @@ const BEGINS: u32 = 2;
 
 /// One member of one operation.
 struct Member {
+    operation: u32,
     script: u32,
     /// Its first stream, in [`Engine::streams`].
     first: u32,
-    operation: u32,
-    /// Steps that are not done.
-    left: u32,
+    /// Streams that are not done.
+    open: u32,
     /// Who goes on in the rank's lane when this one is done.
     next: u32,
-    begun: bool,
 }
 
-/// How far a member is with the steps in one direction with one peer. They are done in order.
+/// How far a member is with the steps in one direction with one peer, which are done in order.
+/// Every message touches several, so they are kept small: two fit in a cache line.
 struct Stream {
     member: u32,
-    started: u32,
+    /// The member's first stream.
+    base: u32,
+    /// The next step to start, and where they end; nothing is left before the member has begun.
+    next: u32,
+    end: u32,
+    /// Steps that are done, and those that are started and not done.
     done: u32,
-    /// Messages that have come, of a receiving stream.
-    arrived: u32,
-    /// Of a sending stream.
-    connection: u32,
+    under_way: u32,
+    /// How many may be under way: no limit for a receiving stream.
+    limit: u32,
+    /// Of a receiving stream, the messages that have come and are not received; of a sending one,
+    /// its connection.
+    messages: u32,
 }
 
 /// Where the messages of one sending stream flow, one at a time.
 struct Connection {
-    sender: u32,
-    receiver: u32,
-    way: (u32, u32),
-    latency: Time,
+    /// When the last byte leaves; [`IDLE`] while nothing flows.
+    ends: Time,
+    rate: f64,
     /// The narrowest link's bandwidth, in bytes a picosecond.
     alone: f64,
-    flows: bool,
-    rate: f64,
-    remaining: f64,
-    updated: Time,
-    ends: Time,
+    chunk_bytes: f64,
+    latency: Time,
+    sender: u32,
+    receiver: u32,
+    /// Where its links are in [`Engine::ways`].
+    way: (u32, u32),
 }
 
 /// A run of operations.
 pub(super) struct Engine {
     scripts: Scripts,
-    /// Bytes of a chunk, and steps of how many may be under way to a peer, by operation.
-    chunk_bytes: Vec<f64>,
-    in_flight: Vec<u32>,
     members: Vec<Member>,
     streams: Vec<Stream>,
     connections: Vec<Connection>,
@@ -72,10 +78,8 @@ pub(super) struct Engine {
     links: Links,
     queue: Queue,
     now: Time,
-    started: Vec<u32>,
     ends: Vec<Time>,
     unfinished: Vec<u32>,
-    messages: u64,
 }
 
 /// The state of links, by number.
@@ -83,10 +87,11 @@ struct Links {
     /// Bytes a picosecond.
     capacity: Vec<f64>,
     flows: Vec<u32>,
-    carried: Vec<f64>,
     /// The connections that have each link on their way: where they begin in `users`.
     first_user: Vec<u32>,
     users: Vec<u32>,
+    /// Links that a flow has joined while others were there.
+    joined: Vec<u32>,
     /// Links whose flows may have another share now.
     changed: Vec<u32>,
     /// Which search last saw each link and each connection.
@@ -98,23 +103,18 @@ struct Links {
 
 impl Engine {
     pub(super) fn new(topology: &Topology, operations: &[Operation], ready: &[Seconds]) -> Self {
-        let capacity: Vec<f64> =
-            (0..topology.links()).map(|l| topology.bandwidth(l as u32) / PER_SECOND).collect();
+        let links = 0..topology.links() as u32;
         let mut engine = Self {
             scripts: Scripts::default(),
-            chunk_bytes: Vec::new(),
-            in_flight: Vec::new(),
             members: Vec::new(),
             streams: Vec::new(),
             connections: Vec::new(),
             ways: Vec::new(),
-            links: Links::new(capacity),
+            links: Links::new(links.map(|link| topology.bandwidth(link) / PER_SECOND).collect()),
             queue: Queue::new(),
             now: 0,
-            started: Vec::new(),
             ends: vec![0; operations.len()],
             unfinished: Vec::new(),
-            messages: 0,
         };
         let mut lanes: HashMap<(Rank, u32), u32> = HashMap::new();
         for operation in operations {
@@ -134,16 +134,11 @@ impl Engine {
     ) {
         let Operation { collective, ranks, bytes, lane } = operation;
         assert_eq!(collective.members() as usize, ranks.len(), "a rank for each member");
-        let contract = collective.contract();
-        let number = self.chunk_bytes.len() as u32;
-        self.chunk_bytes.push(bytes.as_f64() / f64::from(contract.chunks));
-        self.in_flight.push(contract.in_flight);
-        self.unfinished.push(ranks.len() as u32);
         let roles = self.scripts.roles(collective).to_vec();
         let first = self.members.len() as u32;
         for (role, rank) in roles.iter().zip(ranks) {
             let member = self.members.len() as u32;
-            self.add_member(number, role);
+            self.add_member(role, collective.contract().in_flight);
             match lanes.insert((*rank, *lane), member) {
                 Some(before) => self.members[before as usize].next = member,
                 None => {
@@ -152,80 +147,73 @@ impl Engine {
                 }
             }
         }
-        self.connect(topology, first, &roles, ranks);
+        self.unfinished.push(ranks.len() as u32);
+        let chunk_bytes = bytes.as_f64() / f64::from(collective.contract().chunks);
+        self.connect(topology, first, &roles, ranks, chunk_bytes);
     }
 
-    fn add_member(&mut self, operation: u32, role: &Role) {
-        let member = self.members.len() as u32;
-        let script = &self.scripts.all[role.script as usize];
+    fn add_member(&mut self, role: &Role, in_flight: u32) {
+        let (member, base) = (self.members.len() as u32, self.streams.len() as u32);
+        let streams = self.scripts.streams(role.script);
         self.members.push(Member {
+            operation: self.unfinished.len() as u32,
             script: role.script,
-            first: self.streams.len() as u32,
-            operation,
-            left: script.moves.len() as u32,
+            first: base,
+            open: streams.len() as u32,
             next: NONE,
-            begun: false,
         });
-        self.streams.extend(script.streams.iter().map(|_| Stream {
+        self.streams.extend(streams.iter().map(|stream| Stream {
             member,
-            started: 0,
+            base,
+            next: stream.steps.0,
+            end: stream.steps.0,
             done: 0,
-            arrived: 0,
-            connection: NONE,
+            under_way: 0,
+            limit: if stream.sends { in_flight } else { NONE },
+            messages: 0,
         }));
     }
 
     /// Joins every sending stream of an operation with the receiving one at its other end.
-    fn connect(&mut self, topology: &Topology, first: u32, roles: &[Role], ranks: &[Rank]) {
-        let mut receiving: HashMap<(u32, u32), u32> = HashMap::new();
-        let streams = |engine: &Self, place: usize| {
-            let member = &engine.members[first as usize + place];
-            let script = &engine.scripts.all[member.script as usize];
-            let sends: Vec<bool> = script.streams.iter().map(|stream| stream.sends).collect();
-            (member.first, sends)
-        };
-        for (place, role) in roles.iter().enumerate() {
-            let (start, sends) = streams(self, place);
-            for (stream, peer) in role.peers.iter().enumerate().filter(|(s, _)| !sends[*s]) {
-                receiving.insert((*peer, place as u32), start + stream as u32);
-            }
-        }
-        for (place, role) in roles.iter().enumerate() {
-            let (start, sends) = streams(self, place);
-            for (stream, peer) in role.peers.iter().enumerate().filter(|(s, _)| sends[*s]) {
-                let sender = start + stream as u32;
-                let receiver = receiving.get(&(place as u32, *peer)).copied();
-                let (from, to) = (ranks[place], ranks[*peer as usize]);
-                self.connect_pair(topology, sender, receiver.unwrap_or(NONE), from, to);
-            }
-        }
-    }
-
-    fn connect_pair(
+    fn connect(
         &mut self,
         topology: &Topology,
-        sender: u32,
-        receiver: u32,
-        from: Rank,
-        to: Rank,
+        first: u32,
+        roles: &[Role],
+        ranks: &[Rank],
+        chunk_bytes: f64,
     ) {
-        let way = topology.way(from, to);
-        let start = self.ways.len() as u32;
-        self.ways.extend(&way.links);
-        let capacity = way.links.iter().map(|link| self.links.capacity[*link as usize]);
-        self.streams[sender as usize].connection = self.connections.len() as u32;
-        self.connections.push(Connection {
-            sender,
-            receiver,
-            way: (start, self.ways.len() as u32),
-            latency: picoseconds(way.latency),
-            alone: capacity.fold(f64::INFINITY, f64::min),
-            flows: false,
-            rate: 0.0,
-            remaining: 0.0,
-            updated: 0,
-            ends: Time::MAX,
-        });
+        let (mut sending, mut receiving) = (Vec::new(), HashMap::new());
+        for (place, role) in roles.iter().enumerate() {
+            let base = self.members[first as usize + place].first;
+            for (stream, peer) in role.peers.iter().enumerate() {
+                let number = base + stream as u32;
+                if self.streams[number as usize].limit == NONE {
+                    receiving.insert((*peer, place as u32), number);
+                } else {
+                    sending.push((place as u32, *peer, number));
+                }
+            }
+        }
+        for (from, to, sender) in sending {
+            let receiver = receiving.get(&(from, to)).copied().unwrap_or(NONE);
+            let way = topology.way(ranks[from as usize], ranks[to as usize]);
+            let start = self.ways.len() as u32;
+            self.ways.extend(&way.links);
+            let narrow = way.links.iter().map(|link| self.links.capacity[*link as usize]);
+            let alone = narrow.fold(f64::INFINITY, f64::min);
+            self.streams[sender as usize].messages = self.connections.len() as u32;
+            self.connections.push(Connection {
+                ends: IDLE,
+                rate: alone,
+                alone,
+                chunk_bytes,
+                latency: picoseconds(way.latency),
+                sender,
+                receiver,
+                way: (start, self.ways.len() as u32),
+            });
+        }
     }
 
     pub(super) fn run(mut self) -> Result<Report, Error> {
@@ -240,139 +228,143 @@ impl Engine {
                     _ => self.begin(number),
                 }
             }
-            self.settle();
+            self.links.settle(&mut self.connections, &self.ways, at, &mut self.queue);
         }
         self.report()
     }
 
     fn report(self) -> Result<Report, Error> {
-        let stuck = self.members.iter().filter(|member| member.left > 0);
-        let blocked: Vec<String> = stuck
+        let stuck = self.members.iter().enumerate().filter(|(_, member)| member.open > 0);
+        let blocked = stuck
             .take(8)
-            .map(|member| format!("operation {}: {} steps", member.operation, member.left))
-            .collect();
+            .map(|(number, member)| format!("member {number}, in operation {}", member.operation));
+        let blocked: Vec<String> = blocked.collect();
         if !blocked.is_empty() {
             return Err(Error::Stuck { blocked });
         }
         let seconds = |time: &Time| Seconds(*time as f64 / PER_SECOND);
         let ends: Vec<Seconds> = self.ends.iter().map(seconds).collect();
         let time = ends.iter().copied().fold(Seconds::ZERO, Seconds::max);
-        Ok(Report { ends, time, carried: self.links.carried, messages: self.messages })
+        let (mut carried, mut messages) = (vec![0.0; self.links.capacity.len()], 0);
+        for Connection { sender, chunk_bytes, way, .. } in &self.connections {
+            let Stream { end, done, .. } = self.streams[*sender as usize];
+            let chunks = (end - done..end).map(|step| f64::from(self.scripts.step(step).chunks));
+            let bytes = chunks.sum::<f64>() * chunk_bytes;
+            self.ways[way.0 as usize..way.1 as usize]
+                .iter()
+                .for_each(|link| carried[*link as usize] += bytes);
+            messages += u64::from(done);
+        }
+        Ok(Report { ends, time, carried, messages })
     }
 
-    fn begin(&mut self, member: u32) {
-        let state = &mut self.members[member as usize];
-        state.begun = true;
-        if state.left == 0 {
-            return self.finish(member);
+    fn begin(&mut self, number: u32) {
+        let Member { script, first, open, .. } = self.members[number as usize];
+        if open == 0 {
+            return self.finish(number);
         }
-        let (first, script) = (state.first, state.script);
-        let streams = self.scripts.all[script as usize].streams.len() as u32;
-        (0..streams).for_each(|stream| self.advance(first + stream));
+        let streams = self.scripts.streams(script);
+        for (stream, of) in self.streams[first as usize..].iter_mut().zip(streams) {
+            stream.end = of.steps.1;
+        }
+        (first..first + open).for_each(|stream| self.advance(stream));
     }
 
     /// Starts what may start in a stream.
-    fn advance(&mut self, stream: u32) {
-        let member = &self.members[self.streams[stream as usize].member as usize];
-        if !member.begun {
-            return;
-        }
-        let (first, script_number) = (member.first, member.script);
-        let in_flight = self.in_flight[member.operation as usize];
+    fn advance(&mut self, number: u32) {
         loop {
-            let script = &self.scripts.all[script_number as usize];
-            let of = &script.streams[(stream - first) as usize];
-            let Stream { started, done, arrived, .. } = self.streams[stream as usize];
-            if started == of.count || (of.sends && started - done == in_flight) {
+            let stream = &self.streams[number as usize];
+            if stream.next == stream.end || stream.under_way == stream.limit {
                 return;
             }
-            let mut blockers = script.blockers(of.first + started).iter();
-            let done_by = |stream: u32| self.streams[(first + stream) as usize].done;
+            let mut blockers = self.scripts.blockers(self.scripts.step(stream.next)).iter();
+            let done_by = |other: u32| self.streams[(stream.base + other) as usize].done;
             if !blockers.all(|blocker| done_by(blocker.stream) >= blocker.done) {
                 return;
             }
-            self.streams[stream as usize].started += 1;
-            if of.sends {
-                self.transmit(self.streams[stream as usize].connection);
-            } else if arrived > done {
-                self.done(stream);
+            let stream = &mut self.streams[number as usize];
+            stream.next += 1;
+            stream.under_way += 1;
+            if stream.limit != NONE {
+                if stream.under_way == 1 {
+                    self.transmit(number);
+                }
+            } else if stream.messages > 0 {
+                stream.messages -= 1;
+                self.done(number);
             }
         }
     }
 
-    /// Lets a connection's next message flow, if it has one and none flows.
+    /// Lets the first message of a stream that is under way flow, at first as if it were alone.
     fn transmit(&mut self, number: u32) {
-        let connection = &self.connections[number as usize];
-        let stream = &self.streams[connection.sender as usize];
-        if connection.flows || stream.started == stream.done {
-            return;
+        let Stream { next, under_way, messages: connection, .. } = self.streams[number as usize];
+        let chunks = self.scripts.step(next - under_way).chunks;
+        let flow = &mut self.connections[connection as usize];
+        flow.rate = flow.alone;
+        flow.ends = self.now + whole(flow.chunk_bytes * f64::from(chunks) / flow.rate);
+        self.queue.push(flow.ends, connection << 2 | FLOW_ENDS);
+        for link in &self.ways[flow.way.0 as usize..flow.way.1 as usize] {
+            let flows = &mut self.links.flows[*link as usize];
+            *flows += 1;
+            if *flows > 1 {
+                self.links.joined.push(*link);
+            }
         }
-        let member = &self.members[stream.member as usize];
-        let script = &self.scripts.all[member.script as usize];
-        let first = script.streams[(connection.sender - member.first) as usize].first;
-        let chunks = script.moves[(first + stream.done) as usize].chunks;
-        let bytes = self.chunk_bytes[member.operation as usize] * f64::from(chunks);
-        let connection = &mut self.connections[number as usize];
-        connection.flows = true;
-        connection.rate = 0.0;
-        connection.remaining = bytes;
-        connection.updated = self.now;
-        connection.ends = Time::MAX;
-        for link in &self.ways[connection.way.0 as usize..connection.way.1 as usize] {
-            self.links.flows[*link as usize] += 1;
-            self.links.carried[*link as usize] += bytes;
-        }
-        self.messages += 1;
-        self.started.push(number);
     }
 
     /// The last byte has left, unless the event is of an end that was foreseen before rates changed.
-    fn flow_ends(&mut self, number: u32) {
-        let now = self.now;
-        let connection = &mut self.connections[number as usize];
-        if !connection.flows || connection.ends != now {
+    fn flow_ends(&mut self, connection: u32) {
+        let flow = &mut self.connections[connection as usize];
+        if flow.ends != self.now {
             return;
         }
-        connection.flows = false;
-        let (sender, arrival) = (connection.sender, now + connection.latency);
-        for link in &self.ways[connection.way.0 as usize..connection.way.1 as usize] {
+        flow.ends = IDLE;
+        let Connection { sender, way, .. } = *flow;
+        self.queue.push(self.now + flow.latency, connection << 2 | ARRIVES);
+        for link in &self.ways[way.0 as usize..way.1 as usize] {
             let flows = &mut self.links.flows[*link as usize];
             *flows -= 1;
             if *flows > 0 {
                 self.links.changed.push(*link);
             }
         }
-        self.queue.push(arrival, number << 2 | ARRIVES);
-        self.done(sender);
+        if self.streams[sender as usize].under_way > 1 {
+            self.done(sender);
+            self.transmit(sender);
+        } else {
+            self.done(sender);
+        }
         self.advance(sender);
-        self.transmit(number);
     }
 
-    fn arrives(&mut self, number: u32) {
-        let receiver = self.connections[number as usize].receiver;
+    fn arrives(&mut self, connection: u32) {
+        let receiver = self.connections[connection as usize].receiver;
         let Some(stream) = self.streams.get_mut(receiver as usize) else { return };
-        stream.arrived += 1;
-        if stream.started > stream.done {
+        if stream.under_way > 0 {
             self.done(receiver);
+        } else {
+            stream.messages += 1;
         }
     }
 
-    /// The next step of a stream is done; what waited for it goes on.
-    fn done(&mut self, stream: u32) {
-        let state = &mut self.streams[stream as usize];
-        let (nth, owner) = (state.done, state.member);
-        state.done += 1;
-        let member = &mut self.members[owner as usize];
-        member.left -= 1;
-        let (first, left, script) = (member.first, member.left, member.script);
-        let script = &self.scripts.all[script as usize];
-        let step = script.streams[(stream - first) as usize].first + nth;
-        for place in script.wakes(step) {
-            let woken = self.scripts.all[self.members[owner as usize].script as usize].woken(place);
-            self.advance(first + woken);
+    /// The first step of a stream that is under way is done; what waited for it goes on.
+    fn done(&mut self, number: u32) {
+        let stream = &mut self.streams[number as usize];
+        let step = self.scripts.step(stream.next - stream.under_way);
+        stream.done += 1;
+        stream.under_way -= 1;
+        let Stream { member, base, .. } = *stream;
+        let last = stream.next == stream.end && stream.under_way == 0;
+        for place in self.scripts.wakes(step) {
+            self.advance(base + self.scripts.woken(place));
         }
-        if left == 0 {
-            self.finish(owner);
+        if last {
+            let state = &mut self.members[member as usize];
+            state.open -= 1;
+            if state.open == 0 {
+                self.finish(member);
+            }
         }
     }
 
@@ -388,33 +380,14 @@ impl Engine {
             self.queue.push(self.now, next << 2 | BEGINS);
         }
     }
-
-    /// Sets rates, once for all that has happened at this time.
-    fn settle(&mut self) {
-        let Self { connections, links, ways, queue, .. } = self;
-        for number in self.started.drain(..) {
-            let connection = &mut connections[number as usize];
-            let way = &ways[connection.way.0 as usize..connection.way.1 as usize];
-            if way.iter().all(|link| links.flows[*link as usize] == 1) {
-                connection.set_rate(connection.alone, self.now);
-                queue.push(connection.ends, number << 2 | FLOW_ENDS);
-            } else {
-                links.changed.extend(way);
-            }
-        }
-        if !links.changed.is_empty() {
-            links.share(connections, ways, self.now, queue);
-        }
-    }
 }
 
 impl Connection {
     /// Sets the rate from now on, and with it the end.
     fn set_rate(&mut self, rate: f64, now: Time) {
-        self.remaining = (self.remaining - self.rate * (now - self.updated) as f64).max(0.0);
+        let remaining = (self.ends - now) as f64 * self.rate;
         self.rate = rate;
-        self.updated = now;
-        self.ends = now + (self.remaining / rate).round() as Time;
+        self.ends = now + whole(remaining / rate);
     }
 }
 
@@ -424,9 +397,9 @@ impl Links {
         Self {
             capacity,
             flows: vec![0; links],
-            carried: vec![0.0; links],
             first_user: Vec::new(),
             users: Vec::new(),
+            joined: Vec::new(),
             changed: Vec::new(),
             seen_links: vec![0; links],
             seen_flows: Vec::new(),
@@ -452,14 +425,20 @@ impl Links {
         self.seen_flows = vec![0; connections.len()];
     }
 
-    /// Sets the rates of all flows that are connected with a changed link through links they share.
-    fn share(
+    /// Sets rates, once for all that has happened at this time: of the flows that are connected with
+    /// a changed link through links they share.
+    fn settle(
         &mut self,
         connections: &mut [Connection],
         ways: &[u32],
         now: Time,
         queue: &mut Queue,
     ) {
+        let Self { joined, changed, flows, .. } = self;
+        changed.extend(joined.drain(..).filter(|link| flows[*link as usize] > 1));
+        if changed.is_empty() {
+            return;
+        }
         let (links, flows) = self.connected(connections, ways);
         let way = |number: &u32| {
             let (start, end) = connections[*number as usize].way;
@@ -491,7 +470,7 @@ impl Links {
             let users = self.first_user[link as usize]..self.first_user[link as usize + 1];
             for number in &self.users[users.start as usize..users.end as usize] {
                 let connection = &connections[*number as usize];
-                if connection.flows && new(&mut self.seen_flows[*number as usize]) {
+                if connection.ends != IDLE && new(&mut self.seen_flows[*number as usize]) {
                     flows.push(*number);
                     self.changed
                         .extend(&ways[connection.way.0 as usize..connection.way.1 as usize]);
@@ -503,5 +482,10 @@ impl Links {
 }
 
 fn picoseconds(time: Seconds) -> Time {
-    (time.0 * PER_SECOND).round() as Time
+    whole(time.0 * PER_SECOND)
+}
+
+/// The nearest whole number.
+fn whole(value: f64) -> Time {
+    (value + 0.5) as Time
 }

@@ -7,25 +7,29 @@ use collective::{Collective, Step};
 
 /// Steps sorted by stream: by direction and peer. Streams are numbered by their first step.
 #[derive(Debug, PartialEq, Eq, Hash)]
-pub(super) struct Script {
-    pub(super) streams: Vec<Stream>,
-    pub(super) moves: Vec<Move>,
+struct Script {
+    streams: Vec<Stream>,
+    /// Stream by stream.
+    steps: Vec<Listed>,
+}
+
+/// The steps in one direction with one peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Stream {
+    pub(super) sends: bool,
+    /// Where its steps begin and end.
+    pub(super) steps: (u32, u32),
+}
+
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
+struct Listed {
+    chunks: u32,
     blockers: Vec<Blocker>,
     wakes: Vec<u32>,
 }
 
-/// The steps in one direction with one peer.
-#[derive(Debug, PartialEq, Eq, Hash)]
-pub(super) struct Stream {
-    pub(super) sends: bool,
-    /// Its first step, in the script's moves.
-    pub(super) first: u32,
-    /// Its steps.
-    pub(super) count: u32,
-}
-
-/// One step.
-#[derive(Debug, PartialEq, Eq, Hash)]
+/// One step of a script.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Move {
     /// Chunks that it moves.
     pub(super) chunks: u32,
@@ -47,10 +51,13 @@ pub(super) struct Role {
     pub(super) peers: Vec<u32>,
 }
 
-/// The scripts of some collectives.
+/// The scripts of some collectives, one behind the other.
 #[derive(Debug, Default)]
 pub(super) struct Scripts {
-    pub(super) all: Vec<Script>,
+    moves: Vec<Move>,
+    blockers: Vec<Blocker>,
+    wakes: Vec<u32>,
+    streams: Vec<Vec<Stream>>,
     roles: HashMap<Collective, Vec<Role>>,
 }
 
@@ -63,15 +70,57 @@ impl Scripts {
             let mut roles = Vec::new();
             for member in 0..collective.members() {
                 let (script, peers) = Script::new(&collective.steps(member), chunks);
-                let next = (self.all.len() + numbers.len()) as u32;
-                roles.push(Role { script: *numbers.entry(script).or_insert(next), peers });
+                let known = numbers.get(&script).copied();
+                let number = known.unwrap_or_else(|| self.append(&script));
+                numbers.entry(script).or_insert(number);
+                roles.push(Role { script: number, peers });
             }
-            let mut new: Vec<(Script, u32)> = numbers.into_iter().collect();
-            new.sort_by_key(|(_, number)| *number);
-            self.all.extend(new.into_iter().map(|(script, _)| script));
             self.roles.insert(collective.clone(), roles);
         }
         &self.roles[collective]
+    }
+
+    fn append(&mut self, script: &Script) -> u32 {
+        let first = self.moves.len() as u32;
+        for step in &script.steps {
+            let from = (self.blockers.len() as u32, self.wakes.len() as u32);
+            self.blockers.extend(&step.blockers);
+            self.wakes.extend(&step.wakes);
+            let to = (self.blockers.len() as u32, self.wakes.len() as u32);
+            let (blockers, wakes) = ((from.0, to.0), (from.1, to.1));
+            self.moves.push(Move { chunks: step.chunks, blockers, wakes });
+        }
+        let moved = |stream: &Stream| Stream {
+            steps: (first + stream.steps.0, first + stream.steps.1),
+            ..*stream
+        };
+        self.streams.push(script.streams.iter().map(moved).collect());
+        self.streams.len() as u32 - 1
+    }
+
+    /// The streams of a script.
+    pub(super) fn streams(&self, script: u32) -> &[Stream] {
+        &self.streams[script as usize]
+    }
+
+    /// A step.
+    pub(super) fn step(&self, number: u32) -> Move {
+        self.moves[number as usize]
+    }
+
+    /// What must be done before a step may start.
+    pub(super) fn blockers(&self, step: Move) -> &[Blocker] {
+        &self.blockers[step.blockers.0 as usize..step.blockers.1 as usize]
+    }
+
+    /// The streams that may have waited for a step.
+    pub(super) fn wakes(&self, step: Move) -> Range<usize> {
+        step.wakes.0 as usize..step.wakes.1 as usize
+    }
+
+    /// The stream at a place in [`Scripts::wakes`].
+    pub(super) fn woken(&self, place: usize) -> u32 {
+        self.wakes[place]
     }
 }
 
@@ -90,47 +139,25 @@ impl Script {
         let (places, counts, peers) = sort(steps);
         let mut streams: Vec<Stream> = Vec::new();
         for (count, (sends, _)) in counts.iter().zip(&peers) {
-            let first = streams.last().map_or(0, |last| last.first + last.count);
-            streams.push(Stream { sends: *sends, first, count: *count });
+            let first = streams.last().map_or(0, |last| last.steps.1);
+            streams.push(Stream { sends: *sends, steps: (first, first + count) });
         }
-        let index = |(stream, nth): (u32, u32)| (streams[stream as usize].first + nth) as usize;
+        let index = |(stream, nth): (u32, u32)| (streams[stream as usize].steps.0 + nth) as usize;
         let mut touched = vec![Touched::default(); chunks];
-        let mut blockers: Vec<Vec<Blocker>> = vec![Vec::new(); steps.len()];
-        let mut wakes: Vec<Vec<u32>> = vec![Vec::new(); steps.len()];
-        let mut moved = vec![0; steps.len()];
+        let mut listed: Vec<Listed> = steps.iter().map(|_| Listed::default()).collect();
         for (step, place) in steps.iter().zip(places) {
-            let before = before(*step, place, &mut touched);
-            for Blocker { stream, done } in &before {
-                let wake = &mut wakes[index((*stream, done - 1))];
-                if !wake.contains(&place.0) {
-                    wake.push(place.0);
+            let blockers = before(*step, place, &mut touched);
+            for Blocker { stream, done } in &blockers {
+                let wakes = &mut listed[index((*stream, done - 1))].wakes;
+                if !wakes.contains(&place.0) {
+                    wakes.push(place.0);
                 }
             }
-            moved[index(place)] = step.chunks().count;
-            blockers[index(place)] = before;
+            let listed = &mut listed[index(place)];
+            (listed.chunks, listed.blockers) = (step.chunks().count, blockers);
         }
-        let (moves, blockers, wakes) = flatten(&moved, blockers, wakes);
-        (
-            Self { streams, moves, blockers, wakes },
-            peers.into_iter().map(|(_, peer)| peer).collect(),
-        )
-    }
-
-    /// What must be done before the step may start.
-    pub(super) fn blockers(&self, step: u32) -> &[Blocker] {
-        let (start, end) = self.moves[step as usize].blockers;
-        &self.blockers[start as usize..end as usize]
-    }
-
-    /// The streams that may have waited for the step.
-    pub(super) fn wakes(&self, step: u32) -> Range<usize> {
-        let (start, end) = self.moves[step as usize].wakes;
-        start as usize..end as usize
-    }
-
-    /// The stream at a place of [`Script::wakes`].
-    pub(super) fn woken(&self, place: usize) -> u32 {
-        self.wakes[place]
+        let peers = peers.into_iter().map(|(_, peer)| peer).collect();
+        (Self { streams, steps: listed }, peers)
     }
 }
 
@@ -178,22 +205,6 @@ fn before(step: Step, place: (u32, u32), touched: &mut [Touched]) -> Vec<Blocker
     blockers
 }
 
-fn flatten(
-    moved: &[u32],
-    blockers: Vec<Vec<Blocker>>,
-    wakes: Vec<Vec<u32>>,
-) -> (Vec<Move>, Vec<Blocker>, Vec<u32>) {
-    let (mut moves, mut all_blockers, mut all_wakes) = (Vec::new(), Vec::new(), Vec::new());
-    for ((chunks, blockers), wakes) in moved.iter().zip(blockers).zip(wakes) {
-        let from = (all_blockers.len() as u32, all_wakes.len() as u32);
-        all_blockers.extend(blockers);
-        all_wakes.extend(wakes);
-        let to = (all_blockers.len() as u32, all_wakes.len() as u32);
-        moves.push(Move { chunks: *chunks, blockers: (from.0, to.0), wakes: (from.1, to.1) });
-    }
-    (moves, all_blockers, all_wakes)
-}
-
 #[cfg(test)]
 mod tests {
     use collective::Kind;
@@ -204,15 +215,14 @@ mod tests {
     fn members_of_a_ring_share_one_script() {
         let mut scripts = Scripts::default();
         let roles = scripts.roles(&Collective::ring(Kind::AllReduce, 8)).to_vec();
-        assert_eq!(scripts.all.len(), 1);
         assert!(roles.iter().all(|role| role.script == 0));
         assert_eq!((&roles[0].peers, &roles[3].peers), (&vec![1, 7], &vec![4, 2]));
-        let script = &scripts.all[0];
-        assert_eq!(script.moves.len(), 28);
+        assert_eq!(scripts.moves.len(), 28);
         // The second send passes on what the first receive brought.
-        assert_eq!(script.blockers(1), [Blocker { stream: 1, done: 1 }]);
+        let second = scripts.step(1);
+        assert_eq!(scripts.blockers(second), [Blocker { stream: 1, done: 1 }]);
         scripts.roles(&Collective::ring(Kind::AllGather, 8));
         scripts.roles(&Collective::ring(Kind::AllReduce, 8));
-        assert_eq!(scripts.all.len(), 2);
+        assert_eq!(scripts.streams.len(), 2);
     }
 }
