@@ -10,8 +10,10 @@
 //! Time is counted in whole picoseconds. Where ranks do the same at the same time, all that happens
 //! then is one event with many parts, and rates are set once for it.
 
+mod build;
 mod engine;
 mod fair;
+mod jitter;
 mod queue;
 mod script;
 mod topology;
@@ -21,6 +23,7 @@ use units::{Bytes, Rank, Seconds};
 
 use crate::Error;
 
+pub use jitter::{Jitter, quantile};
 pub use topology::{Topology, Way};
 
 /// A collective among some ranks, in a lane: a rank carries out what it has in a lane in order, and
@@ -50,7 +53,16 @@ pub struct Report {
     pub messages: u64,
 }
 
-/// Carries out operations from a common start.
+/// What is not as described.
+#[derive(Debug, Clone, Default)]
+pub struct Conditions {
+    /// When each rank is ready to begin; at once where none is given. Stragglers.
+    pub ready: Vec<Seconds>,
+    /// What comes on top of each message's latency.
+    pub jitter: Option<Jitter>,
+}
+
+/// Carries out operations from a common start, on links as described.
 ///
 /// # Errors
 /// [`Error::Stuck`] when a schedule makes its members wait for each other for ever.
@@ -58,22 +70,37 @@ pub struct Report {
 /// # Panics
 /// When an operation has not one rank for each member, or a rank is not in the topology.
 pub fn run(topology: &Topology, operations: &[Operation]) -> Result<Report, Error> {
-    run_from(topology, operations, &[])
+    run_under(topology, operations, &Conditions::default())
 }
 
-/// Carries out operations when each rank is ready at a time of its own; at once where none is given.
+/// Carries out operations under these conditions; slow links are the topology's.
 ///
 /// # Errors
 /// [`Error::Stuck`] when a schedule makes its members wait for each other for ever.
 ///
 /// # Panics
 /// As [`run`].
-pub fn run_from(
+pub fn run_under(
     topology: &Topology,
     operations: &[Operation],
-    ready: &[Seconds],
+    conditions: &Conditions,
 ) -> Result<Report, Error> {
-    engine::Engine::new(topology, operations, ready).run()
+    engine::Engine::new(topology, operations, conditions).run()
+}
+
+/// What [`run`] gives, from rank 0 alone, at a cost that does not grow with ranks; `None` when not
+/// all ranks do the same over the same links.
+///
+/// The report has the bytes of rank 0's links, the ends of the operations that it is in, and its
+/// messages.
+///
+/// # Errors
+/// [`Error::Stuck`] when a schedule makes its members wait for each other for ever.
+///
+/// # Panics
+/// As [`run`].
+pub fn run_folded(topology: &Topology, operations: &[Operation]) -> Option<Result<Report, Error>> {
+    Some(engine::Engine::folded(topology, operations)?.run())
 }
 
 #[cfg(test)]

@@ -1,92 +1,95 @@
 //! The run: members' progress, connections' flows, and what happens when.
 
-use std::collections::HashMap;
+use units::Seconds;
 
-use units::{Rank, Seconds};
-
+use super::Report;
 use super::fair::Fair;
+use super::jitter::Jitter;
 use super::queue::{Queue, Time};
-use super::script::{Role, Scripts};
-use super::topology::Topology;
-use super::{Operation, Report};
+use super::script::Scripts;
 use crate::Error;
 
 /// Picoseconds of a second.
-const PER_SECOND: f64 = 1e12;
+pub(super) const PER_SECOND: f64 = 1e12;
 /// No such member or stream; no limit.
-const NONE: u32 = u32::MAX;
+pub(super) const NONE: u32 = u32::MAX;
 /// When nothing ends.
-const IDLE: Time = Time::MAX;
+pub(super) const IDLE: Time = Time::MAX;
 /// Kinds of events, in the lowest bits; the rest is a number.
 const FLOW_ENDS: u32 = 0;
 const ARRIVES: u32 = 1;
-const BEGINS: u32 = 2;
+pub(super) const BEGINS: u32 = 2;
 
 /// One member of one operation.
-struct Member {
-    operation: u32,
-    script: u32,
+pub(super) struct Member {
+    pub(super) operation: u32,
+    pub(super) script: u32,
     /// Its first stream, in [`Engine::streams`].
-    first: u32,
+    pub(super) first: u32,
     /// Streams that are not done.
-    open: u32,
+    pub(super) open: u32,
     /// Who goes on in the rank's lane when this one is done.
-    next: u32,
+    pub(super) next: u32,
 }
 
 /// How far a member is with the steps in one direction with one peer, which are done in order.
 /// Every message touches several, so they are kept small: two fit in a cache line.
-struct Stream {
-    member: u32,
+pub(super) struct Stream {
+    pub(super) member: u32,
     /// The member's first stream.
-    base: u32,
+    pub(super) base: u32,
     /// The next step to start, and where they end; nothing is left before the member has begun.
-    next: u32,
-    end: u32,
+    pub(super) next: u32,
+    pub(super) end: u32,
     /// Steps that are done, and those that are started and not done.
-    done: u32,
-    under_way: u32,
+    pub(super) done: u32,
+    pub(super) under_way: u32,
     /// How many may be under way: no limit for a receiving stream.
-    limit: u32,
+    pub(super) limit: u32,
     /// Of a receiving stream, the messages that have come and are not received; of a sending one,
     /// its connection.
-    messages: u32,
+    pub(super) messages: u32,
 }
 
 /// Where the messages of one sending stream flow, one at a time.
-struct Connection {
+pub(super) struct Connection {
     /// When the last byte leaves; [`IDLE`] while nothing flows.
-    ends: Time,
-    rate: f64,
+    pub(super) ends: Time,
+    pub(super) rate: f64,
     /// The narrowest link's bandwidth, in bytes a picosecond.
-    alone: f64,
-    chunk_bytes: f64,
-    latency: Time,
-    sender: u32,
-    receiver: u32,
+    pub(super) alone: f64,
+    pub(super) chunk_bytes: f64,
+    pub(super) latency: Time,
+    /// When the last message that left comes, or came.
+    pub(super) arrives: Time,
+    pub(super) sender: u32,
+    pub(super) receiver: u32,
     /// Where its links are in [`Engine::ways`].
-    way: (u32, u32),
+    pub(super) way: (u32, u32),
 }
 
 /// A run of operations.
 pub(super) struct Engine {
-    scripts: Scripts,
-    members: Vec<Member>,
-    streams: Vec<Stream>,
-    connections: Vec<Connection>,
-    ways: Vec<u32>,
-    links: Links,
-    queue: Queue,
-    now: Time,
-    ends: Vec<Time>,
-    unfinished: Vec<u32>,
+    pub(super) scripts: Scripts,
+    pub(super) members: Vec<Member>,
+    pub(super) streams: Vec<Stream>,
+    pub(super) connections: Vec<Connection>,
+    pub(super) ways: Vec<u32>,
+    pub(super) links: Links,
+    pub(super) queue: Queue,
+    pub(super) now: Time,
+    pub(super) ends: Vec<Time>,
+    pub(super) unfinished: Vec<u32>,
+    pub(super) jitter: Option<Jitter>,
 }
 
 /// The state of links, by number.
-struct Links {
+pub(super) struct Links {
     /// Bytes a picosecond.
-    capacity: Vec<f64>,
+    pub(super) capacity: Vec<f64>,
     flows: Vec<u32>,
+    /// By connection: whether a message flows.
+    busy: Vec<bool>,
     /// The connections that have each link on their way: where they begin in `users`.
     first_user: Vec<u32>,
     users: Vec<u32>,
@@ -102,120 +105,6 @@ struct Links {
 }
 
 impl Engine {
-    pub(super) fn new(topology: &Topology, operations: &[Operation], ready: &[Seconds]) -> Self {
-        let links = 0..topology.links() as u32;
-        let mut engine = Self {
-            scripts: Scripts::default(),
-            members: Vec::new(),
-            streams: Vec::new(),
-            connections: Vec::new(),
-            ways: Vec::new(),
-            links: Links::new(links.map(|link| topology.bandwidth(link) / PER_SECOND).collect()),
-            queue: Queue::new(),
-            now: 0,
-            ends: vec![0; operations.len()],
-            unfinished: Vec::new(),
-        };
-        let mut lanes: HashMap<(Rank, u32), u32> = HashMap::new();
-        for operation in operations {
-            engine.add(topology, operation, ready, &mut lanes);
-        }
-        engine.links.index(&engine.connections, &engine.ways);
-        engine
-    }
-
-    /// Adds an operation's members, behind what their ranks already have in its lane.
-    fn add(
-        &mut self,
-        topology: &Topology,
-        operation: &Operation,
-        ready: &[Seconds],
-        lanes: &mut HashMap<(Rank, u32), u32>,
-    ) {
-        let Operation { collective, ranks, bytes, lane } = operation;
-        assert_eq!(collective.members() as usize, ranks.len(), "a rank for each member");
-        let roles = self.scripts.roles(collective).to_vec();
-        let first = self.members.len() as u32;
-        for (role, rank) in roles.iter().zip(ranks) {
-            let member = self.members.len() as u32;
-            self.add_member(role, collective.contract().in_flight);
-            match lanes.insert((*rank, *lane), member) {
-                Some(before) => self.members[before as usize].next = member,
-                None => {
-                    let ready = ready.get(rank.index()).copied().unwrap_or_default();
-                    self.queue.push(picoseconds(ready), member << 2 | BEGINS);
-                }
-            }
-        }
-        self.unfinished.push(ranks.len() as u32);
-        let chunk_bytes = bytes.as_f64() / f64::from(collective.contract().chunks);
-        self.connect(topology, first, &roles, ranks, chunk_bytes);
-    }
-
-    fn add_member(&mut self, role: &Role, in_flight: u32) {
-        let (member, base) = (self.members.len() as u32, self.streams.len() as u32);
-        let streams = self.scripts.streams(role.script);
-        self.members.push(Member {
-            operation: self.unfinished.len() as u32,
-            script: role.script,
-            first: base,
-            open: streams.len() as u32,
-            next: NONE,
-        });
-        self.streams.extend(streams.iter().map(|stream| Stream {
-            member,
-            base,
-            next: stream.steps.0,
-            end: stream.steps.0,
-            done: 0,
-            under_way: 0,
-            limit: if stream.sends { in_flight } else { NONE },
-            messages: 0,
-        }));
-    }
-
-    /// Joins every sending stream of an operation with the receiving one at its other end.
-    fn connect(
-        &mut self,
-        topology: &Topology,
-        first: u32,
-        roles: &[Role],
-        ranks: &[Rank],
-        chunk_bytes: f64,
-    ) {
-        let (mut sending, mut receiving) = (Vec::new(), HashMap::new());
-        for (place, role) in roles.iter().enumerate() {
-            let base = self.members[first as usize + place].first;
-            for (stream, peer) in role.peers.iter().enumerate() {
-                let number = base + stream as u32;
-                if self.streams[number as usize].limit == NONE {
-                    receiving.insert((*peer, place as u32), number);
-                } else {
-                    sending.push((place as u32, *peer, number));
-                }
-            }
-        }
-        for (from, to, sender) in sending {
-            let receiver = receiving.get(&(from, to)).copied().unwrap_or(NONE);
-            let way = topology.way(ranks[from as usize], ranks[to as usize]);
-            let start = self.ways.len() as u32;
-            self.ways.extend(&way.links);
-            let narrow = way.links.iter().map(|link| self.links.capacity[*link as usize]);
-            let alone = narrow.fold(f64::INFINITY, f64::min);
-            self.streams[sender as usize].messages = self.connections.len() as u32;
-            self.connections.push(Connection {
-                ends: IDLE,
-                rate: alone,
-                alone,
-                chunk_bytes,
-                latency: picoseconds(way.latency),
-                sender,
-                receiver,
-                way: (start, self.ways.len() as u32),
-            });
-        }
-    }
-
     pub(super) fn run(mut self) -> Result<Report, Error> {
         let mut events = Vec::new();
         while let Some(at) = self.queue.pop(&mut events) {
@@ -304,6 +193,7 @@ impl Engine {
         flow.rate = flow.alone;
         flow.ends = self.now + whole(flow.chunk_bytes * f64::from(chunks) / flow.rate);
         self.queue.push(flow.ends, connection << 2 | FLOW_ENDS);
+        self.links.busy[connection as usize] = true;
         for link in &self.ways[flow.way.0 as usize..flow.way.1 as usize] {
             let flows = &mut self.links.flows[*link as usize];
             *flows += 1;
@@ -320,8 +210,15 @@ impl Engine {
             return;
         }
         flow.ends = IDLE;
-        let Connection { sender, way, .. } = *flow;
-        self.queue.push(self.now + flow.latency, connection << 2 | ARRIVES);
+        self.links.busy[connection as usize] = false;
+        let Connection { sender, way, latency, .. } = *flow;
+        let delay = self.jitter.map_or(0, |jitter| {
+            picoseconds(jitter.delay(connection, self.streams[sender as usize].done))
+        });
+        // Whatever its delay, a message does not overtake.
+        let arrival = (self.now + latency + delay).max(flow.arrives);
+        flow.arrives = arrival;
+        self.queue.push(arrival, connection << 2 | ARRIVES);
         for link in &self.ways[way.0 as usize..way.1 as usize] {
             let flows = &mut self.links.flows[*link as usize];
             *flows -= 1;
@@ -392,11 +289,12 @@ impl Connection {
 }
 
 impl Links {
-    fn new(capacity: Vec<f64>) -> Self {
+    pub(super) fn new(capacity: Vec<f64>) -> Self {
         let links = capacity.len();
         Self {
             capacity,
             flows: vec![0; links],
+            busy: Vec::new(),
             first_user: Vec::new(),
             users: Vec::new(),
             joined: Vec::new(),
@@ -409,7 +307,7 @@ impl Links {
     }
 
     /// Notes which connections use each link.
-    fn index(&mut self, connections: &[Connection], ways: &[u32]) {
+    pub(super) fn index(&mut self, connections: &[Connection], ways: &[u32]) {
         let mut first = vec![0_u32; self.capacity.len() + 1];
         ways.iter().for_each(|link| first[*link as usize + 1] += 1);
         (1..first.len()).for_each(|link| first[link] += first[link - 1]);
@@ -423,6 +321,7 @@ impl Links {
         }
         self.first_user = first;
         self.seen_flows = vec![0; connections.len()];
+        self.busy = vec![false; connections.len()];
     }
 
     /// Sets rates, once for all that has happened at this time: of the flows that are connected with
@@ -469,9 +368,10 @@ impl Links {
             links.push(link);
             let users = self.first_user[link as usize]..self.first_user[link as usize + 1];
             for number in &self.users[users.start as usize..users.end as usize] {
-                let connection = &connections[*number as usize];
-                if connection.ends != IDLE && new(&mut self.seen_flows[*number as usize]) {
-                    flows.push(*number);
+                let number = *number as usize;
+                if self.busy[number] && new(&mut self.seen_flows[number]) {
+                    flows.push(number as u32);
+                    let connection = &connections[number];
                     self.changed
                         .extend(&ways[connection.way.0 as usize..connection.way.1 as usize]);
                 }
@@ -481,7 +381,7 @@ impl Links {
     }
 }
 
-fn picoseconds(time: Seconds) -> Time {
+pub(super) fn picoseconds(time: Seconds) -> Time {
     whole(time.0 * PER_SECOND)
 }
 

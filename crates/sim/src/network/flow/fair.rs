@@ -15,11 +15,11 @@ pub(super) struct Fair {
 
 impl Fair {
     /// The rate of each flow, in order: `ways` has the links of each, `capacity` is by link.
-    pub(super) fn rates<'a>(
+    pub(super) fn rates(
         &mut self,
         capacity: &[f64],
         links: &[u32],
-        ways: &[&'a [u32]],
+        ways: &[&[u32]],
         rates: &mut Vec<f64>,
     ) {
         self.left.resize(capacity.len(), 0.0);
@@ -77,6 +77,59 @@ impl Fair {
                 }
             }
             open = rest;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LINKS: u32 = 8;
+
+    fn rates(capacity: &[f64], ways: &[Vec<u32>]) -> Vec<f64> {
+        let links: Vec<u32> = (0..LINKS).collect();
+        let ways: Vec<&[u32]> = ways.iter().map(Vec::as_slice).collect();
+        let mut rates = Vec::new();
+        Fair::default().rates(capacity, &links, &ways, &mut rates);
+        rates
+    }
+
+    #[test]
+    fn what_a_flow_cannot_use_goes_to_the_others() {
+        // Three flows enter link 3, so the first leaves most of link 0 to the second.
+        let ways = [vec![0, 3], vec![0, 4], vec![1, 3], vec![2, 3]];
+        assert_eq!(rates(&[6.0; 8], &ways), [2.0, 4.0, 2.0, 2.0]);
+        assert_eq!(rates(&[6.0; 8], &[vec![0, 1], vec![1, 2]]), [3.0, 3.0]);
+    }
+
+    proptest! {
+        /// The definition: no flow could have more without one that has no more having less. That
+        /// is, every flow has a full link on which none has more than it.
+        #[test]
+        fn rates_are_feasible_and_max_min_fair(
+            capacity in prop::collection::vec(0.5_f64..10.0, LINKS as usize),
+            ways in prop::collection::vec(
+                prop::sample::subsequence((0..LINKS).collect::<Vec<_>>(), 1..4), 1..30),
+        ) {
+            let rates = rates(&capacity, &ways);
+            let on = |link: u32| {
+                let flows = ways.iter().zip(&rates).filter(move |(way, _)| way.contains(&link));
+                flows.map(|(_, rate)| *rate)
+            };
+            for link in 0..LINKS {
+                prop_assert!(on(link).sum::<f64>() <= capacity[link as usize] * (1.0 + 1e-9));
+            }
+            for (way, rate) in ways.iter().zip(&rates) {
+                let full = |link: &u32| {
+                    let all: f64 = on(*link).sum();
+                    all >= capacity[*link as usize] * (1.0 - 1e-9)
+                        && on(*link).all(|other| other <= rate * (1.0 + 1e-9))
+                };
+                prop_assert!(way.iter().any(full), "{:?} at {}", way, rate);
+            }
         }
     }
 }

@@ -69,7 +69,15 @@ impl Scripts {
             let mut numbers: HashMap<Script, u32> = HashMap::new();
             let mut roles = Vec::new();
             for member in 0..collective.members() {
-                let (script, peers) = Script::new(&collective.steps(member), chunks);
+                let steps = collective.steps(member);
+                if let Some(Role { script, .. }) =
+                    roles.first().filter(|_| collective.is_symmetric())
+                {
+                    // All are alike, so only the names of the peers are new.
+                    roles.push(Role { script: *script, peers: peers(&steps) });
+                    continue;
+                }
+                let (script, peers) = Script::new(&steps, chunks);
                 let known = numbers.get(&script).copied();
                 let number = known.unwrap_or_else(|| self.append(&script));
                 numbers.entry(script).or_insert(number);
@@ -159,6 +167,19 @@ impl Script {
         let peers = peers.into_iter().map(|(_, peer)| peer).collect();
         (Self { streams, steps: listed }, peers)
     }
+}
+
+/// The peer of each stream.
+fn peers(steps: &[Step]) -> Vec<u32> {
+    let mut seen: Vec<(bool, u32)> = Vec::new();
+    for step in steps {
+        let stream = (step.is_send(), step.peer());
+        // Streams are few, and steps mostly go on with one of the last.
+        if !seen.contains(&stream) {
+            seen.push(stream);
+        }
+    }
+    seen.into_iter().map(|(_, peer)| peer).collect()
 }
 
 /// Every step's place, every stream's steps, and whether it sends and to or from whom.

@@ -77,6 +77,29 @@ impl Topology {
         self.bandwidth[link as usize]
     }
 
+    /// The link of rank 0 that is like this one; `None` where there is none, because of a hash or
+    /// because one of the two is faster.
+    pub(super) fn fold(&self, link: u32) -> Option<u32> {
+        let per_rank = per_rank(&self.domain);
+        let of_group = self.parts.uplinks.iter().rev().find(|up| up.first <= link);
+        let like = match of_group {
+            Some(up) if up.each > 1 => return None,
+            Some(up) => up.first + (link - up.first) % 2,
+            None if self.fabric.is_some() && link >= self.parts.ports => {
+                self.parts.ports + (link - self.parts.ports) % 2
+            }
+            None => link % per_rank,
+        };
+        (self.bandwidth(like) == self.bandwidth(link)).then_some(like)
+    }
+
+    /// Bytes a second that each of a link's ranks has when all use it.
+    pub(super) fn share(&self, link: u32) -> f64 {
+        let of_group = self.parts.uplinks.iter().rev().find(|up| up.first <= link);
+        let ranks = of_group.map_or(1, |up| up.below.min(self.ranks));
+        self.bandwidth(link) / f64::from(ranks)
+    }
+
     /// Makes a link slower, or faster: a degraded cable, a port at half its speed.
     ///
     /// # Panics
