@@ -224,6 +224,8 @@ fn any_topology() -> impl Strategy<Value = Topology> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn bytes_are_conserved_and_no_link_carries_more_than_it_can(
         topology in any_topology(),
