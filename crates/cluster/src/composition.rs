@@ -142,7 +142,11 @@ impl Composition {
                     return Err(Error::Unfit { cluster: name.to_owned(), reason });
                 };
                 dims.clone_from(chosen);
-                domain.accelerators = dims.iter().product();
+                let size = dims.iter().try_fold(1_u32, |size, dim| size.checked_mul(*dim));
+                domain.accelerators = size.ok_or_else(|| Error::Unfit {
+                    cluster: name.to_owned(),
+                    reason: format!("per_domain = {chosen:?} is too large"),
+                })?;
             }
         }
         if let Shape::Torus { wrap, .. } = &mut domain.shape {
@@ -201,6 +205,8 @@ mod tests {
         let linked =
             error("accelerator = 'h100-sxm'\naccelerators = 8\nlink_gbps_per_accelerator = 4");
         assert!(linked.contains("needs a fabric"), "{linked}");
+        let huge = error("accelerator = 'tpu-v4'\naccelerators = 8\nper_domain = [65536, 65536]");
+        assert!(huge.contains("is too large"), "{huge}");
         assert_eq!(error("accelerators = 8"), "cluster test: `accelerator` is missing");
     }
 }

@@ -299,3 +299,98 @@ impl Link {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalogue;
+
+    fn torus(dims: &[u32], wrap: bool) -> Domain {
+        let link = Link { latency: Seconds(1e-6), bandwidth: BytesPerSecond(1e9) };
+        Domain {
+            accelerators: dims.iter().product(),
+            shape: Shape::Torus { dims: dims.to_vec(), wrap, link },
+            in_network_reduction: None,
+        }
+    }
+
+    /// From all sizes up to 4 x 4 x 4, against a walk over the links.
+    #[test]
+    fn hops_are_the_shortest_way_over_the_links() {
+        for dims in (0..64).map(|code| [code / 16 + 1, code / 4 % 4 + 1, code % 4 + 1]) {
+            for wrap in [false, true] {
+                let domain = torus(&dims, wrap);
+                let walked = walk(&dims, wrap);
+                let counted: Vec<u32> =
+                    (0..domain.accelerators).map(|to| domain.hops(0, to)).collect();
+                assert_eq!(counted, walked, "{dims:?}, wrap {wrap}");
+            }
+        }
+    }
+
+    /// Hops from the first accelerator to every other one, a step at a time.
+    fn walk(dims: &[u32; 3], wrap: bool) -> Vec<u32> {
+        let mut hops = vec![u32::MAX; dims.iter().product::<u32>() as usize];
+        let (mut reached, mut distance) = (vec![0], 0);
+        while !reached.is_empty() {
+            for place in &reached {
+                hops[*place as usize] = distance;
+            }
+            distance += 1;
+            let next = reached.iter().flat_map(|place| neighbours(*place, dims, wrap));
+            reached = next.filter(|place| hops[*place as usize] == u32::MAX).collect();
+            reached.sort_unstable();
+            reached.dedup();
+        }
+        hops
+    }
+
+    fn neighbours(place: u32, dims: &[u32; 3], wrap: bool) -> Vec<u32> {
+        let strides = [dims[1] * dims[2], dims[2], 1];
+        let along = |dim: usize| {
+            let (size, stride) = (dims[dim], strides[dim]);
+            let at = place / stride % size;
+            let base = place - at * stride;
+            let up = (at + 1 < size || wrap).then(|| base + (at + 1) % size * stride);
+            let down = (at > 0 || wrap).then(|| base + (at + size - 1) % size * stride);
+            [up, down].into_iter().flatten()
+        };
+        (0..3).flat_map(along).collect()
+    }
+
+    #[test]
+    fn a_message_goes_up_to_the_lowest_tier_that_joins_both() {
+        let meta = catalogue::fabric("roce-meta-400g").unwrap();
+        let tier = |a, b| meta.tier_between(Rank(a), Rank(b));
+        assert_eq!([tier(0, 15), tier(0, 16), tier(15, 3071), tier(0, 3072)], [0, 1, 1, 2]);
+        let latencies: Vec<f64> = (0..3).map(|tier| meta.latency(tier).0).collect();
+        assert!(latencies.is_sorted(), "{latencies:?}");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_reason() {
+        type Change = dyn Fn(&mut Cluster);
+        let error = |change: &Change| {
+            let mut cluster = catalogue::find("tpu-v5p-multislice").unwrap();
+            change(&mut cluster);
+            cluster.check().unwrap_err().to_string()
+        };
+        let cases: [(&Change, &str); 8] = [
+            (&|cluster| cluster.per_node = 0, "at least 1"),
+            (&|cluster| cluster.per_node = 5, "not a multiple of per_node"),
+            (&|cluster| cluster.fabric = None, "need a fabric"),
+            (&|cluster| cluster.accelerators = 70_000, "its fabric reaches 65536"),
+            (&|cluster| cluster.domain.accelerators = 6140, "does not have 6140"),
+            (&|cluster| cluster.domain.in_network_reduction = Some(2.0), "is no share"),
+            (&|cluster| cluster.power.pue = 0.9, "is below 1"),
+            (
+                &|cluster| cluster.fabric.as_mut().unwrap().nic.bandwidth = BytesPerSecond(0.0),
+                "rates must be positive",
+            ),
+        ];
+        for (change, reason) in cases {
+            let error = error(change);
+            assert!(error.contains(reason), "{error} is not about {reason}");
+        }
+    }
+}

@@ -55,7 +55,7 @@ fn accelerators() -> Result<Vec<Vec<String>>> {
             name.to_owned(),
             rate(Precision::Bf16),
             rate(Precision::Fp8),
-            format!("{:.0} GB", memory.as_f64() / 1e9),
+            format!("{memory:.0}"),
             format!("{:.2} TB/s", memory_bandwidth.0 / 1e12),
             tdp.map_or("-".into(), |power| format!("{:.0} W", power.0)),
         ]);

@@ -14,7 +14,7 @@ fn refusal(place: &Place, arguments: &[&str]) -> String {
 fn the_catalogue_lists_every_kind_of_entry() {
     let text = Place::new().succeed(&["catalogue"]);
     let lines = [
-        "  h100-sxm            989 TFLOP/s   1979 TFLOP/s  80 GB   3.35 TB/s  700 W",
+        "  h100-sxm            989 TFLOP/s   1979 TFLOP/s  80 GiB   3.35 TB/s  700 W",
         "  roce-meta-400g       400 Gb/s         16, 3072, 24576 (1:7)  ECMP, 16 flows a pair",
         "  tpu-v5p-6144            6,144         tpu-v5p             8x16x48 torus   -",
     ];
