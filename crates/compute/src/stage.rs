@@ -2,6 +2,7 @@
 
 mod memory;
 mod segments;
+mod state;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;

@@ -30,6 +30,8 @@ struct File {
     #[serde(default)]
     data: Data,
     #[serde(default)]
+    checkpoint: CheckpointSection,
+    #[serde(default)]
     run: RunSection,
 }
 
@@ -183,6 +185,28 @@ impl Default for RunSection {
     }
 }
 
+/// How the state of training is kept safe.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointSection {
+    /// Steps between checkpoints, and one after the last; a tenth of all unless given, 0 only when
+    /// a signal asks to stop.
+    pub every_steps: Option<u64>,
+    /// Checkpoints kept.
+    pub keep: usize,
+    /// Checkpoints go below this folder or URL, under the run's name; into the run's own folder
+    /// unless given.
+    pub folder: Option<String>,
+    /// Train on while a checkpoint is written.
+    pub asynchronous: bool,
+}
+
+impl Default for CheckpointSection {
+    fn default() -> Self {
+        Self { every_steps: None, keep: 2, folder: None, asynchronous: true }
+    }
+}
+
 /// A job with nothing left open.
 #[derive(Debug, Clone, Serialize)]
 pub struct Job {
@@ -198,6 +222,8 @@ pub struct Job {
     pub layout: Layout,
     /// What it is trained on.
     pub data: Data,
+    /// How its state is kept safe.
+    pub checkpoint: CheckpointSection,
     /// Where results go.
     pub run: RunSection,
     /// The job file's name without its ending.
@@ -217,12 +243,14 @@ impl Job {
     fn parse(text: &str, name: &str) -> Result<Self> {
         let file: File = toml::from_str(text).map_err(explain)?;
         let (model, weights) = file.model.resolve()?;
-        let File { mut training, cluster, data, run, .. } = file;
+        let File { mut training, cluster, data, mut checkpoint, run, .. } = file;
         training.complete()?;
+        checkpoint.complete(training.steps)?;
         let batch = Batch { sequence: training.sequence, global_batch: training.global_batch };
         cluster.check()?;
         let layout = file.layout.complete(&model, &batch, cluster.accelerators)?;
-        Ok(Self { model, weights, cluster, training, layout, data, run, name: name.to_owned() })
+        let name = name.to_owned();
+        Ok(Self { model, weights, cluster, training, layout, data, checkpoint, run, name })
     }
 
     /// The job as it was understood, every default filled in.
@@ -263,6 +291,16 @@ impl Job {
                 "[training] precision = \"{other}\" cannot be trained on this machine; choose \"fp32\" or \"bf16\""
             ),
         }
+    }
+}
+
+impl CheckpointSection {
+    fn complete(&mut self, steps: u64) -> Result<()> {
+        if self.keep == 0 {
+            bail!("[checkpoint] keep is 0; it must be at least 1");
+        }
+        self.every_steps.get_or_insert((steps / 10).max(1));
+        Ok(())
     }
 }
 
@@ -527,6 +565,11 @@ mod tests {
         [data]
         text = []
         held_out = 0.02
+
+        [checkpoint]
+        every_steps = 10
+        keep = 2
+        asynchronous = true
 
         [run]
         folder = "runs"

@@ -1,6 +1,7 @@
 //! The `phalanx` command: arguments, files in and out, exit codes.
 
 mod catalogue_command;
+mod checkpointing;
 mod cluster_section;
 mod device;
 mod figures;
@@ -24,7 +25,7 @@ use clap::{Args, Parser, Subcommand};
 #[derive(Debug, Parser)]
 #[command(
     version,
-    after_help = "Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug."
+    after_help = "Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug, 4 stopped as asked and saved."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -34,7 +35,13 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
-    Train(JobArgs),
+    Train {
+        #[command(flatten)]
+        job: JobArgs,
+        /// Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
+        #[arg(long, value_name = "RUN")]
+        resume: Option<PathBuf>,
+    },
     /// List the hardware and the models that are known, or show an entry with its sources
     Catalogue {
         /// An accelerator, node, fabric, cluster or model
@@ -89,6 +96,8 @@ const FAILED: u8 = 1;
 const BAD_INPUT: u8 = 2;
 /// Exit code for a bug.
 const BUG: u8 = 3;
+/// Exit code after a signal that asked to stop.
+const STOPPED: u8 = 4;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -108,8 +117,8 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
-        Command::Train(args) => train_command::train(&args),
         Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
+        Command::Train { job, resume } => train_command::train(&job, resume.as_deref()),
         Command::Plan { job, show_program } => plan_command::plan(&job, show_program),
         Command::Simulate { job, machine, efficiency, trace } => {
             simulate_command::simulate(&job, machine.as_deref(), efficiency, trace.as_deref())
@@ -136,6 +145,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     use transport::Error as Transport;
     match error.downcast_ref::<Train>() {
         Some(Train::Process { code: Some(code), .. }) => *code as u8,
+        Some(Train::Stopped { .. }) => STOPPED,
         Some(Train::Communication { source: Transport::Refused { .. }, .. }) => BAD_INPUT,
         Some(Train::Process { .. } | Train::Communication { .. } | Train::Diverged { .. }) => {
             FAILED

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use checkpoint::hugging_face::Weights;
+use checkpoint::sharded::Progress;
 use compute::{Operators, Stage};
 use data::{Sampler, Tokenizer};
 use model::Counting;
@@ -13,10 +14,11 @@ use program::Program;
 use report::{Summary, perfetto, summary_table};
 use serde_json::{Value, json};
 use sim::World;
-use train::{Batches, Device, Outcome, Programs, Settings, Worker};
+use train::{Batches, Device, Event, Outcome, Programs, Resumed, Safekeeping, Settings, Worker};
 use transport::Communicator;
 use units::{Bytes, Rank};
 
+use crate::checkpointing;
 use crate::figures::Figures;
 use crate::job::Job;
 use crate::measured::Machine;
@@ -114,12 +116,23 @@ impl<'a, O: Operators> Session<'a, O> {
     }
 
     /// Trains, and on rank 0 writes and shows the results.
-    pub fn train(mut self, communicator: Communicator, tokenizer: &Tokenizer) -> Result<()> {
+    pub fn train(
+        mut self,
+        communicator: Communicator,
+        tokenizer: &Tokenizer,
+        resume: Option<&Path>,
+    ) -> Result<()> {
         let predicted = self.predict()?;
+        let mut worker = self.worker(communicator, resume.is_some())?;
+        let start = resume.map(|run| self.resume(&mut worker, run)).transpose()?;
         let mut folder = self.open_folder()?;
-        let mut worker = self.worker(communicator)?;
-        let folder_path = self.agree_on_folder(&mut worker, folder.as_ref())?;
-        let (outcome, losses) = self.run(&mut worker, folder.as_mut())?;
+        let (folder_path, attempt) = self.agree_on_folder(&mut worker, folder.as_ref())?;
+        let start = start.unwrap_or_else(|| self.start());
+        let rank = self.rank;
+        let safekeeping = checkpointing::safekeeping(self.job, rank, &folder_path, attempt, start)?;
+        let (outcome, losses) = self
+            .run(&mut worker, folder.as_mut(), safekeeping, start.step)
+            .map_err(|error| how_to_go_on(error, &folder_path))?;
         let model_folder = folder_path.join("model");
         train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;
         if let Some(folder) = &folder {
@@ -155,25 +168,53 @@ impl<'a, O: Operators> Session<'a, O> {
         Ok(Some(folder))
     }
 
-    /// Every rank learns where rank 0 made the folder.
+    /// A run that nothing was done of.
+    fn start(&self) -> Progress {
+        let (seed, tokens) = (self.job.training.seed, self.batches.fingerprint());
+        Progress { step: 0, position: 0, seed, tokens }
+    }
+
+    /// Fills the ranks with the newest checkpoint of an earlier run.
+    fn resume(&self, worker: &mut Worker<O>, run: &Path) -> Result<Progress> {
+        let store = checkpointing::store_of(self.job, run)?;
+        let Resumed { progress, rejected } = train::resume(worker, &store, &self.job.model)?;
+        checkpointing::check(progress, self.job, self.batches.fingerprint(), run)?;
+        if self.speaks {
+            for reason in rejected {
+                println!("passed over     {reason}");
+            }
+            println!("resumed        {} after step {}", run.display(), progress.step);
+        }
+        Ok(progress)
+    }
+
+    /// Every rank learns where rank 0 made the folder, and a number that no other run has.
     fn agree_on_folder(
         &self,
         worker: &mut Worker<O>,
         folder: Option<&RunFolder>,
-    ) -> Result<PathBuf> {
+    ) -> Result<(PathBuf, u64)> {
         let rank = self.rank;
-        let own = folder.map(|folder| folder.path().to_string_lossy().into_owned());
+        // The standard library's random seed tells this run from any other.
+        let attempt = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), rank);
+        let own = folder.map(|folder| format!("{attempt} {}", folder.path().display()));
         let (communicator, world) = worker.communication(program::Axis::World);
         let all = communicator
             .all_gather_bytes(world, own.unwrap_or_default().as_bytes())
             .map_err(|source| train::Error::Communication { rank, source })?;
-        Ok(PathBuf::from(String::from_utf8_lossy(&all[0]).into_owned()))
+        let text = String::from_utf8_lossy(&all[0]);
+        let (attempt, path) = text.split_once(' ').context("rank 0 made no folder")?;
+        Ok((PathBuf::from(path), attempt.parse()?))
     }
 
-    fn worker(&mut self, communicator: Communicator) -> Result<Worker<O>> {
+    /// A worker with the parameters that the job starts from, or room for those of a checkpoint.
+    fn worker(&mut self, communicator: Communicator, resuming: bool) -> Result<Worker<O>> {
         let (device, program) = (self.device.clone(), &self.programs.step);
         let model = &self.job.model;
         match &self.job.weights {
+            _ if resuming => {
+                Ok(Worker::new(device, program, communicator, |_, _| Ok::<(), Infallible>(()))?)
+            }
             Some(folder) => {
                 let weights = Weights::open(folder)?;
                 Ok(Worker::new(device, program, communicator, |block, values| {
@@ -192,22 +233,28 @@ impl<'a, O: Operators> Session<'a, O> {
         &self,
         worker: &mut Worker<O>,
         mut folder: Option<&mut RunFolder>,
+        mut safekeeping: Safekeeping,
+        first_step: u64,
     ) -> Result<(Outcome, [f64; 2])> {
         let training = &self.job.training;
         let settings = Settings {
             learning_rate: self.job.learning_rate(),
             evaluate_every: training.evaluate_every.unwrap_or_default(),
+            first_step,
         };
-        let mut watch = Watch::new(self, training.steps);
+        let mut watch = Watch::new(self, first_step, training.steps);
         let mut unwritten = Ok(());
-        let outcome = train::run(worker, &self.programs, self.batches, &settings, &mut |event| {
+        let (programs, batches) = (&self.programs, self.batches);
+        let mut observe = |event: &Event| {
             let record = watch.see(event);
             if let Some(folder) = folder.as_mut()
                 && unwritten.is_ok()
             {
                 unwritten = folder.metric(&record);
             }
-        })?;
+        };
+        let outcome =
+            train::run(worker, programs, batches, &settings, &mut safekeeping, &mut observe)?;
         unwritten?;
         Ok((outcome, watch.losses))
     }
@@ -252,6 +299,18 @@ impl<'a, O: Operators> Session<'a, O> {
         print!("{figures}");
         println!("run            {}", folder.path().display());
         Ok(())
+    }
+}
+
+/// After a stop, how to go on.
+fn how_to_go_on(error: anyhow::Error, run: &Path) -> anyhow::Error {
+    match error.downcast::<train::Error>() {
+        Ok(train::Error::Stopped { step, saved }) => {
+            let saved = format!("{saved}; go on with `--resume {}`", run.display());
+            train::Error::Stopped { step, saved }.into()
+        }
+        Ok(error) => error.into(),
+        Err(error) => error,
     }
 }
 

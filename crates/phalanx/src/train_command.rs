@@ -30,12 +30,12 @@ fn environment(name: &str) -> Option<String> {
 }
 
 /// Trains the job: as one rank when a launcher says so, else with all ranks on this host.
-pub fn train(args: &JobArgs) -> Result<()> {
+pub fn train(args: &JobArgs, resume: Option<&Path>) -> Result<()> {
     let identity = Identity::read(&environment)?;
     let job = checked(args)?;
     match identity {
-        Some(identity) => rank(args, &job, &identity),
-        None => start(args, &job, None),
+        Some(identity) => rank(args, &job, &identity, resume),
+        None => start(args, &job, resume, None),
     }
 }
 
@@ -43,7 +43,7 @@ pub fn train(args: &JobArgs) -> Result<()> {
 pub fn measure_only(args: &JobArgs, job: &Job) -> Result<Machine> {
     let folder = std::env::temp_dir();
     let file = folder.join(format!("phalanx-machine-{}.json", std::process::id()));
-    let outcome = start(args, job, Some(&file));
+    let outcome = start(args, job, None, Some(&file));
     let machine =
         outcome.and_then(|()| Machine::read(&file, &job.model, job.layout.shape(&job.batch())));
     drop(std::fs::remove_file(&file));
@@ -64,11 +64,16 @@ fn checked(args: &JobArgs) -> Result<Job> {
 }
 
 /// Prepares the data and starts every rank of the job on this host.
-fn start(args: &JobArgs, job: &Job, measure_only: Option<&Path>) -> Result<()> {
+fn start(
+    args: &JobArgs,
+    job: &Job,
+    resume: Option<&Path>,
+    measure_only: Option<&Path>,
+) -> Result<()> {
     prepare(job, args.json || measure_only.is_some())?;
     let ranks = job.cluster.accelerators;
     if ranks == 1 && measure_only.is_none() {
-        return rank(args, job, &alone());
+        return rank(args, job, &alone(), resume);
     }
     let program = std::env::current_exe().context("cannot find this program again")?;
     let command = || {
@@ -76,6 +81,7 @@ fn start(args: &JobArgs, job: &Job, measure_only: Option<&Path>) -> Result<()> {
         command.arg("train").arg(&args.job);
         command.args(args.set.iter().flat_map(|setting| ["--set", setting]));
         command.args(args.json.then_some("--json"));
+        command.args(resume.iter().flat_map(|run| [Path::new("--resume"), run]));
         command.envs(measure_only.map(|file| (MEASURE_ONLY, file)));
         command
     };
@@ -137,7 +143,7 @@ fn prepare(job: &Job, quiet: bool) -> Result<(Prepared, Sampler)> {
 }
 
 /// This process as one rank, on the device that the job names.
-fn rank(args: &JobArgs, job: &Job, identity: &Identity) -> Result<()> {
+fn rank(args: &JobArgs, job: &Job, identity: &Identity, resume: Option<&Path>) -> Result<()> {
     let ranks = job.cluster.accelerators;
     ensure!(
         identity.ranks == ranks,
@@ -147,20 +153,24 @@ fn rank(args: &JobArgs, job: &Job, identity: &Identity) -> Result<()> {
     match job.cluster.device {
         DeviceName::Cpu => {
             let threads = job.cluster.threads_per_rank as usize;
-            rank_on(Cpu::new(threads, job.local_precision()?), args, job, identity)
+            rank_on(Cpu::new(threads, job.local_precision()?), args, job, identity, resume)
         }
         #[cfg(feature = "burn")]
-        DeviceName::BurnFlex => rank_on(Burn::flex(), args, job, identity),
+        DeviceName::BurnFlex => rank_on(Burn::flex(), args, job, identity, resume),
         #[cfg(feature = "burn-cuda")]
-        DeviceName::Cuda => rank_on(Burn::cuda(identity.local_rank as usize), args, job, identity),
+        DeviceName::Cuda => {
+            rank_on(Burn::cuda(identity.local_rank as usize), args, job, identity, resume)
+        }
         #[cfg(feature = "burn-rocm")]
-        DeviceName::Rocm => rank_on(Burn::rocm(identity.local_rank as usize), args, job, identity),
+        DeviceName::Rocm => {
+            rank_on(Burn::rocm(identity.local_rank as usize), args, job, identity, resume)
+        }
         #[cfg(feature = "burn-vulkan")]
         DeviceName::Vulkan => {
-            rank_on(Burn::vulkan(identity.local_rank as usize), args, job, identity)
+            rank_on(Burn::vulkan(identity.local_rank as usize), args, job, identity, resume)
         }
         #[cfg(feature = "burn-metal")]
-        DeviceName::Metal => rank_on(Burn::metal(), args, job, identity),
+        DeviceName::Metal => rank_on(Burn::metal(), args, job, identity, resume),
         #[allow(unreachable_patterns, reason = "a build may have every device")]
         _ => unreachable!("the job was checked to name a device of this build"),
     }
@@ -171,8 +181,9 @@ fn rank_on<O: Operators>(
     args: &JobArgs,
     job: &Job,
     identity: &Identity,
+    resume: Option<&Path>,
 ) -> Result<()> {
-    let mut communicator = meet(job, identity)?;
+    let mut communicator = meet(job, identity, resume)?;
     let (prepared, sampler) = prepare_together(job, identity, &mut communicator)?;
     let Prepared { tokens, tokenizer, documents, bytes, .. } = prepared;
     let batches = Batches::new(tokens, sampler);
@@ -185,12 +196,12 @@ fn rank_on<O: Operators>(
     }
     match measure_only {
         Some(path) => session.save_machine(Path::new(&path)),
-        None => session.train(communicator, &tokenizer),
+        None => session.train(communicator, &tokenizer, resume),
     }
 }
 
 /// Connects to the other ranks, which must have been given the same job.
-fn meet(job: &Job, identity: &Identity) -> Result<Communicator> {
+fn meet(job: &Job, identity: &Identity, resume: Option<&Path>) -> Result<Communicator> {
     let rank = identity.rank;
     let failed = |source| train::Error::Communication { rank, source };
     let transport: Box<dyn Transport> = if identity.ranks == 1 {
@@ -200,7 +211,7 @@ fn meet(job: &Job, identity: &Identity) -> Result<Communicator> {
             rank,
             ranks: identity.ranks,
             address: identity.master,
-            identity: job.resolved(),
+            identity: format!("{}resume = {resume:?}\n", job.resolved()),
             timeout: RENDEZVOUS,
             shared_memory: environment("PHALANX_TRANSPORT").as_deref() != Some("tcp"),
         };

@@ -13,6 +13,7 @@ pub struct Watch<'a, O> {
     session: &'a Session<'a, O>,
     progress: Progress,
     begin: Instant,
+    first_step: u64,
     steps: u64,
     held_out: Option<f64>,
     /// The first and the last loss.
@@ -20,11 +21,11 @@ pub struct Watch<'a, O> {
 }
 
 impl<'a, O> Watch<'a, O> {
-    /// Watches `steps` steps of a session.
-    pub fn new(session: &'a Session<'a, O>, steps: u64) -> Self {
+    /// Watches a session up to step `steps`, of which `first_step` were done before.
+    pub fn new(session: &'a Session<'a, O>, first_step: u64, steps: u64) -> Self {
         let progress = Progress::new("training", steps, !session.speaks);
         let losses = [f64::NAN; 2];
-        Self { session, progress, begin: Instant::now(), steps, held_out: None, losses }
+        Self { session, progress, begin: Instant::now(), first_step, steps, held_out: None, losses }
     }
 
     /// Shows an event and returns its record.
@@ -39,7 +40,7 @@ impl<'a, O> Watch<'a, O> {
                 pipeline_wait_s,
                 ..
             } => {
-                if step == 1 {
+                if step == self.first_step + 1 {
                     self.losses[0] = loss;
                 }
                 self.losses[1] = loss;
@@ -58,12 +59,16 @@ impl<'a, O> Watch<'a, O> {
                 self.held_out = Some(loss);
                 self.progress.say(&format!("step {step:>5}  held-out loss {loss:.4}"));
             }
+            Event::NotSaved { step, ref reason } => {
+                self.progress.say(&format!("step {step:>5}  NO CHECKPOINT: {reason}"));
+            }
+            Event::Saving { .. } | Event::Saved { .. } => {}
         }
         record
     }
 
     fn line(&self, step: u64, loss: f64, tokens_per_s: f64, mfu: Option<f64>, shares: [f64; 2]) {
-        let each = self.begin.elapsed() / step as u32;
+        let each = self.begin.elapsed() / (step - self.first_step) as u32;
         let left = each * (self.steps - step) as u32;
         let mfu = mfu.map(|mfu| format!("  MFU {:.0} %", 100.0 * mfu)).unwrap_or_default();
         let [exposed, pipeline] = shares;

@@ -30,6 +30,13 @@ impl Batches {
         self.file.tokens()
     }
 
+    /// What tells these tokens from others.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        let fingerprint = self.file.fingerprint();
+        (fingerprint >> 64) as u64 ^ fingerprint as u64
+    }
+
     /// Windows held out for evaluation.
     #[must_use]
     pub fn held_out(&self) -> u64 {

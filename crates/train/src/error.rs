@@ -52,6 +52,36 @@ pub enum Error {
         /// The global gradient norm.
         gradient_norm: f64,
     },
+    /// The run was asked to stop, and did.
+    #[error("stopped after step {step}, as asked; {saved}")]
+    Stopped {
+        /// Steps done.
+        step: u64,
+        /// Whether the state was saved.
+        saved: String,
+    },
+    /// No checkpoint could be read.
+    #[error("{place} has no checkpoint to go on from{}", listed(.rejected))]
+    NothingToResume {
+        /// Where it was looked for.
+        place: String,
+        /// What is wrong with each that is there, newest first.
+        rejected: Vec<String>,
+    },
+    /// A checkpoint of a run that saw other data.
+    #[error(
+        "{place} is of a run on other {what} ({theirs}, the job has {ours}); go on with the job it was made by"
+    )]
+    OtherRun {
+        /// Which checkpoint.
+        place: String,
+        /// What differs.
+        what: &'static str,
+        /// What the checkpoint has.
+        theirs: u64,
+        /// What the job has.
+        ours: u64,
+    },
     /// A rank's process could not be started or ended badly.
     #[error("{rank}: {reason}")]
     Process {
@@ -62,4 +92,9 @@ pub enum Error {
         /// Its exit code, if it had one.
         code: Option<i32>,
     },
+}
+
+/// Reasons, each on a line of its own.
+fn listed(reasons: &[String]) -> String {
+    reasons.iter().map(|reason| format!("\n  {reason}")).collect()
 }

@@ -7,9 +7,11 @@ use checkpoint::hugging_face::{Dtype, Writer};
 use collective::{Collective, Kind};
 use compute::Operators;
 use model::{Block, Config};
-use program::{Axis, Program};
+use program::{Axis, Mesh, Program};
 use transport::{Action, Operation};
+use units::Rank;
 
+use crate::state::saved_blocks;
 use crate::{Error, Worker};
 
 /// Writes the model the ranks hold to `folder`. Each pipeline stage writes its own file, so no
@@ -28,7 +30,7 @@ pub fn export<O: Operators>(
     let stage = mesh.coordinate(rank, Axis::Pipeline);
     let writes = mesh.group(rank, Axis::Data)[0] == rank;
     let writer = Writer::new(folder, config, Dtype::F32)?;
-    let blocks = exported(program, stage);
+    let blocks = saved_blocks(program, rank);
     let mut whole = Vec::new();
     for block in &blocks {
         whole.push(gather(worker, program, *block)?);
@@ -41,7 +43,7 @@ pub fn export<O: Operators>(
     barrier(worker)?;
     if rank.0 == 0 {
         let shards: Vec<Vec<Block>> =
-            (0..mesh.pipeline).map(|stage| exported(program, stage)).collect();
+            (0..mesh.pipeline).map(|stage| saved_blocks(program, first_of(mesh, stage))).collect();
         if shards.len() > 1 {
             writer.write_index(&shards)?;
         }
@@ -50,14 +52,9 @@ pub fn export<O: Operators>(
     barrier(worker)
 }
 
-/// The blocks a stage writes: a tied embedding once.
-fn exported(program: &Program, stage: u32) -> Vec<Block> {
-    let first = program.mesh.peer(units::Rank(0), Axis::Pipeline, stage);
-    let mut blocks = program.held_blocks(first);
-    if stage > 0 {
-        blocks.retain(|block| *block != Block::Embedding);
-    }
-    blocks
+/// The first rank of a stage.
+fn first_of(mesh: &Mesh, stage: u32) -> Rank {
+    mesh.peer(Rank(0), Axis::Pipeline, stage)
 }
 
 /// All fp32 parameters of a block, from the chunks of the data axis.

@@ -4,8 +4,11 @@ use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::SIGTERM;
+use signal_hook::iterator::{Handle, Signals};
 use units::Rank;
 
 use crate::{Error, Identity, Launcher};
@@ -15,7 +18,7 @@ use crate::{Error, Identity, Launcher};
 const LISTENER: &str = "PHALANX_LISTENER";
 
 /// Starts `ranks` processes by `command` (given each rank) and waits for all of them. When one
-/// fails the others are stopped.
+/// fails the others are stopped. A SIGTERM is passed on to all.
 ///
 /// # Errors
 /// The first failure, with the failed rank's own last words.
@@ -28,7 +31,8 @@ pub fn launch(ranks: u32, threads: usize, command: impl Fn() -> Command) -> Resu
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
     let listener = listener.map_err(|error| failed(Rank(0), error))?;
     let address = listener.local_addr().map_err(|error| failed(Rank(0), error))?;
-    let mut children = Children(Vec::new());
+    let children = Children::default();
+    let _forwarding = children.forward().map_err(|error| failed(Rank(0), error))?;
     let mut listener = Some(listener);
     for rank in (0..ranks).map(Rank) {
         let identity = Identity {
@@ -49,7 +53,7 @@ pub fn launch(ranks: u32, threads: usize, command: impl Fn() -> Command) -> Resu
                 command.stdin(Stdio::null()).stdout(Stdio::null());
             }
         }
-        children.0.push(command.spawn().map_err(|error| failed(rank, error))?);
+        children.lock().push(command.spawn().map_err(|error| failed(rank, error))?);
     }
     children.wait()
 }
@@ -79,11 +83,21 @@ fn speak(command: &mut Command, identity: &Identity, threads: usize) {
 }
 
 /// Processes that do not outlive their launcher's interest in them.
-struct Children(Vec<Child>);
+#[derive(Default)]
+struct Children(Arc<Mutex<Vec<Child>>>);
+
+/// Passes signals on as long as it lives.
+struct Forwarding(Handle);
+
+impl Drop for Forwarding {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
 
 impl Drop for Children {
     fn drop(&mut self) {
-        for child in &mut self.0 {
+        for child in self.lock().iter_mut() {
             // One that has ended already cannot be stopped, which is as good.
             drop(child.kill());
             drop(child.wait());
@@ -91,11 +105,38 @@ impl Drop for Children {
     }
 }
 
+/// Asks a process to stop, unless it has ended and its number may be another's.
+fn terminate(child: &mut Child) {
+    let pid = Pid::from_raw(child.id() as i32);
+    if let (Ok(None), Some(pid)) = (child.try_wait(), pid) {
+        // It may end at this very moment.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+}
+
 impl Children {
+    fn lock(&self) -> MutexGuard<'_, Vec<Child>> {
+        self.0.lock().expect("nothing panics while it holds the processes")
+    }
+
+    /// Passes every SIGTERM of this process on to all.
+    fn forward(&self) -> std::io::Result<Forwarding> {
+        let mut signals = Signals::new([SIGTERM])?;
+        let handle = signals.handle();
+        let children = Arc::clone(&self.0);
+        std::thread::spawn(move || {
+            for _ in signals.forever() {
+                let mut children = children.lock().expect("nothing panics while it holds them");
+                children.iter_mut().for_each(terminate);
+            }
+        });
+        Ok(Forwarding(handle))
+    }
+
     /// Waits for all, in the order in which they end.
-    fn wait(&mut self) -> Result<(), Error> {
+    fn wait(&self) -> Result<(), Error> {
         let (ended, ends) = mpsc::channel();
-        let mut words: Vec<_> = self.0.iter_mut().map(|child| child.stderr.take()).collect();
+        let mut words: Vec<_> = self.lock().iter_mut().map(|child| child.stderr.take()).collect();
         // A rank's standard error ends with the rank: reading it waits for the process.
         for (rank, stderr) in words.iter_mut().enumerate() {
             let (ended, stderr) = (ended.clone(), stderr.take());
@@ -110,7 +151,7 @@ impl Children {
         drop(ended);
         let mut failures = Vec::new();
         for (rank, text) in ends {
-            let status = self.0[rank].wait();
+            let status = self.lock()[rank].wait();
             let code = status.as_ref().ok().and_then(std::process::ExitStatus::code);
             if code != Some(0) {
                 let reason = match (status, text.trim()) {

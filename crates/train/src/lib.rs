@@ -4,6 +4,7 @@
 //! out programs, [`measure`] finds out how fast this machine does, and [`run`] trains. Which
 //! program, on what hardware, and how it is shown are others' business.
 
+mod agreement;
 mod batches;
 mod error;
 mod export;
@@ -11,7 +12,10 @@ mod identity;
 mod launch;
 mod learning_rate;
 mod measure;
+mod resume;
 mod run;
+mod safekeeping;
+mod state;
 mod worker;
 
 pub use batches::Batches;
@@ -21,7 +25,10 @@ pub use identity::{Identity, Launcher};
 pub use launch::{handed_listener, launch};
 pub use learning_rate::LearningRate;
 pub use measure::{LinkTimes, Measurements, measure};
+pub use resume::{Resumed, resume};
 pub use run::{Event, Outcome, Programs, Settings, run};
+pub use safekeeping::{Checkpoints, Safekeeping};
+pub use state::{restore, saved_blocks, snapshot};
 pub use worker::{Clock, Device, Worker};
 
 #[cfg(test)]

@@ -8,8 +8,9 @@ use program::{Axis, Instruction, Lane, Program, Span, Trace};
 use serde::{Deserialize, Serialize};
 use units::{Rank, Seconds};
 
+use crate::agreement::Agreement;
 use crate::worker::Clock;
-use crate::{Batches, Error, LearningRate, Worker};
+use crate::{Batches, Error, LearningRate, Safekeeping, Worker};
 
 /// The programs of a run.
 #[derive(Debug, Clone)]
@@ -27,10 +28,12 @@ pub struct Settings {
     pub learning_rate: LearningRate,
     /// Evaluate after every so many steps, and after the last.
     pub evaluate_every: u64,
+    /// Steps that were done before: 0, or those of the checkpoint that was resumed.
+    pub first_step: u64,
 }
 
 /// What happened; every rank sees the same events with its own times.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "event")]
 pub enum Event {
     /// A step is done.
@@ -57,6 +60,27 @@ pub enum Event {
         /// Mean loss over held-out tokens.
         loss: f64,
     },
+    /// A checkpoint is being written.
+    Saving {
+        /// After which step.
+        step: u64,
+        /// How long training stood still for it.
+        stall_s: Seconds,
+    },
+    /// A checkpoint is written and verified; on ranks other than 0, this rank's part of it.
+    Saved {
+        /// After which step.
+        step: u64,
+        /// How long that took.
+        time_s: Seconds,
+    },
+    /// A checkpoint could not be written; training goes on.
+    NotSaved {
+        /// After which step.
+        step: u64,
+        /// Why not.
+        reason: String,
+    },
 }
 
 /// A finished run.
@@ -78,19 +102,22 @@ const KEPT: usize = 9;
 /// Trains.
 ///
 /// # Errors
-/// When communication or the data fails, or the loss is no longer a number.
+/// When communication or the data fails, or the loss is no longer a number; [`Error::Stopped`] when
+/// any rank was asked to stop.
 pub fn run<O: Operators>(
     worker: &mut Worker<O>,
     programs: &Programs,
     batches: &Batches,
     settings: &Settings,
+    safekeeping: &mut Safekeeping,
     observe: &mut dyn FnMut(&Event),
 ) -> Result<Outcome, Error> {
     let steps = settings.learning_rate.steps;
     let mut times = Vec::new();
     let mut kept: VecDeque<(Seconds, Vec<Span>)> = VecDeque::new();
     let mut held_out_loss = f64::NAN;
-    for step in 0..steps {
+    for step in settings.first_step..steps {
+        let agreement = Agreement::propose(worker, safekeeping.word())?;
         let start = Instant::now();
         let spans = train_step(worker, programs, batches, settings, step)?;
         let time = Seconds(start.elapsed().as_secs_f64());
@@ -104,6 +131,10 @@ pub fn run<O: Operators>(
             held_out_loss = evaluate(worker, programs, batches)?;
             observe(&Event::Evaluation { step: step + 1, loss: held_out_loss });
         }
+        if agreement.words(worker)?.contains(&1) && step + 1 < steps {
+            safekeeping.stop(worker, &programs.step, step + 1, observe)?;
+        }
+        safekeeping.after_step(worker, &programs.step, (step + 1, steps), observe)?;
     }
     let counted = times.split_off(WARM_UP.min(times.len().saturating_sub(1)));
     let trace = gather_trace(worker, kept)?;

@@ -22,6 +22,10 @@ use units::Rank;
 
 use crate::*;
 
+mod resuming;
+
+use resuming::Keeping;
+
 const STEPS: u64 = 20;
 /// How far the loss and the gradient norm may be from those of one rank, relative.
 const LOSS_TOLERANCE: f64 = 1e-5;
@@ -134,7 +138,7 @@ impl Job {
     fn settings(&self) -> Settings {
         let learning_rate =
             LearningRate { peak: self.peak, floor: 0.1 * self.peak, warmup_steps: 4, steps: STEPS };
-        Settings { learning_rate, evaluate_every: 10 }
+        Settings { learning_rate, evaluate_every: 10, first_step: 0 }
     }
 }
 
@@ -164,6 +168,7 @@ fn run_rank(
     layout: &Layout,
     transport: Box<dyn Transport>,
     folder: &Path,
+    keeping: &Keeping,
 ) -> Result<View, Error> {
     let programs = Programs {
         step: lower(&job.config, layout, &job.batch).unwrap(),
@@ -180,9 +185,16 @@ fn run_rank(
         Ok::<(), Infallible>(())
     });
     let mut view = View { steps: Vec::new(), evaluations: Vec::new(), held: Vec::new() };
-    run(&mut worker, &programs, &batches(job.batch), &job.settings(), &mut |event| match *event {
-        Event::Step { loss, gradient_norm, .. } => view.steps.push([loss, gradient_norm]),
-        Event::Evaluation { loss, .. } => view.evaluations.push(loss),
+    let mut settings = job.settings();
+    let mut safekeeping = keeping.start(&mut worker, job, &mut settings)?;
+    let batches = batches(job.batch);
+    run(&mut worker, &programs, &batches, &settings, &mut safekeeping, &mut |event| {
+        keeping.see(event, &view);
+        match *event {
+            Event::Step { loss, gradient_norm, .. } => view.steps.push([loss, gradient_norm]),
+            Event::Evaluation { loss, .. } => view.evaluations.push(loss),
+            _ => {}
+        }
     })?;
     export(&mut worker, &programs.step, &job.config, folder)?;
     for block in programs.step.held_blocks(worker.rank()) {
@@ -198,12 +210,14 @@ fn run_all<F>(
     layout: &Layout,
     folder: &Path,
     transports: impl IntoIterator<Item = F>,
+    keeping: &Keeping,
 ) -> Vec<Result<View, Error>>
 where
     F: FnOnce() -> Box<dyn Transport> + Send,
 {
     thread::scope(|scope| {
-        let start = |transport: F| scope.spawn(move || run_rank(job, layout, transport(), folder));
+        let start =
+            |transport: F| scope.spawn(move || run_rank(job, layout, transport(), folder, keeping));
         let ranks: Vec<_> = transports.into_iter().map(start).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
@@ -237,9 +251,22 @@ fn train_over<F>(job: &Job, layout: &Layout, transports: impl IntoIterator<Item 
 where
     F: FnOnce() -> Box<dyn Transport> + Send,
 {
+    train_keeping(job, layout, transports, &Keeping::default())
+}
+
+/// As [`train_over`], keeping the state safe as told.
+fn train_keeping<F>(
+    job: &Job,
+    layout: &Layout,
+    transports: impl IntoIterator<Item = F>,
+    keeping: &Keeping,
+) -> Trained
+where
+    F: FnOnce() -> Box<dyn Transport> + Send,
+{
     let folder = tempfile::tempdir().unwrap();
     let views: Result<Vec<View>, Error> =
-        run_all(job, layout, folder.path(), transports).into_iter().collect();
+        run_all(job, layout, folder.path(), transports, keeping).into_iter().collect();
     let views = views.unwrap_or_else(|error| panic!("{layout:?}: {error}"));
     let parameters = exported(&job.config, folder.path());
     for view in &views {
@@ -405,7 +432,13 @@ fn a_loss_that_is_no_number_stops_every_rank_at_the_same_step() {
         [job.reference(), layout(4, 1, 1, Shard::None), layout(2, 2, 2, Shard::Parameters)]
     {
         let folder = tempfile::tempdir().unwrap();
-        let outcomes = run_all(&job, &layout, folder.path(), in_process(layout.mesh.ranks()));
+        let outcomes = run_all(
+            &job,
+            &layout,
+            folder.path(),
+            in_process(layout.mesh.ranks()),
+            &Keeping::default(),
+        );
         for outcome in outcomes {
             let error = outcome.unwrap_err();
             assert!(matches!(error, Error::Diverged { step: 2, .. }), "{layout:?}: {error}");

@@ -96,8 +96,8 @@ fn read_part(store: &dyn Store, folder: &str, rank: Rank) -> Result<Option<File>
     unseal(&bytes).map(Some).map_err(damaged)
 }
 
-/// Keeps the newest `keep` whole checkpoints, and removes older ones and what saves before them
-/// left unfinished. The manifest goes first, so that half a checkpoint never looks whole.
+/// Keeps the newest `keep` checkpoints that have a sound manifest and all their files; removes the
+/// others up to the newest of them: older ones, damaged ones, and what failed saves left. The manifest goes first, so that half a checkpoint never looks whole.
 ///
 /// # Errors
 /// [`Error::Store`] when the store refuses.
@@ -105,7 +105,7 @@ pub fn retain(store: &dyn Store, keep: usize) -> Result<(), Error> {
     let folders = load::folders(store)?;
     let mut kept = Vec::new();
     for folder in &folders {
-        if kept.len() < keep && has_manifest(store, folder)? {
+        if kept.len() < keep && load::looks_whole(store, folder) {
             kept.push(folder);
         }
     }
@@ -117,15 +117,6 @@ pub fn retain(store: &dyn Store, keep: usize) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-fn has_manifest(store: &dyn Store, folder: &str) -> Result<bool, Error> {
-    let name = format!("{folder}/{MANIFEST}");
-    match store.length(&name) {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::store("read", store, &name)(error)),
-    }
 }
 
 fn forget(store: &dyn Store, folder: &str) -> Result<(), Error> {

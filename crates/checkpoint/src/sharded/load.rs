@@ -66,21 +66,9 @@ impl Checkpoint {
     /// [`Error::Store`], [`Error::Damaged`], [`Error::OtherModel`], [`Error::Gap`] or
     /// [`Error::Overlap`].
     pub fn open(store: Arc<dyn Store>, folder: &str, config: &Config) -> Result<Self, Error> {
-        let name = format!("{folder}/{MANIFEST}");
-        let place = store.place(&name);
-        let bytes = read_whole(&*store, &name)?;
-        let damaged = |problem| Error::Damaged { place: place.clone(), problem };
-        let manifest: Manifest = unseal(&bytes).map_err(damaged)?;
-        if step_of(folder) != Some(manifest.progress.step) {
-            let problem = format!("it is of step {}", manifest.progress.step);
-            return Err(Error::Damaged { place, problem });
-        }
-        let index = manifest.index(&place, config)?;
-        let checkpoint = Self { store, folder: folder.to_owned(), manifest, index };
-        for (rank, file) in checkpoint.files() {
-            checkpoint.check_length(rank, file)?;
-        }
-        Ok(checkpoint)
+        let manifest = read_manifest(&*store, folder)?;
+        let index = manifest.index(&store.place(&format!("{folder}/{MANIFEST}")), config)?;
+        Ok(Self { store, folder: folder.to_owned(), manifest, index })
     }
 
     /// The newest checkpoint that is as written to the last bit, and the newer ones that are not.
@@ -119,8 +107,8 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Store`] or [`Error::Damaged`] for the first file that is not as written.
     pub fn verify(&self) -> Result<(), Error> {
-        for (rank, file) in self.files() {
-            verify_file(&*self.store, &self.file_name(rank), file)?;
+        for (rank, file) in (0..).map(Rank).zip(&self.manifest.files) {
+            verify_file(&*self.store, &path(&self.folder, rank), file)?;
         }
         Ok(())
     }
@@ -182,27 +170,37 @@ impl Checkpoint {
     }
 
     fn read_piece(&self, rank: Rank, piece: &Piece) -> Result<Vec<u8>, Error> {
-        read_piece(&*self.store, &self.file_name(rank), piece)
+        read_piece(&*self.store, &path(&self.folder, rank), piece)
     }
+}
 
-    fn files(&self) -> impl Iterator<Item = (Rank, &File)> {
-        (0..).map(Rank).zip(&self.manifest.files)
+/// The name of a rank's file in a store.
+fn path(folder: &str, rank: Rank) -> String {
+    format!("{folder}/{}", file_name(rank))
+}
+
+/// The manifest of a checkpoint, if it is as written and every file is there with its length.
+fn read_manifest(store: &dyn Store, folder: &str) -> Result<Manifest, Error> {
+    let name = format!("{folder}/{MANIFEST}");
+    let damaged = |problem| Error::Damaged { place: store.place(&name), problem };
+    let manifest: Manifest = unseal(&read_whole(store, &name)?).map_err(damaged)?;
+    if step_of(folder) != Some(manifest.progress.step) {
+        return Err(damaged(format!("it is of step {}", manifest.progress.step)));
     }
-
-    fn file_name(&self, rank: Rank) -> String {
-        format!("{}/{}", self.folder, file_name(rank))
-    }
-
-    fn check_length(&self, rank: Rank, file: &File) -> Result<(), Error> {
-        let name = self.file_name(rank);
-        let store = &*self.store;
+    for (rank, file) in (0..).map(Rank).zip(&manifest.files) {
+        let name = path(folder, rank);
         let found = store.length(&name).map_err(Error::store("read", store, &name))?;
-        if found == file.bytes {
-            return Ok(());
+        if found != file.bytes {
+            let problem = format!("it has {found} bytes, it should have {}", file.bytes);
+            return Err(Error::Damaged { place: store.place(&name), problem });
         }
-        let problem = format!("it has {found} bytes, it should have {}", file.bytes);
-        Err(Error::Damaged { place: store.place(&name), problem })
     }
+    Ok(manifest)
+}
+
+/// Whether a checkpoint is whole, as far as that is seen without reading all of it.
+pub(super) fn looks_whole(store: &dyn Store, folder: &str) -> bool {
+    read_manifest(store, folder).is_ok()
 }
 
 /// The names of all checkpoints, whole or not, newest first.

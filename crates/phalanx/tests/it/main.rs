@@ -7,5 +7,6 @@ mod catalogue;
 mod place;
 mod plan_and_simulate;
 mod repository;
+mod survive;
 mod together;
 mod train;

@@ -140,7 +140,7 @@ fn every_command_says_what_it_takes() {
       -h, --help     Print help
       -V, --version  Print version
 
-    Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug.
+    Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug, 4 stopped as asked and saved.
     ");
     insta::assert_snapshot!(place.succeed(&["train", "--help"]), @r"
     Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
@@ -153,6 +153,7 @@ fn every_command_says_what_it_takes() {
     Options:
           --set <KEY=VALUE>  Replace a key of the job file, as in --set training.steps=20; may be repeated
           --json             Print one JSON object instead of text
+          --resume <RUN>     Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
       -h, --help             Print help
     ");
     insta::assert_snapshot!(place.succeed(&["plan", "--help"]), @r"

@@ -1,0 +1,185 @@
+//! A run that is saved, stopped and gone on with is the run that was never stopped.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use checkpoint::sharded::{Checkpoint, Progress, Saver, Setup};
+use checkpoint::store::simulated::{Faults, SimulatedDisk};
+use checkpoint::store::{Folder, Store};
+
+use super::*;
+
+const EVERY: u64 = 5;
+
+/// How a test keeps the state of its ranks.
+#[derive(Clone, Default)]
+pub struct Keeping {
+    store: Option<Arc<dyn Store>>,
+    /// Goes on from what is in the store.
+    resume: bool,
+    /// Asks every rank to stop as soon as one has seen so many steps.
+    stop_at: Option<usize>,
+    stop: Arc<AtomicBool>,
+    asynchronous: bool,
+}
+
+impl Keeping {
+    fn in_store(store: &Arc<dyn Store>) -> Self {
+        Self { store: Some(Arc::clone(store)), asynchronous: true, ..Self::default() }
+    }
+
+    /// Resumes, and is ready to save.
+    pub fn start(
+        &self,
+        worker: &mut Worker<Cpu>,
+        job: &Job,
+        settings: &mut Settings,
+    ) -> Result<Safekeeping, Error> {
+        let Some(store) = &self.store else { return Ok(Safekeeping::default()) };
+        if self.resume {
+            settings.first_step = resume(worker, store, &job.config)?.progress.step;
+        }
+        let (communicator, world) = worker.communication(program::Axis::World);
+        let setup = Setup {
+            store: Arc::clone(store),
+            config: job.config.clone(),
+            rank: communicator.rank(),
+            ranks: world.ranks.len() as u32,
+            attempt: settings.first_step,
+            keep: 2,
+            patience: Duration::from_secs(60),
+        };
+        let run = Progress { step: 0, position: 0, seed: 11, tokens: 5 };
+        let checkpoints = Checkpoints::new(Saver::new(setup), EVERY, self.asynchronous, run);
+        Ok(Safekeeping { stop: Arc::clone(&self.stop), checkpoints: Some(checkpoints) })
+    }
+
+    pub fn see(&self, event: &Event, view: &View) {
+        let step =
+            matches!(event, Event::Step { .. }) && Some(view.steps.len() + 1) == self.stop_at;
+        if step {
+            self.stop.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+fn memory() -> (SimulatedDisk, Arc<dyn Store>) {
+    let disk = SimulatedDisk::new(Path::new("/"));
+    let store: Arc<dyn Store> = Arc::new(Folder::on(disk.clone(), Path::new("/")));
+    (disk, store)
+}
+
+fn resumed(job: &Job, layout: &Layout, store: &Arc<dyn Store>) -> Trained {
+    let keeping = Keeping { resume: true, ..Keeping::in_store(store) };
+    train_keeping(job, layout, in_process(layout.mesh.ranks()), &keeping)
+}
+
+fn layouts() -> [Layout; 5] {
+    [
+        layout(1, 1, 4, Shard::None),
+        layout(2, 1, 2, Shard::None),
+        layout(3, 2, 1, Shard::Optimizer),
+        layout(2, 2, 1, Shard::Gradients),
+        layout(2, 2, 1, Shard::Parameters),
+    ]
+}
+
+/// Runs a job with checkpoints until it is asked to stop in some step.
+fn stopped(job: &Job, layout: &Layout, store: &Arc<dyn Store>, step: usize) {
+    let keeping = Keeping { stop_at: Some(step), ..Keeping::in_store(store) };
+    let ranks = in_process(layout.mesh.ranks());
+    let folder = tempfile::tempdir().unwrap();
+    for outcome in run_all(job, layout, folder.path(), ranks, &keeping) {
+        let error = outcome.unwrap_err();
+        assert!(matches!(error, Error::Stopped { .. }), "{layout:?}: {error}");
+        assert!(error.to_string().contains("its state is saved"), "{error}");
+    }
+}
+
+#[test]
+fn saving_changes_no_bit_and_neither_does_going_on() {
+    let job = Job { batch: Batch { sequence: 16, global_batch: 12 }, ..Job::new(true) };
+    for layout in layouts() {
+        let expected = train(&job, &layout);
+        let (disk, store) = memory();
+        let ranks = || in_process(layout.mesh.ranks());
+        let saved = train_keeping(&job, &layout, ranks(), &Keeping::in_store(&store));
+        assert!(saved == expected, "{layout:?}");
+        let names = Checkpoint::names(&*store).unwrap();
+        assert_eq!(names.len(), 2, "{names:?}");
+        // As if it had been lost after step 15: the newer one goes.
+        disk.truncate(&PathBuf::from(format!("/{}/manifest.json", names[0])), 10);
+        let resumed = resumed(&job, &layout, &store);
+        assert_eq!(resumed.steps, expected.steps[15..], "{layout:?}");
+        assert!(resumed.parameters == expected.parameters, "{layout:?}");
+    }
+}
+
+#[test]
+fn a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end() {
+    let job = Job { batch: Batch { sequence: 16, global_batch: 12 }, ..Job::new(false) };
+    for layout in layouts() {
+        let (_, store) = memory();
+        stopped(&job, &layout, &store, 7);
+        let (expected, resumed) = (train(&job, &layout), resumed(&job, &layout, &store));
+        let done = STEPS as usize - resumed.steps.len();
+        // Whoever is ahead when the first is asked says so with its next step.
+        assert!((7..=9).contains(&done), "{done}");
+        assert_eq!(resumed.steps, expected.steps[done..], "{layout:?}");
+        assert!(resumed.parameters == expected.parameters, "{layout:?}");
+    }
+}
+
+#[test]
+fn any_layout_goes_on_where_any_other_stopped() {
+    let job = Job { batch: Batch { sequence: 16, global_batch: 12 }, ..Job::new(true) };
+    let expected = train(&job, &job.reference());
+    for before in layouts() {
+        let (disk, store) = memory();
+        train_keeping(&job, &before, in_process(before.mesh.ranks()), &Keeping::in_store(&store));
+        for after in layouts() {
+            let newest = Checkpoint::names(&*store).unwrap().remove(0);
+            disk.truncate(&PathBuf::from(format!("/{newest}/manifest.json")), 0);
+            let mut resumed = resumed(&job, &after, &store);
+            let first = expected.steps[..15].to_vec();
+            resumed.steps = [first, resumed.steps].concat();
+            resumed.evaluations = [vec![expected.evaluations[0]], resumed.evaluations].concat();
+            assert_same(&after, &resumed, &expected);
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_does_not_stop_training() {
+    let job = Job::new(false);
+    for asynchronous in [true, false] {
+        let layout = layout(2, 2, 1, Shard::Optimizer);
+        let (disk, store) = memory();
+        disk.fail(Faults { capacity: Some(2000), ..Faults::default() });
+        let keeping = Keeping { asynchronous, ..Keeping::in_store(&store) };
+        let trained = train_keeping(&job, &layout, in_process(4), &keeping);
+        assert!(trained == train(&job, &layout));
+        assert_eq!(Checkpoint::names(&*store).unwrap().len(), 0);
+    }
+}
+
+#[test]
+fn nothing_to_resume_is_said_with_the_reasons() {
+    let (disk, store) = memory();
+    let (job, layout) = (Job::new(false), layout(2, 1, 1, Shard::None));
+    let try_it = || {
+        let keeping = Keeping { resume: true, ..Keeping::in_store(&store) };
+        let folder = tempfile::tempdir().unwrap();
+        let outcomes = run_all(&job, &layout, folder.path(), in_process(2), &keeping);
+        outcomes.into_iter().map(|outcome| outcome.unwrap_err().to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(try_it(), ["/ has no checkpoint to go on from"; 2]);
+    stopped(&job, &layout, &store, 2);
+    let name = Checkpoint::names(&*store).unwrap().remove(0);
+    disk.flip(&PathBuf::from(format!("/{name}/rank-00001.safetensors")), 80_000);
+    for said in try_it() {
+        let reason = format!("\n  rank 0: /{name}/rank-00001.safetensors is damaged: the checksum");
+        assert!(said.contains(&reason), "{said}");
+    }
+}
