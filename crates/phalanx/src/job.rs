@@ -561,6 +561,9 @@ mod tests {
         context = 1
         data = 1
         pipeline = 1
+        expert = 1
+        expert_tensor = 1
+        replicas = 1
 
         [data]
         text = []
