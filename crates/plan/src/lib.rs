@@ -6,6 +6,7 @@
 
 mod layout;
 mod lower;
+pub mod memory;
 mod schedule;
 
 pub use layout::{Batch, Layout, LayoutError, PartialLayout, Shard};
