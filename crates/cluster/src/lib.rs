@@ -7,6 +7,7 @@
 
 mod accelerator;
 pub mod catalogue;
+mod check;
 mod composition;
 mod energy;
 mod topology;

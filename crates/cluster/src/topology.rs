@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 use units::{BytesPerSecond, Rank, Seconds, Watts};
 
-use crate::{Accelerator, Error};
+use crate::Accelerator;
 
 /// A connection in one direction.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -201,41 +201,6 @@ impl Cluster {
         let latency = fabric.latency(fabric.tier_between(a, b));
         Link { latency, bandwidth: fabric.nic.bandwidth }
     }
-
-    /// Refuses what cannot be: no accelerators, domains that nothing joins, rates of nothing.
-    ///
-    /// # Errors
-    /// [`Error::Unfit`], which says what to change.
-    pub fn check(&self) -> Result<(), Error> {
-        let unfit = |reason: String| Err(Error::Unfit { cluster: self.name.clone(), reason });
-        let Self { accelerators, per_node, domain, .. } = self;
-        if *accelerators == 0 || *per_node == 0 || domain.accelerators == 0 {
-            return unfit("accelerators, per_node and per_domain must be at least 1".into());
-        }
-        if domain.accelerators % per_node != 0 {
-            return unfit(format!(
-                "per_domain = {} is not a multiple of per_node = {per_node}",
-                domain.accelerators
-            ));
-        }
-        if *accelerators > domain.accelerators && self.fabric.is_none() {
-            return unfit(format!(
-                "{accelerators} accelerators in domains of {} need a fabric; name one, such as fabric = \"quantum2-ndr\"",
-                domain.accelerators
-            ));
-        }
-        let reach = self.fabric.as_ref().and_then(|fabric| Some(fabric.tiers.last()?.reach));
-        if let Some(reach) = reach.filter(|reach| reach < accelerators) {
-            return unfit(format!("{accelerators} accelerators, but its fabric reaches {reach}"));
-        }
-        if let Some(reason) = domain.unfit().or_else(|| self.fabric.as_ref()?.unfit()) {
-            return unfit(reason);
-        }
-        if !(self.power.pue >= 1.0 && self.power.pue.is_finite()) {
-            return unfit(format!("pue = {} is below 1", self.power.pue));
-        }
-        Ok(())
-    }
 }
 
 impl Domain {
@@ -257,46 +222,6 @@ impl Domain {
             (a, b) = (a / dim, b / dim);
         }
         hops
-    }
-
-    fn unfit(&self) -> Option<String> {
-        if let Shape::Torus { dims, .. } = &self.shape
-            && dims.iter().map(|dim| u64::from(*dim)).product::<u64>() != self.accelerators.into()
-        {
-            return Some(format!("a torus of {dims:?} does not have {}", self.accelerators));
-        }
-        let share = self.in_network_reduction.filter(|share| !(0.0..=1.0).contains(share));
-        share
-            .map(|share| format!("in_network_reduction = {share} is no share"))
-            .or(self.shape.link().unfit())
-    }
-}
-
-impl Fabric {
-    fn unfit(&self) -> Option<String> {
-        if self.tiers.is_empty() || self.accelerators_per_nic == 0 {
-            return Some(format!("fabric {} needs a tier and accelerators_per_nic", self.name));
-        }
-        if !self.tiers.is_sorted_by(|below, above| below.reach < above.reach) {
-            return Some(format!("the tiers of fabric {} must reach ever further", self.name));
-        }
-        let bad = |tier: &&Tier| {
-            let good = tier.reach > 0 && tier.oversubscription >= 1.0 && tier.latency.0 >= 0.0;
-            !(good && tier.oversubscription.is_finite() && tier.latency.0.is_finite())
-        };
-        let tier = self.tiers.iter().find(bad);
-        tier.map(|tier| format!("fabric {} has an impossible tier: {tier:?}", self.name))
-            .or(self.nic.unfit())
-    }
-}
-
-impl Link {
-    fn unfit(&self) -> Option<String> {
-        let (rate, latency) = (self.bandwidth.0, self.latency.0);
-        let good = rate > 0.0 && rate.is_finite() && latency >= 0.0 && latency.is_finite();
-        (!good).then(|| {
-            format!("a link of {rate} bytes/s and {latency} s; rates must be positive, times not negative")
-        })
     }
 }
 
@@ -365,32 +290,5 @@ mod tests {
         assert_eq!([tier(0, 15), tier(0, 16), tier(15, 3071), tier(0, 3072)], [0, 1, 1, 2]);
         let latencies: Vec<f64> = (0..3).map(|tier| meta.latency(tier).0).collect();
         assert!(latencies.is_sorted(), "{latencies:?}");
-    }
-
-    #[test]
-    fn what_cannot_be_is_refused_with_its_reason() {
-        type Change = dyn Fn(&mut Cluster);
-        let error = |change: &Change| {
-            let mut cluster = catalogue::find("tpu-v5p-multislice").unwrap();
-            change(&mut cluster);
-            cluster.check().unwrap_err().to_string()
-        };
-        let cases: [(&Change, &str); 8] = [
-            (&|cluster| cluster.per_node = 0, "at least 1"),
-            (&|cluster| cluster.per_node = 5, "not a multiple of per_node"),
-            (&|cluster| cluster.fabric = None, "need a fabric"),
-            (&|cluster| cluster.accelerators = 70_000, "its fabric reaches 65536"),
-            (&|cluster| cluster.domain.accelerators = 6140, "does not have 6140"),
-            (&|cluster| cluster.domain.in_network_reduction = Some(2.0), "is no share"),
-            (&|cluster| cluster.power.pue = 0.9, "is below 1"),
-            (
-                &|cluster| cluster.fabric.as_mut().unwrap().nic.bandwidth = BytesPerSecond(0.0),
-                "rates must be positive",
-            ),
-        ];
-        for (change, reason) in cases {
-            let error = error(change);
-            assert!(error.contains(reason), "{error} is not about {reason}");
-        }
     }
 }
