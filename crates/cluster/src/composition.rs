@@ -85,11 +85,12 @@ impl Composition {
         let usual = accelerator.node.clone().map(toml::Value::String);
         let node = self.node.clone().or(usual).ok_or_else(|| missing("node"))?;
         let node = catalogue::node_of(&node)?;
+        let domain = self.domain(name, &node)?;
         let cluster = Cluster {
             name: name.to_owned(),
             accelerators: self.accelerators.ok_or_else(|| missing("accelerators"))?,
-            per_node: self.per_node.unwrap_or(node.per_node),
-            domain: self.domain(name, &node)?,
+            per_node: self.per_node.unwrap_or(node.per_node.min(domain.accelerators)),
+            domain,
             fabric: self.fabric(name)?,
             power: Power {
                 host: node.host_power(&accelerator),
@@ -193,6 +194,8 @@ mod tests {
         .unwrap();
         assert_eq!((cluster.per_node, cluster.domain.accelerators), (8, 16));
         assert_eq!(cluster.fabric.unwrap().nic.bandwidth, BytesPerSecond(25e9));
+        let half = compose("accelerator = 'h100-sxm'\naccelerators = 4\nper_domain = 4").unwrap();
+        assert_eq!(half.per_node, 4);
     }
 
     #[test]
