@@ -140,7 +140,7 @@ impl<'a> Activations<'a> {
     fn column_input(&self) -> u64 {
         let gathered = self.place.options.software.gathered_inputs;
         let tokens = if gathered { self.tokens() } else { self.stream_tokens() };
-        tokens * self.config().hidden * self.place.options.operand()
+        self.place.options.operands(tokens * self.config().hidden)
     }
 
     fn mask(&self) -> u64 {
@@ -206,7 +206,7 @@ impl<'a> Activations<'a> {
     }
 
     fn attention_output(&self) -> u64 {
-        self.output_elements() * self.place.options.operand()
+        self.place.options.operands(self.output_elements())
     }
 
     /// The inputs of activation and down product, for so many tokens.
@@ -217,7 +217,7 @@ impl<'a> Activations<'a> {
         // silu(gate), where gate and up are multiplied apart.
         let between = if gate_alone { options.element() } else { 0 };
         let inputs = activation.inputs() * options.element();
-        tokens * width * (inputs + between + options.operand())
+        tokens * width * (inputs + between) + options.operands(tokens * width)
     }
 
     fn expert_rows(&self, experts: Experts) -> u64 {
@@ -228,7 +228,7 @@ impl<'a> Activations<'a> {
     fn experts(&self, experts: Experts) -> u64 {
         let rows = self.expert_rows(experts);
         let width = experts.width.div_ceil(self.place.shape.expert_tensor);
-        rows * self.config().hidden * self.place.options.operand() + self.feed_forward(rows, width)
+        self.place.options.operands(rows * self.config().hidden) + self.feed_forward(rows, width)
     }
 
     /// What torchtitan's option `op` keeps: the layer's input, attention's output and statistics,

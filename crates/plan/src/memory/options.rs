@@ -79,8 +79,6 @@ pub struct Options {
     pub ends: Ends,
     /// The format of products.
     pub precision: Precision,
-    /// Bytes of a gradient while microbatches are added up.
-    pub gradient: u64,
     /// Whether one kernel makes loss and gradient from the logits, in place.
     pub fused_loss: bool,
     /// The habits of the program that trains.
@@ -98,7 +96,6 @@ impl Default for Options {
             exchange: Exchange::default(),
             ends: Ends::default(),
             precision: Precision::Bf16,
-            gradient: 4,
             fused_loss: true,
             software: Software::MEGATRON_CORE,
         }
@@ -111,14 +108,25 @@ impl Options {
         self.precision.element().0.max(2)
     }
 
-    /// Bytes of a product's input as backward keeps it.
-    pub(super) fn operand(&self) -> u64 {
-        if self.software.narrow_operands { self.precision.element().0 } else { self.element() }
+    /// Whether products are computed in a format narrower than bf16.
+    pub(super) fn is_narrow(&self) -> bool {
+        self.precision.bits() < 16.0
     }
 
-    /// Whether product inputs are kept apart from the tensors they were rounded from.
+    /// Bytes of so many elements in the format of products, scales included.
+    pub(super) fn narrow(&self, elements: u64) -> u64 {
+        (elements as f64 * self.precision.bits() / 8.0) as u64
+    }
+
+    /// Whether product inputs are kept in the format of products, apart from the tensors they were
+    /// rounded from.
     pub(super) fn rounds_operands(&self) -> bool {
-        self.operand() != self.element()
+        self.is_narrow() && self.software.narrow_operands
+    }
+
+    /// Bytes of so many elements of a product's input as backward keeps it.
+    pub(super) fn operands(&self, elements: u64) -> u64 {
+        if self.rounds_operands() { self.narrow(elements) } else { elements * self.element() }
     }
 
     /// What one rank sees of a microbatch.

@@ -2,7 +2,6 @@
 
 use std::ops::Add;
 
-use cluster::Precision;
 use model::{Block, Config, Parameter, Role, Shape, Split};
 use program::Axis;
 
@@ -202,14 +201,15 @@ impl Place<'_> {
         // The sharded parameters of ZeRO 3 are the master parameters; products read gathered ones.
         let (parameter, master) = match (self.layout.shard, weight) {
             (Shard::Parameters, _) | (_, FP32) => (FP32, 0),
+            _ if self.options.is_narrow() && software.narrow_parameters => (0, FP32),
             _ => (weight, FP32),
         };
-        let narrow = match self.options.precision {
-            Precision::Fp32 | Precision::Tf32 | Precision::Bf16 => 0,
-            _ => software.narrow_copies,
-        };
-        put(Item::Parameters, elements * parameter / over(Shard::Parameters) + elements * narrow);
-        put(Item::Gradients, elements * self.options.gradient / over(Shard::Gradients));
+        // Of gathered parameters, copies live as long as the block.
+        let kept = self.options.is_narrow() && self.layout.shard != Shard::Parameters;
+        let copies = if kept { software.narrow_copies } else { 0 };
+        let narrow = self.options.narrow(elements * copies);
+        put(Item::Parameters, elements * parameter / over(Shard::Parameters) + narrow);
+        put(Item::Gradients, elements * self.options.software.gradient / over(Shard::Gradients));
         put(Item::Gradients, elements * software.second_gradient);
         put(Item::Optimizer, elements * (master + MOMENTS) / over(Shard::Optimizer));
     }
@@ -224,7 +224,7 @@ impl Place<'_> {
         let weight = self.options.element();
         match self.layout.shard {
             Shard::Parameters if self.whole() => {
-                (held.dense + held.experts) * (weight + self.options.gradient)
+                (held.dense + held.experts) * (weight + self.options.software.gradient)
             }
             Shard::Parameters => held.block * 2 * weight,
             _ => 0,
@@ -235,7 +235,7 @@ impl Place<'_> {
     /// is sharded.
     pub(super) fn reducing(&self, held: &Held) -> u64 {
         let sharded = self.layout.shard >= Shard::Gradients && !self.whole();
-        let bytes = self.options.element() + self.options.gradient;
+        let bytes = self.options.element() + self.options.software.gradient;
         if sharded { held.block * bytes } else { 0 }
     }
 }

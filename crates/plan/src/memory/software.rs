@@ -13,7 +13,9 @@ pub struct Software {
     /// Whether products add to the accumulated gradient themselves, and the tensor library is
     /// handed a placeholder of the matrix's shape, which is kept.
     pub gradient_placeholders: bool,
-    /// Bytes a parameter of gradients besides the accumulated ones in fp32.
+    /// Bytes of a gradient while microbatches are added up.
+    pub gradient: u64,
+    /// Bytes a parameter of gradients besides those.
     pub second_gradient: u64,
     /// Whether gate, up and activation are one kernel.
     pub fused_activation: bool,
@@ -26,8 +28,11 @@ pub struct Software {
     pub logit: u64,
     /// Whether eight-bit training keeps product inputs in eight bits.
     pub narrow_operands: bool,
-    /// Bytes a parameter of eight-bit copies and their transposes, kept between microbatches.
+    /// How many copies of a matrix in the format of products are kept between microbatches, where
+    /// that format is narrower than bf16: one as it is and one transposed.
     pub narrow_copies: u64,
+    /// Whether those copies are the parameters, and there are none in bf16.
+    pub narrow_parameters: bool,
     /// The vocabulary is padded to a multiple of this, times the tensor degree.
     pub vocabulary_multiple: u64,
     /// Whether fully sharded parameters stay gathered, and gradients whole, over the microbatches
@@ -54,6 +59,7 @@ impl Software {
     pub const MEGATRON_CORE: Self = Self {
         name: "megatron-core 0.14",
         gradient_placeholders: true,
+        gradient: 4,
         second_gradient: 0,
         fused_activation: true,
         fused_rotary: true,
@@ -63,6 +69,7 @@ impl Software {
         logit: 6,
         narrow_operands: true,
         narrow_copies: 2,
+        narrow_parameters: false,
         vocabulary_multiple: 128,
         whole_when_pipelined: false,
         workspace: Bytes(48 * MIB),
@@ -71,6 +78,11 @@ impl Software {
         // An assumption: no row says.
         context: Bytes(2 * GIB),
     };
+
+    /// NVIDIA's recipes for it (`NeMo`, Megatron Bridge, `MLPerf`): gradients added up and reduced in
+    /// bf16 (`grad_reduce_in_fp32=False`), eight-bit parameters (`fp8_param_gather`).
+    pub const NEMO: Self =
+        Self { name: "nemo 25.04", gradient: 2, narrow_parameters: true, ..Self::MEGATRON_CORE };
 
     /// Megatron-LM of 2022, which Korthikanti et al. describe: no fused products of its own.
     pub const MEGATRON_2022: Self = Self {

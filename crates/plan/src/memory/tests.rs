@@ -229,3 +229,35 @@ fn what_does_not_fit_says_why_and_what_to_change() {
         "stage 0: 50.37 GiB of 80.00 GiB; activations 20.96 GiB of 4 microbatches"
     );
 }
+
+/// Layouts that were run and published on H100 and GB200: NVIDIA's dgxc-benchmarking recipes (24.12
+/// and 25.04) and `MLPerf` Training v4.1, v5.0 and v6.0.
+#[test]
+fn what_was_run_fits() {
+    let (h100, gb200) = ("h100-sxm", "gb200");
+    let runs = [
+        // Model, accelerator, mesh and experts, virtual stages, sequence, global and micro batch.
+        ("llama-3-8b", h100, [1, 2, 4, 1, 1], 1, 8192, 128, 1, Precision::Fp8),
+        ("llama-3-70b", h100, [4, 2, 64, 4, 1], 5, 8192, 4096, 1, Precision::Bf16),
+        ("llama-3.1-405b", h100, [8, 2, 4, 9, 1], 7, 8192, 252, 1, Precision::Bf16),
+        ("llama-3.1-405b", h100, [8, 2, 4, 8, 1], 8, 8192, 256, 1, Precision::Fp8),
+        ("llama-3.1-405b", h100, [8, 2, 64, 8, 1], 8, 8192, 1536, 1, Precision::Fp8),
+        ("gpt-3-175b", h100, [4, 1, 48, 8, 1], 4, 2048, 3072, 2, Precision::Fp8),
+        ("deepseek-v3", gb200, [2, 1, 1024, 4, 32], 4, 4096, 16384, 1, Precision::Mxfp8),
+    ];
+    for (name, accelerator, mesh, virtual_stages, sequence, global_batch, micro_batch, precision) in
+        runs
+    {
+        let config = find(name);
+        let capacity = cluster::catalogue::accelerator(accelerator).unwrap().memory;
+        let [tensor, context, data, pipeline, expert] = mesh;
+        let mut layout = layout([tensor, context, data, pipeline], micro_batch, Shard::Optimizer);
+        layout.mesh.expert = expert;
+        let batch = Batch { sequence, global_batch };
+        let options =
+            Options { virtual_stages, precision, software: Software::NEMO, ..Options::default() };
+        let fit = Footprint::new(&config).fit(&layout, &batch, &options, capacity);
+        let peak = fit.unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(peak.total() / capacity > 0.4, "{name}: {}", peak.describe(capacity));
+    }
+}

@@ -218,8 +218,7 @@ fn megatron_deepspeed() {
         Options {
             attention: AttentionKernel::Unfused,
             ends: Ends { embedding: weight, head: weight },
-            gradient,
-            software: Software { second_gradient, ..software },
+            software: Software { gradient, second_gradient, ..software },
             ..options(row, software)
         }
     });
