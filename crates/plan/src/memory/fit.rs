@@ -65,7 +65,7 @@ impl Footprint<'_> {
             return Ok(peak);
         }
         let total = |change: &Change| self.peak(&change.layout, batch, &change.options).total();
-        let changes = self.changes(layout, options);
+        let changes = self.changes(layout, batch, options);
         let advice = match changes.iter().find(|change| total(change) <= capacity) {
             Some(change) => format!("try {} ({})", change.words, total(change)),
             None => match changes.iter().min_by_key(|change| total(change)) {
@@ -80,9 +80,10 @@ impl Footprint<'_> {
         Err(DoesNotFit { peak, capacity, advice })
     }
 
-    fn changes(&self, layout: &Layout, options: &Options) -> Vec<Change> {
+    /// Single changes that save memory, from the one that costs least time.
+    fn changes(&self, layout: &Layout, batch: &Batch, options: &Options) -> Vec<Change> {
         let change = |words: String, edit: &dyn Fn(&mut Layout, &mut Options)| {
-            let (mut layout, mut options) = (*layout, *options);
+            let (mut layout, mut options) = (layout.to_owned(), *options);
             edit(&mut layout, &mut options);
             Change { words, layout, options }
         };
@@ -104,7 +105,8 @@ impl Footprint<'_> {
             let full = |_: &mut Layout, o: &mut Options| o.recompute = Recompute::Full;
             changes.push(change("recompute = \"full\"".to_owned(), &full));
         }
-        self.degrees(layout, &mut |words, edited| {
+        let runs = options.virtual_stages;
+        self.degrees(layout, batch, runs, &mut |words, edited| {
             changes.push(change(words, &|l, _| *l = edited));
         });
         changes
@@ -112,11 +114,17 @@ impl Footprint<'_> {
 
     /// Larger degrees of the axes that split a model, at the expense of the data axis or, where
     /// that is used up, with twice the accelerators.
-    fn degrees(&self, layout: &Layout, push: &mut impl FnMut(String, Layout)) {
+    fn degrees(
+        &self,
+        layout: &Layout,
+        batch: &Batch,
+        virtual_stages: u32,
+        push: &mut impl FnMut(String, Layout),
+    ) {
         let Mesh { tensor, context, pipeline, data, .. } = layout.mesh;
         let spared = data.is_multiple_of(2);
         let mut double = |axis: &str, degree: u32, edit: &dyn Fn(&mut Mesh)| {
-            let mut edited = *layout;
+            let mut edited = layout.to_owned();
             edit(&mut edited.mesh);
             edited.mesh.data = if spared { data / 2 } else { data };
             let more = if spared { "" } else { " and twice the accelerators" };
@@ -125,9 +133,11 @@ impl Footprint<'_> {
         if self.config.heads.is_multiple_of(u64::from(2 * tensor)) {
             double("tensor", tensor, &|mesh| mesh.tensor *= 2);
         }
-        if self.config.layers.is_multiple_of(2 * pipeline) {
+        if self.config.layers.is_multiple_of(2 * pipeline * virtual_stages) {
             double("pipeline", pipeline, &|mesh| mesh.pipeline *= 2);
         }
-        double("context", context, &|mesh| mesh.context *= 2);
+        if batch.sequence.is_multiple_of(u64::from(2 * context)) {
+            double("context", context, &|mesh| mesh.context *= 2);
+        }
     }
 }

@@ -187,7 +187,7 @@ impl Place<'_> {
     /// accumulated in fp32 here, hence 2 + 4 + 12.
     pub(super) fn states(&self, held: &Held, put: &mut impl FnMut(Item, u64)) {
         let mesh = &self.layout.mesh;
-        let group = u64::from(mesh.degree(Axis::Data));
+        let group = u64::from(mesh.degree(Axis::Data)).max(1);
         let same_experts = u64::from(mesh.degree(Axis::ExpertData)).clamp(1, group);
         self.states_of(held.dense, group, put);
         self.states_of(held.experts, same_experts, put);
