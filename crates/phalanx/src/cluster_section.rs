@@ -1,6 +1,6 @@
 //! Where a job runs: `[cluster]` of the job file.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use cluster::{Cluster, Composition, PerDomain, catalogue};
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +83,19 @@ impl ClusterSection {
         self.name == LOCAL && self.accelerator.is_none()
     }
 
+    /// Refuses what can only be simulated.
+    pub fn require_local(&self) -> Result<()> {
+        let (key, value) = match &self.accelerator {
+            Some(accelerator) if self.name == LOCAL => ("accelerator", accelerator),
+            _ => ("name", &self.name),
+        };
+        ensure!(
+            self.is_local(),
+            "[cluster] {key} = \"{value}\" is described, not here: `simulate` it, or train with name = \"local\""
+        );
+        Ok(())
+    }
+
     /// The described cluster.
     pub fn described(&self) -> Result<Cluster> {
         let part = |name: &Option<String>| name.clone().map(toml::Value::String);
@@ -143,6 +156,12 @@ mod tests {
         let faster = "name = 'dgx-h100-quantum2'\nlink_gbps_per_accelerator = 800\n";
         let cluster = section(faster).described().unwrap();
         assert_eq!(cluster.fabric.unwrap().nic.bandwidth, BytesPerSecond(100e9));
+    }
+
+    #[test]
+    fn described_accelerators_are_not_here() {
+        let refused = section("accelerator = 'gb200'").require_local().unwrap_err();
+        insta::assert_snapshot!(refused, @r#"[cluster] accelerator = "gb200" is described, not here: `simulate` it, or train with name = "local""#);
     }
 
     #[test]

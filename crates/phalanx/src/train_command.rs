@@ -53,11 +53,7 @@ pub fn measure_only(args: &JobArgs, job: &Job) -> Result<Machine> {
 /// The job, if this machine can train it.
 fn checked(args: &JobArgs) -> Result<Job> {
     let job = Job::read(&args.job, &args.set)?;
-    ensure!(
-        job.cluster.is_local(),
-        "[cluster] name = \"{}\" is described, not here: `simulate` it, or train with name = \"local\"",
-        job.cluster.name
-    );
+    job.cluster.require_local()?;
     job.cluster.device.check(job.local_precision()?)?;
     job.model.require_llama().context("[model]")?;
     Ok(job)
