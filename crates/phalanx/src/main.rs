@@ -9,6 +9,7 @@ mod job;
 mod measured;
 mod output;
 mod plan_command;
+mod prediction;
 mod run_folder;
 mod session;
 mod simulate_command;

@@ -11,4 +11,4 @@ mod fixture;
 
 pub use perfetto::perfetto;
 pub use summary::Summary;
-pub use table::summary_table;
+pub use table::{communication_table, summary_table, work_table};

@@ -1,5 +1,7 @@
 //! Traces in the trace-event format of Chrome, which Perfetto opens.
 
+use std::collections::BTreeSet;
+
 use program::{Action, Instruction, Lane, Program, Span, Trace, Transfer};
 use serde_json::{Value, json};
 use units::{Rank, Seconds};
@@ -12,16 +14,16 @@ const WAIT: u32 = 2;
 const TRANSFER: u32 = 3;
 
 /// Traces of one step of `program`, each with the name of its source, as JSON that Perfetto and
-/// `chrome://tracing` load: a process for each rank and source, a thread for each lane.
+/// `chrome://tracing` load: a process for each source and rank in it, a thread for each lane.
 ///
 /// # Panics
 /// When a trace is of another program.
 #[must_use]
 pub fn perfetto(program: &Program, sources: &[(&str, &Trace)]) -> String {
-    let ranks = program.mesh.ranks();
     let mut events = Vec::new();
     for (source, (name, trace)) in (0..).zip(sources) {
-        for rank in (0..ranks).map(Rank) {
+        let ranks: BTreeSet<Rank> = trace.spans.iter().map(|span| span.rank).collect();
+        for rank in ranks {
             let process = Process {
                 program,
                 rank,

@@ -1,8 +1,8 @@
 //! Summaries as text.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use program::Axis;
+use program::{Axis, Breakdown};
 use units::Seconds;
 
 use crate::Summary;
@@ -22,6 +22,32 @@ pub fn summary_table(columns: &[(&str, &Summary)]) -> String {
             cells.push(error(first, second));
         }
         text += &line(&label, &cells);
+    }
+    text
+}
+
+/// What of each axis's communication held the ranks up, and what other work hid.
+#[must_use]
+pub fn communication_table(mean: &Breakdown) -> String {
+    let mut text = line("communication", &["exposed".to_owned(), "hidden".to_owned()]);
+    let axes: BTreeSet<Axis> = mean.exposed.keys().chain(mean.hidden.keys()).copied().collect();
+    for axis in axes {
+        let of = |times: &BTreeMap<Axis, Seconds>| times.get(&axis).copied().unwrap_or_default();
+        let times = [of(&mean.exposed), of(&mean.hidden)];
+        text += &line(&axis.to_string(), &times.map(|time| time.to_string()));
+    }
+    text
+}
+
+/// What the ranks computed, what took longest first, with its share of all computing.
+#[must_use]
+pub fn work_table(mean: &Breakdown) -> String {
+    let mut text = line("compute", &["time".to_owned(), "share".to_owned()]);
+    let mut work: Vec<_> = mean.work.iter().collect();
+    work.sort_by(|a, b| b.1.0.total_cmp(&a.1.0));
+    for (work, time) in work.into_iter().filter(|(_, time)| time.0 > 0.0) {
+        let share = format!("{:.1} %", 100.0 * (*time / mean.compute));
+        text += &line(&work.to_string(), &[time.to_string(), share]);
     }
     text
 }
@@ -81,6 +107,27 @@ bubble, imbalance                     1.38 s      1.38 s      +0.0 %
 other                                 2.81 s      2.81 s      +0.0 %
 ";
         assert_eq!(table, expected);
+    }
+
+    #[test]
+    fn communication_is_exposed_or_hidden() {
+        let summary = Summary::new(&program(), &trace());
+        let expected = "\
+communication                        exposed      hidden
+data                                  2.94 s      0.00 s
+pipeline                           375.00 ms   125.00 ms
+";
+        assert_eq!(communication_table(&summary.mean), expected);
+    }
+
+    #[test]
+    fn work_is_listed_by_its_time() {
+        let summary = Summary::new(&program(), &trace());
+        let expected = "\
+compute                                 time       share
+qkv forward                           2.50 s     100.0 %
+";
+        assert_eq!(work_table(&summary.mean), expected);
     }
 
     #[test]
