@@ -11,12 +11,14 @@ use crate::Step;
 /// - every earlier step that touches a chunk of its is done, unless both only send it;
 /// - every earlier step in the same direction with the same peer has started, so that the n-th send
 ///   meets the n-th receive;
-/// - for a send, fewer than the in-flight limit to that peer are under way.
+/// - for a send, fewer than the in-flight limit to that peer are under way;
+/// - for a send under a window, every earlier send has started and fewer are under way in all.
 ///
 /// Nothing else orders steps: a receive completes while a send is under way and the reverse.
 #[derive(Debug, Clone)]
 pub struct Executor {
     in_flight: usize,
+    window: Option<Window>,
     streams: Vec<Stream>,
     nodes: Vec<Node>,
     startable: BTreeSet<usize>,
@@ -28,6 +30,15 @@ pub struct Executor {
 struct Stream {
     sends: bool,
     steps: Vec<usize>,
+    started: usize,
+    done: usize,
+}
+
+/// The sends to all peers, in list order, when there is a limit to them.
+#[derive(Debug, Clone)]
+struct Window {
+    size: usize,
+    sends: Vec<usize>,
     started: usize,
     done: usize,
 }
@@ -52,6 +63,7 @@ impl Executor {
         assert!(in_flight > 0, "at least one send must be allowed in flight");
         let mut executor = Self {
             in_flight: in_flight as usize,
+            window: None,
             streams: Vec::new(),
             nodes: vec![Node::default(); steps.len()],
             startable: BTreeSet::new(),
@@ -63,6 +75,24 @@ impl Executor {
         executor
     }
 
+    /// The same, not yet started, with a limit to the sends to all peers together, if there is one.
+    ///
+    /// # Panics
+    /// When the limit is 0, with which nothing could ever be sent.
+    #[must_use]
+    pub fn with_window(mut self, window: Option<u32>) -> Self {
+        let Some(size) = window else {
+            return self;
+        };
+        assert!(size > 0, "at least one send must be allowed in flight");
+        let is_send = |step: &usize| self.streams[self.nodes[*step].stream].sends;
+        let sends = (0..self.nodes.len()).filter(is_send).collect();
+        self.window = Some(Window { size: size as usize, sends, started: 0, done: 0 });
+        self.startable.clear();
+        (0..self.streams.len()).for_each(|stream| self.admit(stream));
+        self
+    }
+
     /// The next step that may start, which is thereby started; `None` until another step is done.
     pub fn start_next(&mut self) -> Option<usize> {
         let step = self.startable.pop_first()?;
@@ -70,6 +100,9 @@ impl Executor {
         self.nodes[step].started = true;
         self.streams[stream].started += 1;
         self.admit(stream);
+        if self.streams[stream].sends {
+            self.move_window(|window| window.started += 1);
+        }
         Some(step)
     }
 
@@ -85,6 +118,9 @@ impl Executor {
         let stream = node.stream;
         self.streams[stream].done += 1;
         self.admit(stream);
+        if self.streams[stream].sends {
+            self.move_window(|window| window.done += 1);
+        }
         for blocked in std::mem::take(&mut self.nodes[step].blocks) {
             self.nodes[blocked].blockers -= 1;
             self.admit(self.nodes[blocked].stream);
@@ -108,9 +144,21 @@ impl Executor {
         let Some(&next) = steps.get(*started) else {
             return;
         };
-        let room = !sends || started - done < self.in_flight;
+        let open = self.window.as_ref().is_none_or(|window| window.is_open_to(next));
+        let room = !sends || (started - done < self.in_flight && open);
         if room && self.nodes[next].blockers == 0 {
             self.startable.insert(next);
+        }
+    }
+
+    /// Notes a send that started or is done, which may let the next one start.
+    fn move_window(&mut self, change: impl FnOnce(&mut Window)) {
+        let Some(window) = &mut self.window else {
+            return;
+        };
+        change(window);
+        if let Some(&next) = window.sends.get(window.started) {
+            self.admit(self.nodes[next].stream);
         }
     }
 
@@ -140,6 +188,12 @@ impl Executor {
             self.nodes[index].blockers = blockers.len();
             blockers.into_iter().for_each(|blocker| self.nodes[blocker].blocks.push(index));
         }
+    }
+}
+
+impl Window {
+    fn is_open_to(&self, send: usize) -> bool {
+        self.sends.get(self.started) == Some(&send) && self.started - self.done < self.size
     }
 }
 
@@ -228,6 +282,21 @@ mod tests {
         executor.complete(1);
         assert_eq!(drain(&mut executor), [2]);
         assert_eq!(executor.pending().collect::<Vec<_>>(), [0, 2, 3]);
+    }
+
+    #[test]
+    fn a_window_lets_sends_go_in_list_order() {
+        let to = |to, chunk| Step::Send { to, chunks: Chunks::one(chunk) };
+        let from = Step::Receive { from: 3, chunks: Chunks::one(1), action: Action::Copy };
+        let steps = [to(1, 0), from, to(2, 1), to(1, 2), to(3, 3)];
+        let mut executor = Executor::new(&steps, 2).with_window(Some(2));
+        assert_eq!(drain(&mut executor), [0, 1]);
+        executor.complete(0);
+        assert_eq!(drain(&mut executor), [], "the next send waits for a chunk");
+        executor.complete(1);
+        assert_eq!(drain(&mut executor), [2, 3]);
+        executor.complete(3);
+        assert_eq!(drain(&mut executor), [4]);
     }
 
     #[test]

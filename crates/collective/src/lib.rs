@@ -10,11 +10,18 @@
 //! the caller's business.
 
 mod algorithm;
+mod collective;
+mod error;
 mod executor;
+mod kind;
+mod placement;
 mod schedule;
 mod verify;
 
-pub use algorithm::{Algorithm, Collective, Cost};
+pub use algorithm::{Algorithm, Level};
+pub use collective::{Collective, Cost};
+pub use error::Error;
 pub use executor::Executor;
-pub use schedule::{Action, Chunks, Contract, Kind, Part, Schedule, Step, chunk_range};
-pub use verify::Error;
+pub use kind::{Contract, Kind};
+pub use placement::Placement;
+pub use schedule::{Action, Chunks, Part, Schedule, Step, chunk_range};

@@ -4,17 +4,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-/// What a collective leaves on every rank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kind {
-    /// Every rank holds the sum of all ranks' buffers.
-    AllReduce,
-    /// Rank `i` holds chunk `i` of the sum.
-    ReduceScatter,
-    /// Every rank holds every rank's chunk; rank `i` brought chunk `i`.
-    AllGather,
-}
+use crate::{Contract, Executor};
 
 /// What a member does with chunks that it receives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -59,20 +49,6 @@ pub enum Step {
     },
 }
 
-/// What the members of a collective agree on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct Contract {
-    /// What is left on every member.
-    pub kind: Kind,
-    /// How many ranks take part.
-    pub ranks: u32,
-    /// How many chunks the buffer is cut into.
-    pub chunks: u32,
-    /// How many sends to one peer may be posted and not yet completed, at least 1. A schedule that
-    /// is free of deadlock under one limit may hang under a smaller one.
-    pub in_flight: u32,
-}
-
 /// One member's part of a collective: all that it needs in order to take part.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
@@ -87,23 +63,13 @@ pub struct Part {
 /// A whole collective: every member's steps, for verification and for files.
 ///
 /// A list fixes the order of reductions, so the floating-point result has the same bits whatever
-/// the timing. It does not fix when a step runs: see [`crate::Executor`] for what waits for what.
+/// the timing. It does not fix when a step runs: see [`Executor`] for what waits for what.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Schedule {
     /// What the members agree on.
     pub contract: Contract,
     /// The steps of every member.
     pub steps: Vec<Vec<Step>>,
-}
-
-impl std::fmt::Display for Kind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::AllReduce => "all-reduce",
-            Self::ReduceScatter => "reduce-scatter",
-            Self::AllGather => "all-gather",
-        })
-    }
 }
 
 impl std::fmt::Display for Chunks {
@@ -138,6 +104,17 @@ impl Step {
         }
     }
 
+    /// The same step on chunks that lie further on.
+    pub(crate) fn moved(self, by: u32) -> Self {
+        let moved = |chunks: Chunks| Chunks { first: chunks.first + by, ..chunks };
+        match self {
+            Self::Send { to, chunks } => Self::Send { to, chunks: moved(chunks) },
+            Self::Receive { from, chunks, action } => {
+                Self::Receive { from, chunks: moved(chunks), action }
+            }
+        }
+    }
+
     /// The member at the other end.
     #[must_use]
     pub fn peer(self) -> u32 {
@@ -153,58 +130,14 @@ impl Step {
     }
 }
 
-impl Contract {
-    /// How many equal parts the kind of collective speaks of: with one, all that matters is the
-    /// whole buffer.
-    #[must_use]
-    pub fn blocks(&self) -> u32 {
-        match self.kind {
-            Kind::AllReduce => 1,
-            Kind::ReduceScatter | Kind::AllGather => self.ranks,
-        }
-    }
-
-    /// The block that a chunk is a piece of.
-    #[must_use]
-    pub fn block(&self, chunk: u32) -> u32 {
-        chunk / (self.chunks / self.blocks())
-    }
-
-    /// Whether a member's chunk has data in it at the start: its own, for others to have or to add.
-    pub(crate) fn starts_with(&self, member: u32, chunk: u32) -> bool {
-        match self.kind {
-            Kind::AllReduce | Kind::ReduceScatter => true,
-            Kind::AllGather => self.block(chunk) == member,
-        }
-    }
-
-    /// Whose data a member's chunk must be made of at the end; `None` where nothing is promised.
-    pub(crate) fn promises(&self, member: u32, chunk: u32) -> Option<Range<u32>> {
-        let block = self.block(chunk);
-        match self.kind {
-            Kind::AllReduce => Some(0..self.ranks),
-            Kind::ReduceScatter => (block == member).then_some(0..self.ranks),
-            Kind::AllGather => Some(block..block + 1),
-        }
-    }
-
-    /// Where chunks lie in a buffer of `elements`.
+impl Part {
+    /// The part's state machine, at the start.
     ///
     /// # Panics
-    /// When there are no such chunks.
+    /// When the contract lets nothing be in flight.
     #[must_use]
-    pub fn range(&self, elements: usize, chunks: Chunks) -> Range<usize> {
-        self.piece(elements, chunks.first).start
-            ..self.piece(elements, chunks.first + chunks.count - 1).end
-    }
-
-    /// A chunk is a part of its block, which is a part of the buffer, so that blocks lie where they
-    /// would lie without chunks.
-    fn piece(&self, elements: usize, chunk: u32) -> Range<usize> {
-        let pieces = self.chunks / self.blocks();
-        let block = chunk_range(elements, self.blocks(), chunk / pieces);
-        let piece = chunk_range(block.len(), pieces, chunk % pieces);
-        block.start + piece.start..block.start + piece.end
+    pub fn executor(&self) -> Executor {
+        Executor::new(&self.steps, self.contract.in_flight).with_window(self.contract.window)
     }
 }
 

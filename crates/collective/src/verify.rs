@@ -3,118 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
-use crate::{Action, Chunks, Contract, Executor, Kind, Schedule, Step};
-
-/// Why there is no such schedule, or why it is wrong. Members, steps and chunks are numbered from 0.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Error {
-    /// A schedule has at least one member and lets at least one send be in flight.
-    #[error("a schedule needs at least one member and an in-flight limit of at least 1")]
-    Empty,
-    /// There is no list for every rank, or the blocks that the kind speaks of are not made of chunks.
-    #[error(
-        "{kind} over {ranks} ranks needs {ranks} lists of steps and a multiple of {blocks} chunks, \
-         not {members} and {chunks}"
-    )]
-    Shape {
-        /// The kind.
-        kind: Kind,
-        /// The size of the group.
-        ranks: u32,
-        /// How many blocks the kind speaks of.
-        blocks: u32,
-        /// How many lists there are.
-        members: usize,
-        /// How many chunks there are.
-        chunks: u32,
-    },
-    /// A step names a member or a chunk that does not exist, or the member itself.
-    #[error(
-        "member {member}, step {step}: no peer {peer} or no {range} among {ranks} ranks and \
-         {chunks} chunks"
-    )]
-    OutOfRange {
-        /// Whose step.
-        member: u32,
-        /// Index in the member's list.
-        step: usize,
-        /// The peer it names.
-        peer: u32,
-        /// The chunks it names.
-        range: Chunks,
-        /// The size of the group.
-        ranks: u32,
-        /// How many chunks there are.
-        chunks: u32,
-    },
-    /// A receive meets a send of other chunks.
-    #[error("member {member}, step {step}: expects {expected}, but member {from} sends {sent}")]
-    WrongChunk {
-        /// The receiving member.
-        member: u32,
-        /// Index in the receiving member's list.
-        step: usize,
-        /// What the receive expects.
-        expected: Chunks,
-        /// The sending member.
-        from: u32,
-        /// What comes.
-        sent: Chunks,
-    },
-    /// A contribution would be summed twice.
-    #[error(
-        "member {member}, step {step}: chunk {chunk} already holds member {contributor}'s part"
-    )]
-    DoubleReduction {
-        /// The receiving member.
-        member: u32,
-        /// Index in the receiving member's list.
-        step: usize,
-        /// The chunk.
-        chunk: u32,
-        /// Whose contribution is in both.
-        contributor: u32,
-    },
-    /// A chunk is sent, or reduced into, before anything meaningful is in it.
-    #[error("member {member}, step {step}: chunk {chunk} has nothing in it yet")]
-    Unfilled {
-        /// The receiving member.
-        member: u32,
-        /// Index in the receiving member's list.
-        step: usize,
-        /// The chunk.
-        chunk: u32,
-    },
-    /// A step never gets a partner: the schedule hangs.
-    #[error(
-        "member {member}, step {step}: {chunks} waits for member {peer} for ever (deadlock with \
-         {in_flight} in flight)"
-    )]
-    Deadlock {
-        /// The waiting member.
-        member: u32,
-        /// Index in its list.
-        step: usize,
-        /// The chunks.
-        chunks: Chunks,
-        /// The member that never answers.
-        peer: u32,
-        /// The limit under which it hangs.
-        in_flight: u32,
-    },
-    /// Everything ran, but a chunk does not hold what the kind of collective promises.
-    #[error("member {member} ends with chunk {chunk} made of {held:?}, expected {expected:?}")]
-    WrongResult {
-        /// The member.
-        member: u32,
-        /// The chunk.
-        chunk: u32,
-        /// The contributors that the chunk holds.
-        held: Vec<u32>,
-        /// The contributors that it should hold.
-        expected: Vec<u32>,
-    },
-}
+use crate::{Action, Chunks, Contract, Error, Executor, Schedule, Step};
 
 impl Schedule {
     /// Proves that the schedule does what its kind promises, under its in-flight limit and with
@@ -136,22 +25,22 @@ impl Schedule {
     }
 
     fn check_ranges(&self) -> Result<(), Error> {
-        let Contract { kind, ranks, chunks, in_flight } = self.contract;
-        if ranks == 0 || in_flight == 0 {
+        let Contract { kind, ranks, switches, chunks, in_flight, window } = self.contract;
+        if ranks == 0 || in_flight == 0 || window == Some(0) {
             return Err(Error::Empty);
         }
-        let members = self.steps.len();
-        let blocks = self.contract.blocks();
-        if members != ranks as usize || chunks == 0 || chunks % blocks != 0 {
-            return Err(Error::Shape { kind, ranks, blocks, members, chunks });
+        let (members, lists) = (u64::from(ranks) + u64::from(switches), self.steps.len());
+        let blocks = kind.blocks(ranks);
+        if lists as u64 != members || chunks == 0 || chunks % blocks != 0 {
+            return Err(Error::Shape { kind, ranks, switches, blocks, lists, chunks });
         }
         for (member, list) in (0..).zip(&self.steps) {
             for (step, action) in list.iter().enumerate() {
                 let (peer, Chunks { first, count }) = (action.peer(), action.chunks());
                 let inside = count > 0 && first.checked_add(count).is_some_and(|end| end <= chunks);
-                if peer >= ranks || peer == member || !inside {
+                if u64::from(peer) >= members || peer == member || !inside {
                     let range = action.chunks();
-                    return Err(Error::OutOfRange { member, step, peer, range, ranks, chunks });
+                    return Err(Error::OutOfRange { member, step, peer, range, lists, chunks });
                 }
             }
         }
@@ -179,8 +68,8 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn new(schedule: &'a Schedule) -> Self {
-        let in_flight = schedule.contract.in_flight;
-        let executor = |steps: &Vec<Step>| Executor::new(steps, in_flight);
+        let Contract { in_flight, window, .. } = schedule.contract;
+        let executor = |steps: &Vec<Step>| Executor::new(steps, in_flight).with_window(window);
         let mut run = Self {
             schedule,
             executors: schedule.steps.iter().map(executor).collect(),
@@ -353,7 +242,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Algorithm, Collective};
+    use crate::{Algorithm, Collective, Kind};
 
     fn schedules() -> impl Strategy<Value = Schedule> {
         let kinds = [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather];
@@ -425,7 +314,14 @@ mod tests {
         let receive = |from| Step::Receive { from, chunks, action: Action::Copy };
         let send = |to| Step::Send { to, chunks };
         let schedule = Schedule {
-            contract: Contract { kind: Kind::AllReduce, ranks: 2, chunks: 1, in_flight: 1 },
+            contract: Contract {
+                kind: Kind::AllReduce,
+                ranks: 2,
+                switches: 0,
+                chunks: 1,
+                in_flight: 1,
+                window: None,
+            },
             steps: vec![vec![receive(1), send(1)], vec![receive(0), send(0)]],
         };
         let error = Error::Deadlock { member: 0, step: 0, chunks, peer: 1, in_flight: 1 };
