@@ -83,7 +83,7 @@ impl std::fmt::Display for Algorithm {
 }
 
 /// What an algorithm comes to for a kind and a number of ranks, bytes being counted in chunks.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Shape {
     pub chunks: u64,
     pub switches: u32,
@@ -104,7 +104,7 @@ pub(crate) struct Shape {
 }
 
 /// What a member sends and receives, in chunks.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Load {
     pub sent: u64,
     pub received: u64,
@@ -230,11 +230,12 @@ impl Algorithm {
         }
     }
 
-    /// Whether every rank is like every other where the kind has no root.
+    /// Whether every member is like every other where the kind has no root.
     pub(crate) fn is_symmetric(&self, ranks: u32) -> bool {
         match self {
             Self::Ring | Self::Direct | Self::Pairwise | Self::Bruck => true,
-            Self::Torus { .. } | Self::InNetwork => true,
+            Self::Torus { .. } => true,
+            Self::InNetwork => false,
             Self::HalvingDoubling => ranks.is_power_of_two(),
             Self::DoubleTree => ranks <= 2,
             Self::Hierarchy { levels } => {

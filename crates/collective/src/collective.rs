@@ -7,7 +7,7 @@ use crate::{Contract, Error, Kind, Part, Schedule, Step};
 
 /// A kind of collective, carried out by an algorithm among some ranks. Each member's steps are
 /// generated without anyone else's.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Collective {
     kind: Kind,
     algorithm: Algorithm,
@@ -99,7 +99,13 @@ impl Collective {
         Contract { kind, ranks, switches, chunks: chunks as u32 * self.pieces, in_flight, window }
     }
 
-    /// Whether all ranks are alike: any one can be made any other by renumbering members and chunks,
+    /// How many members have steps: the ranks, and behind them the switches that reduce.
+    #[must_use]
+    pub fn members(&self) -> u32 {
+        self.ranks + self.shape.switches
+    }
+
+    /// Whether all members are alike: any one can be made any other by renumbering members and chunks,
     /// so that on equal links what holds for one holds for all.
     #[must_use]
     pub fn is_symmetric(&self) -> bool {
@@ -112,8 +118,7 @@ impl Collective {
     /// When there is no such member.
     #[must_use]
     pub fn steps(&self, member: u32) -> Vec<Step> {
-        let members = self.ranks + self.shape.switches;
-        assert!(member < members, "member {member} of {members}");
+        assert!(member < self.members(), "member {member} of {}", self.members());
         let rounds = self.algorithm.rounds(self.kind, self.ranks, member).0;
         let chunks = self.shape.chunks as u32;
         let mut steps: Vec<_> = rounds
@@ -138,9 +143,8 @@ impl Collective {
     /// Every member's steps.
     #[must_use]
     pub fn schedule(&self) -> Schedule {
-        let contract = self.contract();
-        let steps = (0..contract.members()).map(|member| self.steps(member)).collect();
-        Schedule { contract, steps }
+        let steps = (0..self.members()).map(|member| self.steps(member)).collect();
+        Schedule { contract: self.contract(), steps }
     }
 
     /// The closed form on a buffer of this size: the whole buffer, also of a kind that leaves a rank

@@ -106,6 +106,12 @@ pub struct Contract {
 }
 
 impl Contract {
+    /// A contract among ranks alone, without a limit to all sends together.
+    #[must_use]
+    pub fn new(kind: Kind, ranks: u32, chunks: u32, in_flight: u32) -> Self {
+        Self { kind, ranks, switches: 0, chunks, in_flight, window: None }
+    }
+
     /// How many members have steps.
     #[must_use]
     pub fn members(&self) -> u32 {

@@ -314,14 +314,7 @@ mod tests {
         let receive = |from| Step::Receive { from, chunks, action: Action::Copy };
         let send = |to| Step::Send { to, chunks };
         let schedule = Schedule {
-            contract: Contract {
-                kind: Kind::AllReduce,
-                ranks: 2,
-                switches: 0,
-                chunks: 1,
-                in_flight: 1,
-                window: None,
-            },
+            contract: Contract::new(Kind::AllReduce, 2, 1, 1),
             steps: vec![vec![receive(1), send(1)], vec![receive(0), send(0)]],
         };
         let error = Error::Deadlock { member: 0, step: 0, chunks, peer: 1, in_flight: 1 };

@@ -79,7 +79,7 @@ impl Script {
         let chunks = Chunks::one(0);
         let send = Step::Send { to: 1, chunks };
         let receive = Step::Receive { from: 0, chunks, action: collective::Action::Copy };
-        let contract = Contract { kind: Kind::AllReduce, ranks: 2, chunks: 1, in_flight: 1 };
+        let contract = Contract::new(Kind::AllReduce, 2, 1, 1);
         Self::new(Schedule { contract, steps: vec![vec![send], vec![receive]] })
     }
 
@@ -94,7 +94,7 @@ impl Script {
             };
             vec![Step::Send { to: (member + 1) % ranks, chunks }, receive]
         };
-        let contract = Contract { kind: Kind::AllReduce, ranks, chunks: 1, in_flight: 2 };
+        let contract = Contract::new(Kind::AllReduce, ranks, 1, 2);
         Self::new(Schedule { contract, steps: (0..ranks).map(steps).collect() })
     }
 

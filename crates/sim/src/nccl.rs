@@ -104,13 +104,21 @@ impl Function {
     }
 }
 
-impl From<collective::Kind> for Function {
-    fn from(kind: collective::Kind) -> Self {
-        match kind {
-            collective::Kind::AllReduce => Self::AllReduce,
+impl Function {
+    /// The function for a kind; `None` for those that are messages between pairs to NCCL.
+    #[must_use]
+    pub fn of(kind: collective::Kind) -> Option<Self> {
+        Some(match kind {
+            // A barrier is an all-reduce of nothing.
+            collective::Kind::AllReduce | collective::Kind::Barrier => Self::AllReduce,
             collective::Kind::ReduceScatter => Self::ReduceScatter,
             collective::Kind::AllGather => Self::AllGather,
-        }
+            collective::Kind::Broadcast => Self::Broadcast,
+            collective::Kind::Reduce => Self::Reduce,
+            collective::Kind::AllToAll | collective::Kind::Gather | collective::Kind::Scatter => {
+                return None;
+            }
+        })
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use collective::{Chunks, Executor, Part, Step};
+use collective::{Chunks, Executor, Part, Placement, Step};
 use units::{Bytes, Rank};
 
 use crate::Error;
@@ -38,6 +38,13 @@ impl Group {
 pub enum Action {
     /// Carry out the rank's part of a collective.
     Collective(Arc<Part>),
+    /// Carry out the rank's part of an all-to-all, whose blocks may have different sizes.
+    AllToAll {
+        /// The rank's part.
+        part: Arc<Part>,
+        /// Where in the buffer the blocks are that go out, come in and pass through.
+        placement: Arc<Placement>,
+    },
     /// Send the whole buffer to a rank of the group, which receives it.
     Send {
         /// The receiving rank.
@@ -70,17 +77,17 @@ pub struct Operation {
 impl Operation {
     /// Refuses, on the caller's thread, what only a bug can ask for.
     pub(crate) fn check(&self, own: Rank) {
-        let Self { group, action, label, .. } = self;
+        let Self { group, action, buffer, label } = self;
         let (ranks, member) = (&group.ranks, group.member(own));
         assert!(member.is_some(), "`{label}`: {own} is not in the group");
         match action {
-            Action::Collective(part) => {
-                assert_eq!(
-                    part.contract.ranks as usize,
-                    ranks.len(),
-                    "`{label}`: ranks of a group"
-                );
+            Action::Collective(part) | Action::AllToAll { part, .. } => {
+                let members = part.contract.members() as usize;
+                assert_eq!(members, ranks.len(), "`{label}`: members and ranks");
                 assert_eq!(Some(part.member), member, "`{label}`: the part of {own}");
+                if let Action::AllToAll { placement, .. } = action {
+                    assert_eq!(buffer.len(), placement.elements(), "`{label}`: buffer");
+                }
             }
             Action::Send { to: peer } | Action::Receive { from: peer } => {
                 assert!(*peer != own && ranks.contains(peer), "`{label}`: {peer} is no peer");
@@ -104,7 +111,7 @@ pub(crate) struct Active {
 
 /// Where an operation's steps come from.
 enum Work {
-    Collective { ranks: Arc<[Rank]>, part: Arc<Part> },
+    Collective { ranks: Arc<[Rank]>, part: Arc<Part>, placement: Option<Arc<Placement>> },
     PointToPoint { peer: Rank, step: Step },
 }
 
@@ -116,7 +123,7 @@ impl Active {
         let key = Key { kind, group: group.id, sequence };
         let work = Work::new(group, action);
         let executor = match &work {
-            Work::Collective { part, .. } => Executor::new(&part.steps, part.contract.in_flight),
+            Work::Collective { part, .. } => part.executor(),
             Work::PointToPoint { step, .. } => Executor::new(&[*step], 1),
         };
         Self { label, key, executor, buffer, posted, started: None, failed: false, work }
@@ -219,8 +226,11 @@ impl Active {
 
     fn range(&self, index: usize) -> Range<usize> {
         match &self.work {
-            Work::Collective { part, .. } => {
+            Work::Collective { part, placement: None, .. } => {
                 part.contract.range(self.buffer.len(), part.steps[index].chunks())
+            }
+            Work::Collective { part, placement: Some(placement), .. } => {
+                placement.range(part.steps[index].chunks())
             }
             Work::PointToPoint { .. } => 0..self.buffer.len(),
         }
@@ -231,7 +241,12 @@ impl Work {
     fn new(group: Group, action: Action) -> Self {
         let (chunks, copy) = (Chunks::one(0), collective::Action::Copy);
         match action {
-            Action::Collective(part) => Self::Collective { ranks: group.ranks, part },
+            Action::Collective(part) => {
+                Self::Collective { ranks: group.ranks, part, placement: None }
+            }
+            Action::AllToAll { part, placement } => {
+                Self::Collective { ranks: group.ranks, part, placement: Some(placement) }
+            }
             Action::Send { to: peer } => {
                 Self::PointToPoint { peer, step: Step::Send { to: 0, chunks } }
             }
@@ -246,7 +261,7 @@ impl Work {
 /// The kind of frame that an action uses.
 fn kind_of(action: &Action) -> Kind {
     match action {
-        Action::Collective(_) => Kind::Collective,
+        Action::Collective(_) | Action::AllToAll { .. } => Kind::Collective,
         Action::Send { .. } | Action::Receive { .. } => Kind::PointToPoint,
     }
 }

@@ -173,7 +173,7 @@ impl Progress {
     fn post(&mut self, ticket: u64, operation: Operation, posted: Instant) {
         let own = self.transport.rank();
         let (lane, sender) = match operation.action {
-            Action::Collective(_) => (Lane::Collective, None),
+            Action::Collective(_) | Action::AllToAll { .. } => (Lane::Collective, None),
             Action::Send { to } => (Lane::To(to), Some(own)),
             Action::Receive { from } => (Lane::From(from), Some(from)),
         };

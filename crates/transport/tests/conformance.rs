@@ -7,7 +7,10 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collective::{Action as Effect, Collective, Kind, Schedule, Step, chunk_range};
+use collective::{
+    Action as Effect, Algorithm, Collective, Contract, Kind, Level, Placement, Schedule, Step,
+    chunk_range,
+};
 use mesh::{MakeMesh, run};
 use transport::{Action, Communicator, Error, Group, Limits, Operation, Ticket};
 use units::{Bytes, Rank};
@@ -24,6 +27,7 @@ macro_rules! on_every_transport {
 
 on_every_transport!(
     collectives_have_the_bits_that_their_schedule_says,
+    blocks_of_any_size_reach_their_rank,
     operations_overlap_and_are_waited_for_in_any_order,
     pipelines_send_and_receive_in_order,
     frames_of_operations_posted_late_are_kept,
@@ -37,8 +41,6 @@ on_every_transport!(
     a_failed_collective_fails_for_those_who_post_it_later,
     garbage_on_a_stream_is_a_lost_peer,
 );
-
-const KINDS: [Kind; 3] = [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather];
 
 fn group(id: u64, ranks: &[u32]) -> Group {
     Group { id, ranks: ranks.iter().copied().map(Rank).collect() }
@@ -121,19 +123,44 @@ fn reference(schedule: &Schedule, mut buffers: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
 }
 
 /// The part of a result that the kind of collective promises.
-fn promised(kind: Kind, rank: Rank, ranks: u32, buffer: &[f32]) -> Vec<u32> {
+fn promised(collective: &Collective, rank: Rank, buffer: &[f32]) -> Vec<u32> {
+    let Contract { kind, ranks, .. } = collective.contract();
     let range = match kind {
-        Kind::ReduceScatter => chunk_range(buffer.len(), ranks, rank.0),
-        Kind::AllReduce | Kind::AllGather => 0..buffer.len(),
+        Kind::ReduceScatter | Kind::Scatter => chunk_range(buffer.len(), ranks, rank.0),
+        Kind::Reduce | Kind::Gather if rank.0 > 0 => 0..0,
+        _ => 0..buffer.len(),
     };
     buffer[range].iter().map(|value| value.to_bits()).collect()
 }
 
+/// Every kind by every algorithm that does it, but for the all-to-all.
+fn collectives(ranks: u32) -> Vec<Collective> {
+    let levels = vec![
+        Level { algorithm: Algorithm::Direct, ranks: 2 },
+        Level { algorithm: Algorithm::Ring, ranks: ranks.div_ceil(2) },
+    ];
+    let algorithms = [
+        Algorithm::Ring,
+        Algorithm::Direct,
+        Algorithm::HalvingDoubling,
+        Algorithm::Bruck,
+        Algorithm::DoubleTree,
+        Algorithm::Torus { dims: vec![2, ranks.div_ceil(2)] },
+        Algorithm::Hierarchy { levels },
+    ];
+    let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::AllToAll);
+    let all = kinds.flat_map(|kind| algorithms.clone().map(|algorithm| (kind, algorithm)));
+    all.filter_map(|(kind, algorithm)| {
+        let collective = Collective::new(kind, algorithm, ranks).ok()?;
+        Some(collective.clone().pipelined(3).unwrap_or(collective))
+    })
+    .collect()
+}
+
 fn collectives_have_the_bits_that_their_schedule_says(make: MakeMesh) {
     for ranks in 1..=5 {
-        let lengths = [0, 1, 7, 1_000, if ranks == 3 { 700_001 } else { 10_007 }];
-        let make_both = |kind| [Collective::ring(kind, ranks), Collective::direct(kind, ranks)];
-        let collectives: Vec<_> = KINDS.into_iter().flat_map(make_both).collect();
+        let lengths = [0, 1, 7, if ranks == 3 { 100_001 } else { 10_007 }];
+        let collectives = collectives(ranks);
         let with_lengths = |collective| lengths.map(|length| (collective, length));
         let cases: Vec<_> = collectives.iter().flat_map(with_lengths).collect();
         let results = run(make(ranks), Limits::default(), |mut communicator| {
@@ -142,8 +169,7 @@ fn collectives_have_the_bits_that_their_schedule_says(make: MakeMesh) {
                 let action = part(collective, &all(ranks), rank);
                 let buffer = input(rank, length, 0);
                 let ticket = post(&mut communicator, &all(ranks), action, buffer, "collective");
-                let kind = collective.contract().kind;
-                promised(kind, rank, ranks, &communicator.wait(ticket).unwrap().buffer)
+                promised(collective, rank, &communicator.wait(ticket).unwrap().buffer)
             };
             cases.iter().map(carry_out).collect::<Vec<_>>()
         });
@@ -151,11 +177,36 @@ fn collectives_have_the_bits_that_their_schedule_says(make: MakeMesh) {
             let inputs = (0..ranks).map(|rank| input(Rank(rank), *length, 0)).collect();
             let expected = reference(&collective.schedule(), inputs);
             for (rank, buffer) in (0..).map(Rank).zip(&expected) {
-                let expected = promised(collective.contract().kind, rank, ranks, buffer);
+                let expected = promised(collective, rank, buffer);
                 let case = format!("{collective:?} of {length} on {rank}");
                 assert!(results[rank.index()][index] == expected, "{case}");
             }
         }
+    }
+}
+
+fn blocks_of_any_size_reach_their_rank(make: MakeMesh) {
+    let ranks = 5;
+    let elements = |from: u32, to: u32| ((3 * from + 5 * to) % 7) as usize * 1_000;
+    let content = |from: Rank, to: u32| input(from, elements(from.0, to), to as usize);
+    for algorithm in [Algorithm::Direct, Algorithm::Pairwise, Algorithm::Ring, Algorithm::Bruck] {
+        let exchange = Collective::new(Kind::AllToAll, algorithm, ranks).unwrap();
+        run(make(ranks), Limits::default(), |mut communicator| {
+            let rank = communicator.rank();
+            let part = Arc::new(exchange.part(rank.0));
+            let placement = Arc::new(Placement::new(&part, elements));
+            let mut buffer = vec![0.0; placement.elements()];
+            for to in 0..ranks {
+                buffer[placement.outgoing(to)].copy_from_slice(&content(rank, to));
+            }
+            let action = Action::AllToAll { part, placement: Arc::clone(&placement) };
+            let ticket = post(&mut communicator, &all(ranks), action, buffer, "exchange");
+            let buffer = communicator.wait(ticket).unwrap().buffer;
+            for from in 0..ranks {
+                let received = placement.incoming(from).flat_map(|range| buffer[range].to_vec());
+                assert!(received.eq(content(Rank(from), rank.0)), "from {from} to {rank}");
+            }
+        });
     }
 }
 

@@ -25,11 +25,15 @@ const RCCL_SHARE: f64 = 0.7;
 
 /// A collective by NCCL.
 pub(super) fn collective(network: &Network, group: &Group, kind: Kind, bytes: Bytes) -> Estimate {
+    // As much leaves the busiest rank of a gather or scatter as any of an all-to-all.
+    let Some(function) = Function::of(kind) else {
+        return all_to_all(network, group, bytes);
+    };
     let cluster = network.cluster;
     let node = node(cluster, group);
     let reduction = network.in_network_reduction;
     let communicator = Communicator::of_nodes(&node, group.domains, reduction);
-    let choice = Tuner::new(communicator).choose(Function::from(kind), bytes);
+    let choice = Tuner::new(communicator).choose(function, bytes);
     let sent = sent(group, kind, choice.algorithm, bytes);
     let slowdown = fabric::slowdown(cluster, group, Traffic::Neighbours);
     let channels = communicator.channels(choice.algorithm);
