@@ -49,6 +49,14 @@ pub enum Error {
         /// How many chunks it would take.
         chunks: u64,
     },
+    /// A text is no schedule.
+    #[error("line {line}: {reason}")]
+    Syntax {
+        /// The line, counted from 1.
+        line: usize,
+        /// What is wrong there, and what was expected.
+        reason: String,
+    },
     /// A schedule has at least one rank and lets at least one send be in flight.
     #[error("a schedule needs at least one rank, and limits to what is in flight of at least 1")]
     Empty,
@@ -68,6 +76,17 @@ pub enum Error {
         blocks: u32,
         /// How many lists there are.
         lists: usize,
+        /// How many chunks there are.
+        chunks: u32,
+    },
+    /// Who holds what would not fit into a sensible memory.
+    #[error(
+        "{members} members with {chunks} chunks each are too many to verify at once; verify the same \
+         schedule for fewer"
+    )]
+    Unverifiable {
+        /// How many members there are.
+        members: usize,
         /// How many chunks there are.
         chunks: u32,
     },

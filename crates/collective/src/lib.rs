@@ -16,6 +16,7 @@ mod executor;
 mod kind;
 mod placement;
 mod schedule;
+mod text;
 mod verify;
 
 pub use algorithm::{Algorithm, Level};

@@ -5,6 +5,9 @@ use std::ops::Range;
 
 use crate::{Action, Chunks, Contract, Error, Executor, Schedule, Step};
 
+/// The most that sets of contributors may take: half a gibibyte.
+const MOST_WORDS: u64 = 1 << 26;
+
 impl Schedule {
     /// Proves that the schedule does what its kind promises, under its in-flight limit and with
     /// rendezvous semantics (a send is done only once its receive has started), and counts the
@@ -33,6 +36,10 @@ impl Schedule {
         let blocks = kind.blocks(ranks);
         if lists as u64 != members || chunks == 0 || chunks % blocks != 0 {
             return Err(Error::Shape { kind, ranks, switches, blocks, lists, chunks });
+        }
+        let words = u64::from(ranks.div_ceil(64)).saturating_mul(u64::from(chunks));
+        if words.saturating_mul(members) > MOST_WORDS {
+            return Err(Error::Unverifiable { members: lists, chunks });
         }
         for (member, list) in (0..).zip(&self.steps) {
             for (step, action) in list.iter().enumerate() {
@@ -318,6 +325,14 @@ mod tests {
             steps: vec![vec![receive(1), send(1)], vec![receive(0), send(0)]],
         };
         let error = Error::Deadlock { member: 0, step: 0, chunks, peer: 1, in_flight: 1 };
+        assert_eq!(schedule.verify(), Err(error));
+    }
+
+    #[test]
+    fn what_is_too_large_to_verify_is_told() {
+        let mut schedule = Collective::ring(Kind::AllReduce, 2).schedule();
+        schedule.contract.chunks = u32::MAX;
+        let error = Error::Unverifiable { members: 2, chunks: u32::MAX };
         assert_eq!(schedule.verify(), Err(error));
     }
 
