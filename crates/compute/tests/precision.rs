@@ -13,7 +13,7 @@ fn fine(index: usize) -> f32 {
 
 /// The second of two ranks that shard what `shard` says.
 fn stage(config: &Config, shard: Shard) -> Stage<Cpu> {
-    let layout = Layout { mesh: Mesh { data: 2, ..Mesh::ONE }, micro_batch: 1, shard };
+    let layout = Layout::new(Mesh { data: 2, ..Mesh::ONE }, 1, shard);
     let batch = Batch { sequence: 8, global_batch: 4 };
     let program = lower(config, &layout, &batch).expect("the layout fits");
     let spec = StageSpec::new(config, &program, Rank(1), config.blocks().collect());

@@ -225,6 +225,32 @@ impl Config {
         self.rank_parameters(block, shape).iter().map(Parameter::elements).sum()
     }
 
+    /// Elements of `block` that several tensor-parallel ranks hold and of whose gradient each has
+    /// a part alone: those that work on the split sequence, on each rank's own heads, or on key
+    /// and value heads that several ranks share.
+    #[must_use]
+    pub fn replicated_elements(&self, block: Block, shape: &Shape) -> u64 {
+        let shared_heads = shape.tensor > self.kv_heads;
+        let is_part = |parameter: &Parameter| match parameter.split {
+            Split::Whole => {
+                let of_heads = matches!(parameter.role, Role::Latent | Role::HeadNorm);
+                shape.sequence_parallel || of_heads
+            }
+            Split::KvHeads => shared_heads,
+            Split::Rows | Split::Columns | Split::ExpertRows | Split::ExpertColumns => false,
+        };
+        if shape.tensor == 1 {
+            return 0;
+        }
+        let parameters = self.rank_parameters(block, shape);
+        let of = |parameter: &Parameter| match parameter.split {
+            // Every rank puts its part in the place of its head among all.
+            Split::KvHeads => parameter.elements() * self.kv_heads,
+            _ => parameter.elements(),
+        };
+        parameters.iter().filter(|parameter| is_part(parameter)).map(of).sum()
+    }
+
     /// Parameters of the whole model.
     #[must_use]
     pub fn parameter_count(&self) -> u64 {

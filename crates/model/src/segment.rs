@@ -46,8 +46,8 @@ pub enum Segment {
     Combine,
     /// Feed-forward output onto the residual stream.
     FeedForwardAdd,
-    /// Stream and embedding of the next word, normed and projected: what a layer that predicts
-    /// one token further begins with.
+    /// Stream and embedding of the next word, normed, joined and projected: what a layer that
+    /// predicts one token further begins with, after the embedding.
     Merge,
     /// Norm before the head.
     FinalNorm,
@@ -176,7 +176,7 @@ impl Config {
             Block::Layer(layer) => self.layer_segments(layer),
             Block::Experts(_) => vec![],
             Block::Prediction(number) => {
-                let mut segments = vec![Segment::Merge];
+                let mut segments = vec![Segment::Embed, Segment::Merge];
                 segments.extend(self.layer_segments(self.prediction_layer(number)));
                 segments.extend(Segment::HEAD);
                 segments

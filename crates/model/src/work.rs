@@ -236,8 +236,7 @@ impl Config {
 
     fn merge(&self, pass: Pass, rows: u64) -> Vec<Operator> {
         let width = self.hidden;
-        let mut operators = unless_weight(pass, Operator::Embedding { rows, width });
-        operators.extend(unless_weight(pass, self.norm_operator(2 * rows, width)));
+        let mut operators = unless_weight(pass, self.norm_operator(2 * rows, width));
         operators.extend(linear(pass, rows, width, 2 * width));
         operators
     }

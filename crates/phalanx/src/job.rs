@@ -553,8 +553,21 @@ mod tests {
         evaluation_sequences = 32
 
         [layout]
+        virtual_stages = 1
+        stage_layers = []
         micro_batch = 4
         shard = "none"
+        schedule = "1f1b"
+        recompute = "none"
+        sequence_parallel = false
+        context_exchange = "all-gather"
+        attention = "flash"
+        tensor_overlap = "weight-gradients"
+        gradient_reduction = "overlapped"
+        parameter_gathering = "overlapped"
+        parameter_bytes = 4
+        gradient_bytes = 4
+        activation_bytes = 4
 
         [layout.mesh]
         tensor = 1

@@ -106,7 +106,7 @@ impl<'a, O: Operators> Session<'a, O> {
 
     /// One rank on its share of the batch: weak scaling.
     fn baseline_program(&self) -> Result<Program> {
-        let Layout { mesh, micro_batch, .. } = self.job.layout;
+        let &Layout { mesh, micro_batch, .. } = &self.job.layout;
         let microbatches = (self.programs.step.microbatches / mesh.pipeline).max(1);
         let batch = Batch {
             sequence: self.job.training.sequence,

@@ -56,6 +56,7 @@ fn checked(args: &JobArgs) -> Result<Job> {
     job.cluster.require_local()?;
     job.cluster.device.check(job.local_precision()?)?;
     job.model.require_llama().context("[model]")?;
+    job.layout.require_runnable()?;
     Ok(job)
 }
 

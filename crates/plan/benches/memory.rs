@@ -14,7 +14,7 @@ fn main() {
 
 fn layout() -> (Layout, Batch) {
     let mesh = Mesh { tensor: 8, context: 2, data: 64, pipeline: 8, ..Mesh::ONE };
-    let layout = Layout { mesh, micro_batch: 1, shard: Shard::Optimizer };
+    let layout = Layout::new(mesh, 1, Shard::Optimizer);
     (layout, Batch { sequence: 8192, global_batch: 1536 })
 }
 

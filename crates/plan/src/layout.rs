@@ -2,24 +2,11 @@
 
 use std::ops::Range;
 
-use model::{Block, Config, Shape};
+use model::{AttentionKernel, Block, Config, Shape};
 use program::Mesh;
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
-/// What the ranks of the data axis split among themselves instead of each holding it whole.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Shard {
-    /// Nothing: plain data parallelism.
-    None,
-    /// Optimizer state (`ZeRO` 1).
-    Optimizer,
-    /// Optimizer state and gradients (`ZeRO` 2).
-    Gradients,
-    /// Optimizer state, gradients and parameters (`ZeRO` 3, FSDP).
-    Parameters,
-}
+use crate::{ContextExchange, LayoutError, Recompute, Schedule, Shard, TensorOverlap, Timing};
 
 /// What is trained on in one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,142 +18,70 @@ pub struct Batch {
 }
 
 /// A complete parallel layout.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     /// Degrees of the axes.
     pub mesh: Mesh,
+    /// Stages that each pipeline rank holds; stage `s` is on pipeline rank `s % pipeline`.
+    pub virtual_stages: u32,
+    /// Layers of every stage; none if all have the same.
+    pub stage_layers: Vec<u32>,
     /// Sequences in a microbatch.
     pub micro_batch: u64,
     /// What the data axis splits.
     pub shard: Shard,
-}
-
-/// A layout as a job file gives it: what is left out is chosen by [`PartialLayout::complete`].
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PartialLayout {
-    /// Tensor-parallel degree.
-    pub tensor: Option<u32>,
-    /// Context-parallel degree.
-    pub context: Option<u32>,
-    /// Pipeline stages.
-    pub pipeline: Option<u32>,
-    /// Sequences in a microbatch.
-    pub micro_batch: Option<u64>,
-    /// What the data axis splits.
-    pub shard: Option<Shard>,
-}
-
-/// A layout that does not fit the ranks, the layers or the batch.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub enum LayoutError {
-    /// Ranks left over.
-    #[error(
-        "layout: tensor {tensor} x context {context} x pipeline {pipeline} does not divide {ranks} ranks; choose degrees whose product does, or change [cluster] accelerators"
-    )]
-    Ranks {
-        /// Tensor-parallel degree.
-        tensor: u32,
-        /// Context-parallel degree.
-        context: u32,
-        /// Pipeline stages.
-        pipeline: u32,
-        /// Ranks of the job.
-        ranks: u32,
-    },
-    /// Layers left over.
-    #[error(
-        "layout: pipeline {pipeline} does not divide the model's {layers} layers; choose one of {choices:?}"
-    )]
-    Layers {
-        /// Pipeline stages.
-        pipeline: u32,
-        /// Layers of the model.
-        layers: u32,
-        /// Degrees that would do.
-        choices: Vec<u32>,
-    },
-    /// Sequences left over.
-    #[error(
-        "layout: data {data} x micro_batch {micro_batch} does not divide global_batch {global_batch}; each data-parallel rank needs a whole number of microbatches"
-    )]
-    Batch {
-        /// Data-parallel degree.
-        data: u32,
-        /// Sequences in a microbatch.
-        micro_batch: u64,
-        /// Sequences in a step.
-        global_batch: u64,
-    },
-    /// An axis that cannot be run yet.
-    #[error("layout: {axis} {degree} cannot be lowered yet; leave `{axis}` out or set it to 1")]
-    Unsupported {
-        /// Which axis.
-        axis: &'static str,
-        /// The degree asked for.
-        degree: u32,
-    },
-    /// A kind of model that cannot be lowered yet.
-    #[error("[model] {0}: such a model is counted, but cannot be lowered to a program yet")]
-    Model(&'static str),
-    /// A degree or size of zero.
-    #[error("`{0}` is 0; it must be at least 1")]
-    Zero(&'static str),
-}
-
-fn divisors(of: u64) -> impl Iterator<Item = u64> {
-    (1..=of).filter(move |candidate| of.is_multiple_of(*candidate))
-}
-
-impl PartialLayout {
-    /// Fills in what was left out, for `ranks` ranks.
-    ///
-    /// Pipeline 1 unless given; the optimizer sharded as soon as there is a data axis, since that
-    /// moves no more bytes than an all-reduce; microbatches of at most 4 sequences, and enough of
-    /// them (4 a stage) to keep a pipeline's bubble small.
-    ///
-    /// # Errors
-    /// What the ranks, the layers or the batch cannot be divided into.
-    pub fn complete(
-        &self,
-        config: &Config,
-        batch: &Batch,
-        ranks: u32,
-    ) -> Result<Layout, LayoutError> {
-        let (tensor, context) = (self.tensor.unwrap_or(1), self.context.unwrap_or(1));
-        let pipeline = self.pipeline.unwrap_or(1);
-        let named = [("tensor", tensor), ("context", context), ("pipeline", pipeline)];
-        if let Some((name, _)) = named.into_iter().find(|(_, degree)| *degree == 0) {
-            return Err(LayoutError::Zero(name));
-        }
-        let model_ranks = tensor.saturating_mul(context).saturating_mul(pipeline);
-        if !ranks.is_multiple_of(model_ranks) {
-            return Err(LayoutError::Ranks { tensor, context, pipeline, ranks });
-        }
-        let data = ranks / model_ranks;
-        let mesh = Mesh { tensor, context, data, pipeline, ..Mesh::ONE };
-        let micro_batch = self.micro_batch.unwrap_or_else(|| default_micro_batch(&mesh, batch));
-        let default_shard = if mesh.data > 1 { Shard::Optimizer } else { Shard::None };
-        let layout = Layout { mesh, micro_batch, shard: self.shard.unwrap_or(default_shard) };
-        layout.check(config, batch)?;
-        Ok(layout)
-    }
-}
-
-fn default_micro_batch(mesh: &Mesh, batch: &Batch) -> u64 {
-    let per_rank = batch.global_batch / u64::from(mesh.data);
-    let wanted = if mesh.pipeline > 1 { 4 * u64::from(mesh.pipeline) } else { 1 };
-    divisors(per_rank.max(1))
-        .filter(|size| *size <= 4 && per_rank / size >= wanted.min(per_rank))
-        .max()
-        .unwrap_or(1)
+    /// The order of a pipeline rank's turns.
+    pub schedule: Schedule,
+    /// What the forward pass does not keep.
+    pub recompute: Recompute,
+    /// Whether tensor-parallel ranks split the sequence between products.
+    pub sequence_parallel: bool,
+    /// How context-parallel ranks come to each other's keys and values.
+    pub context_exchange: ContextExchange,
+    /// How attention is carried out.
+    pub attention: AttentionKernel,
+    /// What hides the transfers of tensor parallelism.
+    pub tensor_overlap: TensorOverlap,
+    /// Whether gradients are reduced beside the backward pass.
+    pub gradient_reduction: Timing,
+    /// Whether parameters are gathered beside the first forward pass.
+    pub parameter_gathering: Timing,
+    /// Bytes of a parameter on its way.
+    pub parameter_bytes: u8,
+    /// Bytes of a parameter's gradient on its way.
+    pub gradient_bytes: u8,
+    /// Bytes of an activation, or its gradient, on its way.
+    pub activation_bytes: u8,
 }
 
 impl Layout {
+    /// A layout of these degrees in which every other choice is the simplest.
+    #[must_use]
+    pub fn new(mesh: Mesh, micro_batch: u64, shard: Shard) -> Self {
+        Self {
+            mesh,
+            virtual_stages: 1,
+            stage_layers: Vec::new(),
+            micro_batch,
+            shard,
+            schedule: Schedule::default(),
+            recompute: Recompute::default(),
+            sequence_parallel: false,
+            context_exchange: ContextExchange::default(),
+            attention: AttentionKernel::default(),
+            tensor_overlap: TensorOverlap::default(),
+            gradient_reduction: Timing::default(),
+            parameter_gathering: Timing::default(),
+            parameter_bytes: 4,
+            gradient_bytes: 4,
+            activation_bytes: 4,
+        }
+    }
+
     /// One rank that does everything, in the same microbatches.
     #[must_use]
     pub fn one_rank(micro_batch: u64) -> Self {
-        Self { mesh: Mesh::ONE, micro_batch, shard: Shard::None }
+        Self::new(Mesh::ONE, micro_batch, Shard::None)
     }
 
     /// Refuses what cannot be divided.
@@ -174,40 +89,29 @@ impl Layout {
     /// # Errors
     /// See [`LayoutError`].
     pub fn check(&self, config: &Config, batch: &Batch) -> Result<(), LayoutError> {
-        let Mesh { tensor, context, data, pipeline, .. } = self.mesh;
-        for (axis, degree) in [("tensor", tensor), ("context", context)] {
-            if degree > 1 {
-                return Err(LayoutError::Unsupported { axis, degree });
-            }
-        }
-        let kinds = [
-            ("experts", config.experts.is_some()),
-            ("prediction_layers", config.prediction_layers > 0),
+        crate::check::check(self, config, batch)
+    }
+
+    /// Refuses what is planned and simulated, but cannot be carried out yet.
+    ///
+    /// # Errors
+    /// [`LayoutError::Unsupported`], which names the key.
+    pub fn require_runnable(&self) -> Result<(), LayoutError> {
+        let Mesh { tensor, context, expert, replicas, .. } = self.mesh;
+        let split = matches!(self.schedule, Schedule::ZeroBubble | Schedule::Text(_));
+        let keys = [
+            ("tensor", tensor > 1),
+            ("context", context > 1),
+            ("expert", expert > 1),
+            ("shard_ranks", replicas > 1),
+            ("schedule", split),
+            ("recompute", self.recompute != Recompute::None),
+            ("attention", self.attention != AttentionKernel::Flash),
         ];
-        if let Some((kind, _)) = kinds.into_iter().find(|(_, present)| *present) {
-            return Err(LayoutError::Model(kind));
+        match keys.into_iter().find(|(_, used)| *used) {
+            Some((key, _)) => Err(LayoutError::Unsupported(key)),
+            None => Ok(()),
         }
-        if !config.layers.is_multiple_of(pipeline) {
-            let choices = divisors(u64::from(config.layers)).map(|d| d as u32).collect();
-            return Err(LayoutError::Layers { pipeline, layers: config.layers, choices });
-        }
-        let sizes = [
-            ("micro_batch", self.micro_batch),
-            ("global_batch", batch.global_batch),
-            ("sequence", batch.sequence),
-        ];
-        if let Some((name, _)) = sizes.into_iter().find(|(_, size)| *size == 0) {
-            return Err(LayoutError::Zero(name));
-        }
-        let together = u64::from(data).saturating_mul(self.micro_batch);
-        if !batch.global_batch.is_multiple_of(together) {
-            return Err(LayoutError::Batch {
-                data,
-                micro_batch: self.micro_batch,
-                global_batch: batch.global_batch,
-            });
-        }
-        Ok(())
     }
 
     /// Microbatches of each data-parallel rank.
@@ -216,31 +120,80 @@ impl Layout {
         (batch.global_batch / (u64::from(self.mesh.data) * self.micro_batch)) as u32
     }
 
-    /// The size of a microbatch.
+    /// The size of a microbatch, and of what a rank sees of it.
     #[must_use]
     pub fn shape(&self, batch: &Batch) -> Shape {
-        Shape::whole(self.micro_batch, batch.sequence)
+        let Mesh { tensor, context, expert, expert_tensor, .. } = self.mesh;
+        Shape {
+            tensor: u64::from(tensor),
+            context: u64::from(context),
+            expert: u64::from(expert),
+            expert_tensor: u64::from(expert_tensor),
+            sequence_parallel: self.sequence_parallel,
+            attention: self.attention,
+            ..Shape::whole(self.micro_batch, batch.sequence)
+        }
+    }
+
+    /// Stages of all pipeline ranks together.
+    #[must_use]
+    pub fn stages(&self) -> u32 {
+        self.mesh.pipeline * self.virtual_stages
+    }
+
+    /// The stages of a pipeline rank, in the order the forward pass meets them.
+    pub fn stages_of(&self, rank: u32) -> impl Iterator<Item = u32> + use<> {
+        (rank..self.stages()).step_by(self.mesh.pipeline as usize)
     }
 
     /// The layers of a stage.
     #[must_use]
     pub fn layers(&self, config: &Config, stage: u32) -> Range<u32> {
-        let each = config.layers / self.mesh.pipeline;
-        stage * each..(stage + 1) * each
+        if self.stage_layers.is_empty() {
+            let each = config.layers / self.stages();
+            return stage * each..(stage + 1) * each;
+        }
+        let sizes = &self.stage_layers[..=stage as usize];
+        let end: u32 = sizes.iter().sum();
+        end - self.stage_layers[stage as usize]..end
     }
 
-    /// The blocks a stage holds, in the order the forward pass meets them. A tied embedding is
-    /// held by the first and by the last stage.
+    /// The blocks of a stage, in the order the forward pass meets them.
     #[must_use]
-    pub fn blocks(&self, config: &Config, stage: u32) -> Vec<Block> {
-        let (first, last) = (stage == 0, stage + 1 == self.mesh.pipeline);
-        let embedding = first || (last && config.tied_embeddings);
-        let mut blocks: Vec<Block> = self.layers(config, stage).map(Block::Layer).collect();
-        if embedding {
-            blocks.insert(0, Block::Embedding);
+    pub fn stage_blocks(&self, config: &Config, stage: u32) -> Vec<Block> {
+        let (first, last) = (stage == 0, stage + 1 == self.stages());
+        let mut blocks = Vec::new();
+        blocks.extend(first.then_some(Block::Embedding));
+        for layer in self.layers(config, stage) {
+            blocks.push(Block::Layer(layer));
+            blocks.extend(config.experts_of(layer).map(|_| Block::Experts(layer)));
         }
         if last {
             blocks.push(Block::Head);
+            for number in 0..config.prediction_layers {
+                let layer = config.prediction_layer(number);
+                blocks.push(Block::Prediction(number));
+                blocks.extend(config.experts_of(layer).map(|_| Block::Experts(layer)));
+            }
+        }
+        blocks
+    }
+
+    /// Whether the first and the last stage both use the word embedding.
+    #[must_use]
+    pub fn ends_share_embedding(config: &Config) -> bool {
+        config.tied_embeddings || config.prediction_layers > 0
+    }
+
+    /// The blocks a pipeline rank holds, in the order the forward pass meets them. A shared
+    /// embedding is held by the first and by the last stage.
+    #[must_use]
+    pub fn blocks(&self, config: &Config, rank: u32) -> Vec<Block> {
+        let mut blocks: Vec<Block> =
+            self.stages_of(rank).flat_map(|stage| self.stage_blocks(config, stage)).collect();
+        let last = rank + 1 == self.mesh.pipeline;
+        if last && Self::ends_share_embedding(config) && !blocks.contains(&Block::Embedding) {
+            blocks.insert(0, Block::Embedding);
         }
         blocks
     }

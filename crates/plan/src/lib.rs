@@ -4,13 +4,20 @@
 //! lists that the simulator and the runtime read. New parallelism is new lowering here, and
 //! nothing else.
 
+mod check;
 mod layout;
 mod lower;
 pub mod memory;
+mod options;
+mod partial;
 mod schedule;
 
-pub use layout::{Batch, Layout, LayoutError, PartialLayout, Shard};
+pub use check::LayoutError;
+pub use layout::{Batch, Layout};
 pub use lower::{lower, lower_evaluation};
+pub use options::{ContextExchange, Recompute, Shard, TensorOverlap, Timing};
+pub use partial::PartialLayout;
+pub use schedule::{Schedule, Turn};
 
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,8 @@ use model::{Config, Rotary};
 use program::Mesh;
 use units::Rank;
 
+mod axes;
+
 fn config(layers: u32, tied_embeddings: bool) -> Config {
     Config {
         layers,
@@ -24,7 +26,7 @@ fn config(layers: u32, tied_embeddings: bool) -> Config {
 const SHARDS: [Shard; 4] = [Shard::None, Shard::Optimizer, Shard::Gradients, Shard::Parameters];
 
 fn layout(data: u32, pipeline: u32, shard: Shard) -> Layout {
-    Layout { mesh: Mesh { data, pipeline, ..Mesh::ONE }, micro_batch: 1, shard }
+    Layout::new(Mesh { data, pipeline, ..Mesh::ONE }, 1, shard)
 }
 
 #[test]
@@ -94,7 +96,7 @@ fn what_does_not_divide_is_refused_with_a_way_out() {
         partial.complete(&config, &batch, ranks).map_err(|error| error.to_string())
     };
     let pipeline = |degree| PartialLayout { pipeline: Some(degree), ..PartialLayout::default() };
-    insta::assert_snapshot!(complete(pipeline(4), 4).unwrap_err(), @"layout: pipeline 4 does not divide the model's 6 layers; choose one of [1, 2, 3, 6]");
+    insta::assert_snapshot!(complete(pipeline(4), 4).unwrap_err(), @"layout: pipeline 4 does not divide the model's 6 layers; choose one of [1, 2, 3, 6], or set embedding_is_layer, head_is_layer, first_layers, last_layers or stage_layers");
     insta::assert_snapshot!(complete(pipeline(3), 4).unwrap_err(), @"layout: tensor 1 x context 1 x pipeline 3 does not divide 4 ranks; choose degrees whose product does, or change [cluster] accelerators");
     insta::assert_snapshot!(complete(pipeline(1), 4).unwrap_err(), @"layout: data 4 x micro_batch 1 does not divide global_batch 6; each data-parallel rank needs a whole number of microbatches");
     assert_eq!(complete(pipeline(2), 4).unwrap().mesh.data, 2);

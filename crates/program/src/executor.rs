@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use units::Rank;
 
-use crate::{Instruction, Program, Ticket};
+use crate::{Axis, Instruction, Program, Ticket};
 
 /// What a rank can do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +31,14 @@ impl<'p> Executor<'p> {
     /// At the start of the list of `rank`.
     #[must_use]
     pub fn new(program: &'p Program, rank: Rank) -> Self {
+        Self::of_class(program, program.mesh.coordinate(rank, Axis::Pipeline) as usize)
+    }
+
+    /// At the start of the list of a class.
+    #[must_use]
+    pub fn of_class(program: &'p Program, class: usize) -> Self {
         Self {
-            instructions: program.instructions(rank),
+            instructions: &program.classes[class],
             in_flight: program.in_flight,
             next: 0,
             outstanding: BTreeSet::new(),

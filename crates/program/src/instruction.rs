@@ -13,6 +13,8 @@ use crate::Axis;
 pub enum Value {
     /// The residual stream entering a layer; entering the head when the number is the layer count.
     Stream(u32),
+    /// The embedding of the next words, with which a prediction layer begins.
+    Embedded(u32),
     /// The normed input of attention.
     AttentionNormed(u32),
     /// Queries, keys and values, rotated.
@@ -48,10 +50,12 @@ pub enum Value {
 }
 
 impl Value {
-    /// What `segment` of `layer` reads and what it writes, in the forward direction.
+    /// What `segment` of `layer` reads and what it writes, in the forward direction. Where nothing
+    /// writes a value that is read here (a model without shared experts), it is not needed.
     #[must_use]
     pub fn of(segment: Segment, layer: u32) -> (Vec<Self>, Self) {
         match segment {
+            Segment::Embed if layer > 0 => (vec![], Self::Embedded(layer)),
             Segment::Embed => (vec![], Self::Stream(0)),
             Segment::AttentionNorm => (vec![Self::Stream(layer)], Self::AttentionNormed(layer)),
             Segment::Qkv => (vec![Self::AttentionNormed(layer)], Self::Qkv(layer)),
@@ -75,17 +79,21 @@ impl Value {
                 (vec![Self::FeedForwardNormed(layer)], Self::SharedDelta(layer))
             }
             Segment::Combine => {
-                (vec![Self::Expertise(layer), Self::Routes(layer)], Self::FeedForwardDelta(layer))
+                let inputs =
+                    vec![Self::Expertise(layer), Self::Routes(layer), Self::SharedDelta(layer)];
+                (inputs, Self::FeedForwardDelta(layer))
             }
             Segment::FeedForwardAdd => {
                 (vec![Self::Middle(layer), Self::FeedForwardDelta(layer)], Self::Stream(layer + 1))
             }
             // What a prediction layer begins with is the stream that the layer before it left.
-            Segment::Merge => (vec![Self::Stream(layer - 1)], Self::Stream(layer)),
+            Segment::Merge => {
+                (vec![Self::Stream(layer - 1), Self::Embedded(layer)], Self::Stream(layer))
+            }
             Segment::FinalNorm => (vec![Self::Stream(layer)], Self::FinalNormed(layer)),
             Segment::Logits => (vec![Self::FinalNormed(layer)], Self::Logits(layer)),
             Segment::LogSums => (vec![Self::Logits(layer)], Self::LogSums(layer)),
-            Segment::Loss => (vec![Self::Logits(layer)], Self::Loss(layer)),
+            Segment::Loss => (vec![Self::Logits(layer), Self::LogSums(layer)], Self::Loss(layer)),
         }
     }
 }

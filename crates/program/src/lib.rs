@@ -5,6 +5,7 @@
 //! [`Executor`]. Nothing here knows where or how fast a program runs.
 
 mod breakdown;
+mod exchange;
 mod executor;
 mod instruction;
 mod meetings;
@@ -20,6 +21,7 @@ use model::{Block, Operator, Pass, Segment, Shape};
 use units::{Bytes, Flops, Rank};
 
 pub use breakdown::{Breakdown, Work};
+pub use exchange::{Due, Exchanges};
 pub use executor::{Executor, Next};
 pub use instruction::{Action, Buffer, Instruction, Piece, Ticket, Transfer, Value};
 pub use meetings::{Meetings, Party};
@@ -48,10 +50,16 @@ pub struct Program {
     pub tied_embeddings: bool,
     /// The instructions of each class, by pipeline coordinate.
     pub classes: Vec<Vec<Instruction>>,
-    /// The operators of one microbatch through each segment.
-    pub segments: BTreeMap<(Segment, Pass), Vec<Operator>>,
-    /// Elements of each block's flat buffer.
+    /// Layers of the model; the number that instructions of the head carry.
+    pub layers: u32,
+    /// The operators of one microbatch through each segment, by the number of pieces that it is
+    /// cut into; those of one piece.
+    pub segments: BTreeMap<(Segment, Pass, u8), Vec<Operator>>,
+    /// Elements of each block that one rank of its group holds when it is whole.
     pub blocks: BTreeMap<Block, u64>,
+    /// Of these, elements that several tensor-parallel ranks hold and of whose gradient each has a
+    /// part; 0 where there are none.
+    pub replicated: BTreeMap<Block, u64>,
 }
 
 impl Program {
@@ -61,21 +69,43 @@ impl Program {
         &self.classes[self.mesh.coordinate(rank, Axis::Pipeline) as usize]
     }
 
-    /// The blocks whose parameters `segment` of `layer` uses.
+    /// The block whose parameters `segment` of `layer` uses.
     #[must_use]
-    pub fn blocks_used(&self, segment: Segment, layer: u32) -> Vec<Block> {
-        match segment {
-            Segment::Embed => vec![Block::Embedding],
-            Segment::Logits if self.tied_embeddings => vec![Block::Embedding],
-            Segment::FinalNorm | Segment::Logits | Segment::Loss => vec![Block::Head],
-            _ => vec![Block::Layer(layer)],
+    pub fn block_used(&self, segment: Segment, layer: u32) -> Block {
+        // A prediction layer has every other number after the head's, its own head the next.
+        let prediction = layer.checked_sub(self.layers + 1).map(|after| after / 2);
+        match (segment, prediction) {
+            (Segment::Embed, _) => Block::Embedding,
+            (Segment::Logits, _) if self.tied_embeddings => Block::Embedding,
+            (Segment::Logits | Segment::LogSums | Segment::Loss, _)
+            | (Segment::FinalNorm, None) => Block::Head,
+            (Segment::Experts, _) => Block::Experts(layer),
+            (_, Some(number)) => Block::Prediction(number),
+            (_, None) => Block::Layer(layer),
+        }
+    }
+
+    /// What is due on values wherever ranks split layers.
+    #[must_use]
+    pub fn exchanges(&self) -> Exchanges {
+        Exchanges { mesh: self.mesh, sequence_parallel: self.shape.sequence_parallel }
+    }
+
+    /// The axis along which ranks hold the same part of a block, reduce its gradients and share
+    /// out its state.
+    #[must_use]
+    pub fn data_axis(block: Block) -> Axis {
+        match block {
+            Block::Experts(_) => Axis::ExpertData,
+            _ => Axis::Data,
         }
     }
 
     /// Elements of `block` that one rank updates.
     #[must_use]
     pub fn updated_elements(&self, block: Block) -> u64 {
-        let degree = if self.optimizer_sharded { self.mesh.degree(Axis::Data) } else { 1 };
+        let ranks = self.mesh.degree(Self::data_axis(block));
+        let degree = if self.optimizer_sharded { ranks } else { 1 };
         self.blocks[&block].div_ceil(u64::from(degree))
     }
 
@@ -83,12 +113,14 @@ impl Program {
     #[must_use]
     pub fn operators(&self, instruction: &Instruction) -> Vec<Operator> {
         match *instruction {
-            Instruction::Compute { segment, pass, .. } => self.segments[&(segment, pass)].clone(),
+            Instruction::Compute { segment, pass, piece, .. } => {
+                self.segments[&(segment, pass, piece.of)].clone()
+            }
             Instruction::Accumulate { block } => {
                 vec![Operator::Add { elements: self.updated_elements(block) }]
             }
             Instruction::SquareSum { block } => {
-                let degree = u64::from(self.mesh.degree(Axis::Data));
+                let degree = u64::from(self.mesh.degree(Self::data_axis(block)));
                 vec![Operator::SquareSum { elements: self.blocks[&block].div_ceil(degree) }]
             }
             Instruction::Update { block } => {

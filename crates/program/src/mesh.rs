@@ -24,6 +24,9 @@ pub enum Axis {
     ExpertData,
     /// Ranks that split the layers.
     Pipeline,
+    /// As pipeline, for gradients on their way back where they would meet activations: with two
+    /// ranks that each hold several stages.
+    PipelineBack,
     /// The first and the last stage, which both hold a tied embedding.
     Tied,
     /// Every rank of the job.
@@ -55,6 +58,7 @@ impl fmt::Display for Axis {
             Self::Expert => "expert",
             Self::ExpertData => "expert-data",
             Self::Pipeline => "pipeline",
+            Self::PipelineBack => "pipeline-back",
             Self::Tied => "tied",
             Self::World => "world",
         })
@@ -126,7 +130,7 @@ impl Mesh {
             Axis::Replica => self.replicas,
             Axis::Expert => self.expert,
             Axis::ExpertData => self.stage_ranks() / (self.expert * self.expert_tensor),
-            Axis::Pipeline => self.pipeline,
+            Axis::Pipeline | Axis::PipelineBack => self.pipeline,
             Axis::Tied => self.pipeline.min(2),
             Axis::World => self.ranks(),
         }
@@ -140,7 +144,7 @@ impl Mesh {
             Axis::Replica => self.tensor * self.degree(Axis::Data),
             Axis::Expert => self.expert_tensor,
             Axis::ExpertData => self.expert_tensor * self.expert,
-            Axis::Pipeline => self.stage_ranks(),
+            Axis::Pipeline | Axis::PipelineBack => self.stage_ranks(),
             Axis::Tied => self.stride(Axis::Pipeline) * self.pipeline.saturating_sub(1).max(1),
         }
     }

@@ -11,6 +11,7 @@ impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Stream(layer) => write!(f, "stream{layer}"),
+            Self::Embedded(layer) => write!(f, "embedded{layer}"),
             Self::AttentionNormed(layer) => write!(f, "attention-normed{layer}"),
             Self::Qkv(layer) => write!(f, "qkv{layer}"),
             Self::KeyValues(layer) => write!(f, "key-values{layer}"),

@@ -62,7 +62,9 @@ pub(crate) fn program() -> Program {
         optimizer_sharded: false,
         tied_embeddings: false,
         classes: vec![first, second],
+        layers: 8,
         segments: BTreeMap::new(),
+        replicated: BTreeMap::new(),
         blocks: BTreeMap::new(),
     }
 }

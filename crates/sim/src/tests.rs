@@ -32,8 +32,10 @@ fn program(mesh: Mesh, classes: Vec<Vec<Instruction>>) -> Program {
         optimizer_sharded: false,
         tied_embeddings: false,
         classes,
+        layers: 1,
+        replicated: BTreeMap::new(),
         segments: [Pass::Forward, Pass::Backward]
-            .map(|pass| ((Segment::Project, pass), vec![product]))
+            .map(|pass| ((Segment::Project, pass, 1), vec![product]))
             .into(),
         blocks: BTreeMap::from([(Block::Layer(0), 1000)]),
     }
@@ -156,7 +158,7 @@ fn described_accelerators_take_the_longer_of_operations_and_bytes() {
     let bound_by_operations = Operator::Product { m: 4096, n: 4096, k: 4096 };
     let bound_by_bytes = Operator::Add { elements: 1 << 30 };
     let operators = vec![bound_by_operations, bound_by_bytes];
-    program.segments.insert((Segment::Project, Pass::Forward), operators);
+    program.segments.insert((Segment::Project, Pass::Forward, 1), operators);
     let trace = simulate(&program, &World::Roofline(roofline())).unwrap();
     let operations = 2.0 * 4096_f64.powi(3) / (989.4e12 * 0.5);
     let bytes = 3.0 * 2.0 * f64::from(1 << 30) / 3.35e12;

@@ -58,7 +58,7 @@ fn config(tied_embeddings: bool) -> Config {
 }
 
 fn layout(data: u32, pipeline: u32, micro_batch: u64, shard: Shard) -> Layout {
-    Layout { mesh: Mesh { data, pipeline, ..Mesh::ONE }, micro_batch, shard }
+    Layout::new(Mesh { data, pipeline, ..Mesh::ONE }, micro_batch, shard)
 }
 
 /// A token file that all tests read.

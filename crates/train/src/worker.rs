@@ -175,7 +175,9 @@ impl<O: Operators> Worker<O> {
             }
             Action::Send { to } => transport::Action::Send { to: peer(to) },
             Action::Receive { from } => transport::Action::Receive { from: peer(from) },
-            Action::Shift => unreachable!("the layout refuses ring exchange"),
+            Action::Shift => {
+                unreachable!("layouts that need it are not carried out yet")
+            }
         };
         let buffer = self.stage.take(transfer);
         let label = transfer.to_string().into();

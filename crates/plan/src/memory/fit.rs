@@ -107,7 +107,7 @@ impl Footprint<'_> {
         }
         let runs = options.virtual_stages;
         self.degrees(layout, batch, runs, &mut |words, edited| {
-            changes.push(change(words, &|l, _| *l = edited));
+            changes.push(change(words, &|l, _| l.clone_from(&edited)));
         });
         changes
     }

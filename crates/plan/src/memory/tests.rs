@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use units::Bytes;
 
 use super::*;
-use crate::schedule::one_forward_one_backward;
+use crate::schedule::turns;
 use crate::{Batch, Layout, Shard};
 
 mod measured;
@@ -23,7 +23,7 @@ fn find(name: &str) -> Config {
 fn layout(mesh: [u32; 4], micro_batch: u64, shard: Shard) -> Layout {
     let [tensor, context, data, pipeline] = mesh;
     let mesh = Mesh { tensor, context, data, pipeline, ..Mesh::ONE };
-    Layout { mesh, micro_batch, shard }
+    Layout::new(mesh, micro_batch, shard)
 }
 
 /// Figure 1 of Korthikanti et al. 2022 (arXiv:2205.05198): GiB of activations on the first stage,
@@ -88,9 +88,10 @@ fn states_are_those_of_zero() {
 
 /// The microbatches alive at once when a stage takes its turns in the order that is lowered.
 fn most_alive(stage: u32, stages: u32, microbatches: u32) -> u32 {
-    let turns = one_forward_one_backward(stage, stages, microbatches);
-    let alive = turns.iter().scan(0, |alive, (pass, _)| {
-        *alive = if *pass == Pass::Forward { *alive + 1 } else { *alive - 1 };
+    let layout = layout([1, 1, 1, stages], 1, Shard::None);
+    let turns = turns(&layout, stage, microbatches).unwrap();
+    let alive = turns.iter().scan(0, |alive, turn| {
+        *alive = if turn.pass == Pass::Forward { *alive + 1 } else { *alive - 1 };
         Some(*alive)
     });
     alive.max().unwrap()

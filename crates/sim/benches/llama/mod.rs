@@ -64,7 +64,10 @@ pub fn program(size: &Size) -> Program {
     let twice = |operators: Vec<Operator>| operators.repeat(2);
     let segments = LAYER.into_iter().flat_map(|segment| {
         let forward = operators(segment);
-        [((segment, Pass::Backward), twice(forward.clone())), ((segment, Pass::Forward), forward)]
+        [
+            ((segment, Pass::Backward, 1), twice(forward.clone())),
+            ((segment, Pass::Forward, 1), forward),
+        ]
     });
     let layers = size.layers * size.virtual_stages * mesh.pipeline;
     let blocks = (0..layers).map(|layer| (Block::Layer(layer), 12 * HIDDEN * HIDDEN));
@@ -77,6 +80,8 @@ pub fn program(size: &Size) -> Program {
         optimizer_sharded: true,
         tied_embeddings: false,
         classes: (0..mesh.pipeline).map(|stage| Stage::list(size, stage)).collect(),
+        layers,
+        replicated: BTreeMap::new(),
         segments: segments.collect::<BTreeMap<_, _>>(),
         blocks: blocks.collect(),
     }

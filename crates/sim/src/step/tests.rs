@@ -55,7 +55,9 @@ fn one_class(list: Vec<Instruction>) -> Program {
         optimizer_sharded: false,
         tied_embeddings: false,
         classes: vec![list],
+        layers: 1,
         segments: BTreeMap::new(),
+        replicated: BTreeMap::new(),
         blocks: BTreeMap::from([(Block::Layer(0), 1000)]),
     }
 }

@@ -94,7 +94,7 @@ fn layout_of(row: &Row) -> (Layout, Batch) {
         "" => batch.global_batch / u64::from(mesh.data * mesh.pipeline),
         number => number.parse().unwrap(),
     };
-    (Layout { mesh, micro_batch, shard }, batch)
+    (Layout::new(mesh, micro_batch, shard), batch)
 }
 
 fn options(row: &Row, software: Software) -> Options {
