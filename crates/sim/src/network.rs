@@ -104,6 +104,7 @@ impl<'a> Network<'a> {
     pub fn transfer(&self, rank: Rank, transfer: &Transfer) -> Estimate {
         let (axis, bytes) = (transfer.axis, transfer.bytes());
         match transfer.action {
+            Action::Collective(Kind::AllToAll) => self.all_to_all(&self.group(rank, axis), bytes),
             Action::Collective(kind) => self.collective(&self.group(rank, axis), kind, bytes),
             Action::Send { to: peer } | Action::Receive { from: peer } => {
                 self.message(rank, self.mesh.peer(rank, axis, peer), bytes)
