@@ -248,7 +248,14 @@ impl Job {
         checkpoint.complete(training.steps)?;
         let batch = Batch { sequence: training.sequence, global_batch: training.global_batch };
         cluster.check()?;
-        let layout = file.layout.complete(&model, &batch, cluster.accelerators)?;
+        let mut layout = file.layout;
+        // What is trained here keeps rounded values in fp32 words; elsewhere they travel as two
+        // bytes, and gradients are reduced in fp32, as Megatron-LM does unless told otherwise.
+        if !cluster.is_local() && training.precision != Precision::Fp32 {
+            layout.parameter_bytes.get_or_insert(2);
+            layout.activation_bytes.get_or_insert(2);
+        }
+        let layout = layout.complete(&model, &batch, cluster.accelerators)?;
         let name = name.to_owned();
         Ok(Self { model, weights, cluster, training, layout, data, checkpoint, run, name })
     }

@@ -79,6 +79,8 @@ struct Common<'a> {
     blocks: BTreeMap<Block, u64>,
     replicated: BTreeMap<Block, u64>,
     segments: BTreeMap<(Segment, Pass, u8), Vec<Operator>>,
+    /// The blocks that a turn of each stage visits, in forward order.
+    visits: Vec<Vec<Block>>,
 }
 
 impl<'a> Common<'a> {
@@ -95,6 +97,14 @@ impl<'a> Common<'a> {
             blocks: blocks().map(|block| (block, config.rank_elements(block, &shape))).collect(),
             replicated: blocks().map(|block| (block, replicated(block))).collect(),
             segments: operators(config, layout, &shape),
+            visits: (0..layout.stages())
+                .map(|stage| {
+                    let mut blocks = layout.stage_blocks(config, stage);
+                    // Experts are visited with their layer.
+                    blocks.retain(|block| !matches!(block, Block::Experts(_)));
+                    blocks
+                })
+                .collect(),
         }
     }
 
@@ -221,11 +231,11 @@ impl<'a> Lowering<'a> {
     fn visits_of(&self, turn: &Turn) -> Vec<Visit> {
         let stage = turn.chunk * self.layout.mesh.pipeline + self.rank;
         let Turn { pass, microbatch, .. } = *turn;
-        let blocks = self.layout.stage_blocks(self.config, stage).into_iter();
-        let mut visits: Vec<Visit> = Vec::new();
-        for block in blocks.filter(|block| !matches!(block, Block::Experts(_))) {
-            let layers = visits.iter().filter(|v| matches!(v.block, Block::Layer(_))).count();
-            visits.push(Visit { pass, microbatch, block, index: layers as u32 });
+        let mut layers = 0;
+        let mut visits = Vec::new();
+        for block in &self.common.visits[stage as usize] {
+            visits.push(Visit { pass, microbatch, block: *block, index: layers });
+            layers += u32::from(matches!(block, Block::Layer(_)));
         }
         if pass != Pass::Forward {
             visits.reverse();

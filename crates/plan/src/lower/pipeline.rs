@@ -17,7 +17,8 @@ impl Lowering<'_> {
                 self.post_receive(*next);
             }
             self.wait_receive(*turn);
-            for _ in 0..self.visits_of(turn).len() {
+            let stage = self.stage(*turn);
+            for _ in 0..self.common.visits[stage as usize].len() {
                 self.visit();
             }
             self.send(*turn);

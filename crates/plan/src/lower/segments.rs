@@ -83,6 +83,9 @@ impl Lowering<'_> {
 
     /// Waits for all transfers of a buffer that are under way.
     pub(super) fn settle(&mut self, buffer: Buffer) {
+        if self.moving.is_empty() {
+            return;
+        }
         for ticket in self.moving.remove(&buffer).unwrap_or_default() {
             self.wait(ticket);
         }
