@@ -34,8 +34,8 @@ pub enum Axis {
 }
 
 impl Axis {
-    /// Every axis.
-    pub const ALL: [Self; 9] = [
+    /// Every axis, in the order of their discriminants.
+    pub const ALL: [Self; 10] = [
         Self::Tensor,
         Self::Context,
         Self::Data,
@@ -43,9 +43,16 @@ impl Axis {
         Self::Expert,
         Self::ExpertData,
         Self::Pipeline,
+        Self::PipelineBack,
         Self::Tied,
         Self::World,
     ];
+
+    /// Whether it leads from stage to stage.
+    #[must_use]
+    pub fn is_pipeline(self) -> bool {
+        matches!(self, Self::Pipeline | Self::PipelineBack)
+    }
 }
 
 impl fmt::Display for Axis {
@@ -219,6 +226,13 @@ mod tests {
                 assert_eq!(group[mesh.coordinate(rank, axis) as usize], rank);
             }
         }
+    }
+
+    #[test]
+    fn every_axis_is_listed_where_its_number_says() {
+        let numbers: Vec<usize> = Axis::ALL.into_iter().map(|axis| axis as usize).collect();
+        assert_eq!(numbers, (0..Axis::ALL.len()).collect::<Vec<_>>());
+        assert_eq!(Axis::ALL.last(), Some(&Axis::World), "the last that is declared");
     }
 
     #[test]

@@ -180,7 +180,7 @@ fn event<O: Operators>(
                 _ => None,
             }
             .map(|transfer| transfer.axis);
-            span.lane == Lane::Wait && (axis == Some(Axis::Pipeline)) == for_pipeline
+            span.lane == Lane::Wait && axis.is_some_and(Axis::is_pipeline) == for_pipeline
         });
         waits.map(|span| span.end - span.start).sum()
     };

@@ -238,8 +238,8 @@ impl Execution {
 
 /// The group of `rank` along every axis, numbered so that no two groups of a job are the same.
 fn groups(mesh: &Mesh, rank: Rank) -> BTreeMap<Axis, Group> {
-    let axes = [Axis::Tensor, Axis::Context, Axis::Data, Axis::Pipeline, Axis::Tied, Axis::World];
-    axes.into_iter()
+    Axis::ALL
+        .into_iter()
         .zip(1u64..)
         .map(|(axis, number)| {
             let ranks = mesh.group(rank, axis);
