@@ -14,7 +14,7 @@ use checkpoint::hugging_face::Weights;
 use compute::{Cpu, Optimizer, Precision, Stage};
 use data::{Sampler, Sampling, Source, TokenFile, TokenizerSource};
 use model::{Block, Config, Llama3Scaling, Rotary};
-use plan::{Batch, Layout, Shard, lower, lower_evaluation};
+use plan::{Batch, Layout, Schedule, Shard, lower, lower_evaluation};
 use program::Mesh;
 use tempfile::TempDir;
 use transport::{Communicator, InProcess, Limits, Rendezvous, Transport};
@@ -334,6 +334,20 @@ fn every_layout_trains_the_same(layouts: impl IntoIterator<Item = Layout>) {
             assert_same(layout, &train(&job, layout), &expected);
         }
     }
+}
+
+#[test]
+fn pipeline_schedules_train_the_same() {
+    let with = |schedule, virtual_stages, pipeline| Layout {
+        schedule,
+        virtual_stages,
+        ..layout(1, pipeline, 1, Shard::Optimizer)
+    };
+    every_layout_trains_the_same([
+        with(Schedule::Gpipe, 1, 4),
+        with(Schedule::Interleaved, 2, 2),
+        with(Schedule::Gpipe, 2, 2),
+    ]);
 }
 
 #[test]
