@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use collective::Kind;
-use model::{Block, Pass, Segment, Shape};
+use model::{Block, Operator, Pass, Segment, Shape};
 use program::{
     Action, Axis, Buffer, Instruction, Lane, Mesh, Piece, Program, Span, Ticket, Trace, Transfer,
     Value,
@@ -63,8 +63,11 @@ pub(crate) fn program() -> Program {
         tied_embeddings: false,
         classes: vec![first, second],
         layers: 8,
-        segments: BTreeMap::new(),
         replicated: BTreeMap::new(),
+        segments: BTreeMap::from([(
+            (Segment::Qkv, Pass::Forward),
+            vec![Operator::Product { m: 8, n: 16, k: 4 }],
+        )]),
         blocks: BTreeMap::new(),
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows whether a trace was predicted or measured; the two are shown side by side.
 
+mod chakra;
 mod perfetto;
 mod summary;
 mod table;
@@ -9,6 +10,7 @@ mod table;
 #[cfg(test)]
 mod fixture;
 
+pub use chakra::{Communicators, chakra};
 pub use perfetto::perfetto;
 pub use summary::Summary;
 pub use table::{communication_table, summary_table, work_table};
