@@ -63,15 +63,8 @@ enum Command {
     Simulate {
         #[command(flatten)]
         job: JobArgs,
-        /// Use the measurements of an earlier run (its machine.json) instead of measuring
-        #[arg(long, value_name = "FILE")]
-        machine: Option<PathBuf>,
-        /// Share of peak that described accelerators reach
-        #[arg(long, default_value_t = 0.6)]
-        efficiency: f64,
-        /// Write the predicted step for Perfetto
-        #[arg(long, value_name = "FILE")]
-        trace: Option<PathBuf>,
+        #[command(flatten)]
+        options: SimulateOptions,
     },
 }
 
@@ -86,6 +79,26 @@ struct JobArgs {
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
+}
+
+/// What a simulation takes besides a job.
+#[derive(Debug, Args)]
+struct SimulateOptions {
+    /// Use the measurements of an earlier run (its machine.json) instead of measuring
+    #[arg(long, value_name = "FILE")]
+    machine: Option<PathBuf>,
+    /// Share of peak that described accelerators reach
+    #[arg(long, default_value_t = 0.6)]
+    efficiency: f64,
+    /// Write the predicted step for Perfetto
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Write the step as Chakra execution traces, one for each kind of rank, into a new folder
+    #[arg(long, value_name = "FOLDER")]
+    chakra: Option<PathBuf>,
+    /// Write a Chakra trace for every rank
+    #[arg(long, requires = "chakra")]
+    chakra_every_rank: bool,
 }
 
 /// What every message on standard error begins with.
@@ -121,9 +134,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
         Command::Train { job, resume } => train_command::train(&job, resume.as_deref()),
         Command::Plan { job, show_program } => plan_command::plan(&job, show_program),
-        Command::Simulate { job, machine, efficiency, trace } => {
-            simulate_command::simulate(&job, machine.as_deref(), efficiency, trace.as_deref())
-        }
+        Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }
 }
 
@@ -144,6 +155,9 @@ fn message(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     use train::Error as Train;
     use transport::Error as Transport;
+    if error.is::<plan::memory::DoesNotFit>() {
+        return FAILED;
+    }
     match error.downcast_ref::<Train>() {
         Some(Train::Process { code: Some(code), .. }) => *code as u8,
         Some(Train::Stopped { .. }) => STOPPED,

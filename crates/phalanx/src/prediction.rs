@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Result;
 use model::Counting;
+use plan::memory::{DoesNotFit, Footprint, Options, StageMemory};
 use program::{Axis, Breakdown, Program, Work};
 use report::{Summary, communication_table, summary_table, work_table};
 use serde::Serialize;
 use sim::World;
-use units::{FlopsPerSecond, Joules, Seconds};
+use units::{Bytes, FlopsPerSecond, Joules, Seconds};
 
 use crate::job::Job;
 use crate::output::thousands;
@@ -28,11 +30,15 @@ pub struct Prediction {
     exposed_communication_by_axis_s: BTreeMap<Axis, Seconds>,
     hidden_communication_by_axis_s: BTreeMap<Axis, Seconds>,
     compute_by_segment_s: BTreeMap<Work, Seconds>,
+    memory_bytes_peak: Option<Bytes>,
+    memory_bytes_by_stage: Vec<Bytes>,
     stages: Vec<Breakdown>,
     energy_j: Option<Joules>,
     energy_j_per_token: Option<Joules>,
     usd: Option<f64>,
     machine: String,
+    #[serde(skip)]
+    memory: Option<Memory>,
     #[serde(skip)]
     summary: Summary,
     #[serde(skip)]
@@ -53,6 +59,9 @@ impl Prediction {
         let peak = peak(world, job);
         let utilization = |counting| peak.map(|peak| mfu(job, counting, tokens_per_s, ranks, peak));
         let (energy, usd) = drawn(world, ranks, &summary);
+        let memory = memory(world, job);
+        let held = memory.as_ref().map(|memory| memory.stages.as_slice()).unwrap_or_default();
+        let held: Vec<Bytes> = held.iter().map(StageMemory::total).collect();
         let mean = summary.mean.clone();
         Self {
             step_time_s: summary.step_time,
@@ -68,6 +77,9 @@ impl Prediction {
             exposed_communication_by_axis_s: mean.exposed,
             hidden_communication_by_axis_s: mean.hidden,
             compute_by_segment_s: mean.work,
+            memory_bytes_peak: held.iter().copied().max(),
+            memory_bytes_by_stage: held,
+            memory,
             stages: stages(program, &summary),
             energy_j: energy,
             energy_j_per_token: energy.map(|all| all * (1.0 / program.global_tokens() as f64)),
@@ -77,6 +89,32 @@ impl Prediction {
             peak: peak.map(|peak| format!("{peak} {}", job.training.precision)),
         }
     }
+
+    /// Whether the step fits into memory, where that is described.
+    pub fn fits(self) -> Result<()> {
+        if let Some(memory) = self.memory {
+            memory.fit?;
+        }
+        Ok(())
+    }
+}
+
+/// What a step holds in described accelerators.
+#[derive(Debug)]
+struct Memory {
+    capacity: Bytes,
+    stages: Vec<StageMemory>,
+    fit: Result<StageMemory, DoesNotFit>,
+}
+
+fn memory(world: &World, job: &Job) -> Option<Memory> {
+    let World::Roofline(roofline) = world else { return None };
+    let capacity = roofline.cluster.accelerator.memory;
+    let options = Options { precision: job.training.precision, ..Options::default() };
+    let (footprint, batch) = (Footprint::new(&job.model), job.batch());
+    let stages = footprint.stages(&job.layout, &batch, &options);
+    let fit = footprint.fit(&job.layout, &batch, &options, capacity);
+    Some(Memory { capacity, stages, fit })
 }
 
 /// A stage's first rank stands for it.
@@ -130,6 +168,12 @@ impl std::fmt::Display for Prediction {
         if let (Some(energy), Some(per_token)) = (self.energy_j, self.energy_j_per_token) {
             f.write_str(&row("energy at the wall", energy.to_string()))?;
             f.write_str(&row("energy a token", format!("{per_token:.3}")))?;
+        }
+        if let Some(memory) = &self.memory {
+            writeln!(f)?;
+            for stage in &memory.stages {
+                writeln!(f, "memory, {}", stage.describe(memory.capacity))?;
+            }
         }
         write!(f, "\n{}", communication_table(&self.summary.mean))?;
         write!(f, "\n{}", work_table(&self.summary.mean))

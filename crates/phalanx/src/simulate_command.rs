@@ -4,31 +4,27 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use program::{Program, Trace};
-use report::{Summary, perfetto};
+use report::{Communicators, Summary, chakra, perfetto};
 use sim::step::Step;
 use sim::{Roofline, World, simulate as run};
+use units::Rank;
 
-use crate::JobArgs;
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::plan_command::{describe, lowered};
 use crate::prediction::Prediction;
 use crate::train_command;
+use crate::{JobArgs, SimulateOptions};
 
-/// Prints where the time of a step goes.
-pub fn simulate(
-    args: &JobArgs,
-    machine: Option<&Path>,
-    efficiency: f64,
-    trace_file: Option<&Path>,
-) -> Result<()> {
+/// Prints where the time of a step goes, and whether it fits.
+pub fn simulate(args: &JobArgs, options: &SimulateOptions) -> Result<()> {
     let job = Job::read(&args.job, &args.set)?;
     let program = lowered(&job)?;
-    let (world, source) = world(args, &job, machine, efficiency)?;
-    let (summary, trace) = predict(&program, &world, trace_file.is_some())?;
-    if let (Some(path), Some(trace)) = (trace_file, trace) {
-        std::fs::write(path, perfetto(&program, &[("predicted", &trace)]))
-            .with_context(|| format!("cannot write {}", path.display()))?;
+    let (world, source) = world(args, &job, options)?;
+    let traced = options.trace.is_some() || options.chakra.is_some();
+    let (summary, trace) = predict(&program, &world, traced)?;
+    if let Some(trace) = trace {
+        write(&program, &trace, options)?;
     }
     let prediction = Prediction::new(&job, &program, &world, summary, source);
     if args.json {
@@ -36,7 +32,28 @@ pub fn simulate(
     } else {
         print!("{}{prediction}", describe(&job, &program));
     }
-    Ok(())
+    prediction.fits()
+}
+
+/// The files that were asked for.
+fn write(program: &Program, trace: &Trace, options: &SimulateOptions) -> Result<()> {
+    if let Some(path) = &options.trace {
+        write_file(path, perfetto(program, &[("predicted", trace)]))?;
+    }
+    let Some(folder) = &options.chakra else { return Ok(()) };
+    std::fs::create_dir(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let ranks = (0..program.mesh.ranks()).map(Rank);
+    let first = |rank: &Rank| rank.0.is_multiple_of(program.mesh.stage_ranks());
+    let mut communicators = Communicators::default();
+    for rank in ranks.filter(|rank| options.chakra_every_rank || first(rank)) {
+        let bytes = chakra(program, rank, trace, &mut communicators);
+        write_file(&folder.join(format!("step.{}.et", rank.0)), bytes)?;
+    }
+    write_file(&folder.join("communicators.json"), communicators.json())
+}
+
+fn write_file(path: &Path, contents: impl AsRef<[u8]>) -> Result<()> {
+    std::fs::write(path, contents).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The times of a step. On described hardware ranks that do the same are one, and there is a trace
@@ -53,12 +70,8 @@ fn predict(program: &Program, world: &World, traced: bool) -> Result<(Summary, O
 }
 
 /// How long things take for this job, and where that is known from.
-fn world(
-    args: &JobArgs,
-    job: &Job,
-    machine: Option<&Path>,
-    efficiency: f64,
-) -> Result<(World, String)> {
+fn world(args: &JobArgs, job: &Job, options: &SimulateOptions) -> Result<(World, String)> {
+    let efficiency = options.efficiency;
     if !job.cluster.is_local() {
         let cluster = job.cluster.described()?;
         let source = format!(
@@ -71,7 +84,7 @@ fn world(
         let precision = job.training.precision;
         return Ok((World::Roofline(Roofline { cluster, precision, efficiency }), source));
     }
-    let (machine, source) = match machine {
+    let (machine, source) = match &options.machine {
         Some(path) => {
             let machine = Machine::read(path, &job.model, job.layout.shape(&job.batch()))?;
             (machine, format!("as measured in {}", path.display()))

@@ -105,7 +105,7 @@ impl Communicators {
 ///
 /// A computation depends on the one before it and on the transfers that were waited for between
 /// them; a transfer on the computations and waits before its post, and on the one before it on
-/// the same communicator. As `ASTRA-sim` counts it, the size of an all-gather is what each rank
+/// the same communicator. As `ASTRA-sim` counts it, the size of a gather is what each rank
 /// brings, that of every other collective the whole buffer.
 #[must_use]
 pub fn chakra(
@@ -217,11 +217,19 @@ impl Writer<'_> {
     fn collective(&mut self, kind: Kind, transfer: &Transfer) -> u64 {
         let members = u64::from(self.program.mesh.degree(transfer.axis));
         // `CollectiveCommType` of the schema.
-        let (number, size) = match kind {
-            Kind::AllReduce => (0, transfer.bytes().0),
-            Kind::AllGather => (2, transfer.bytes().0 / members),
-            Kind::ReduceScatter => (7, transfer.bytes().0),
+        let number = match kind {
+            Kind::AllReduce => 0,
+            Kind::Reduce => 1,
+            Kind::AllGather => 2,
+            Kind::Gather => 3,
+            Kind::Scatter => 4,
+            Kind::Broadcast => 5,
+            Kind::AllToAll => 6,
+            Kind::ReduceScatter => 7,
+            Kind::Barrier => 9,
         };
+        let parts = if matches!(kind, Kind::AllGather | Kind::Gather) { members } else { 1 };
+        let size = transfer.bytes().0 / parts;
         let group = self.communicators.number(self.program, self.rank, transfer.axis);
         let attributes = vec![
             attribute("is_cpu_op", Value::Bool(false)),

@@ -64,6 +64,10 @@ fn a_described_cluster_is_simulated() {
         assert!(stdout.contains(words), "{words} is not in\n{stdout}");
     }
     assert!(place.json("trace.json")["traceEvents"].is_array());
+    place.succeed(&["simulate", "job.toml", "--chakra", "one"]);
+    place.succeed(&["simulate", "job.toml", "--chakra", "all", "--chakra-every-rank"]);
+    let files = |folder| std::fs::read_dir(place.path(folder)).unwrap().count();
+    assert_eq!((files("one"), files("all")), (1 + 1, 16 + 1), "traces and communicators");
     let json: Value =
         serde_json::from_str(&place.succeed(&["simulate", "job.toml", "--json"])).unwrap();
     for key in [
@@ -80,6 +84,16 @@ fn a_described_cluster_is_simulated() {
     // 16 accelerators of 700 W, their hosts and the facility, for a step.
     let watts = json["energy_j"].as_f64().unwrap() / json["step_time_s"].as_f64().unwrap();
     assert!((0.3..1.0).contains(&(watts / (16.0 * 1050.0 * 1.2))), "{watts} W");
+}
+
+#[test]
+fn a_step_that_does_not_fit_is_told_and_answered_no() {
+    let place = Place::new();
+    place.write("job.toml", described("dgx-h100-quantum2", 16).replace("parameters", "none"));
+    let answer = place.run(&["simulate", "job.toml"]);
+    assert_eq!(answer.code, Some(1), "{}", answer.stderr);
+    assert!(answer.stdout.contains("step time"), "{}", answer.stdout);
+    assert!(answer.stderr.contains("layout does not fit: stage 0"), "{}", answer.stderr);
 }
 
 #[test]
@@ -184,6 +198,8 @@ fn every_command_says_what_it_takes() {
           --machine <FILE>           Use the measurements of an earlier run (its machine.json) instead of measuring
           --efficiency <EFFICIENCY>  Share of peak that described accelerators reach [default: 0.6]
           --trace <FILE>             Write the predicted step for Perfetto
+          --chakra <FOLDER>          Write the step as Chakra execution traces, one for each kind of rank, into a new folder
+          --chakra-every-rank        Write a Chakra trace for every rank
       -h, --help                     Print help
     ");
 }
