@@ -65,7 +65,7 @@ pub(crate) fn program() -> Program {
         layers: 8,
         replicated: BTreeMap::new(),
         segments: BTreeMap::from([(
-            (Segment::Qkv, Pass::Forward),
+            (Segment::Qkv, Pass::Forward, 1),
             vec![Operator::Product { m: 8, n: 16, k: 4 }],
         )]),
         blocks: BTreeMap::new(),
