@@ -14,6 +14,7 @@ mod run_folder;
 mod session;
 mod simulate_command;
 mod train_command;
+mod validate;
 mod watch;
 
 use std::path::PathBuf;
@@ -66,6 +67,8 @@ enum Command {
         #[command(flatten)]
         options: SimulateOptions,
     },
+    /// Recompute published measurements: how wrong the simulator is, by source
+    Validate(validate::ValidateArgs),
 }
 
 /// What every command on a job takes.
@@ -87,9 +90,12 @@ struct SimulateOptions {
     /// Use the measurements of an earlier run (its machine.json) instead of measuring
     #[arg(long, value_name = "FILE")]
     machine: Option<PathBuf>,
-    /// Share of peak that described accelerators reach
-    #[arg(long, default_value_t = 0.6)]
-    efficiency: f64,
+    /// Share of peak that described accelerators reach, instead of what was fitted on measurements
+    #[arg(long, value_name = "SHARE")]
+    efficiency: Option<f64>,
+    /// Software whose fitted parameters are used; the usual one of the accelerator unless given
+    #[arg(long, value_name = "NAME", conflicts_with = "efficiency")]
+    software: Option<String>,
     /// Write the predicted step for Perfetto
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -134,6 +140,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
         Command::Train { job, resume } => train_command::train(&job, resume.as_deref()),
         Command::Plan { job, show_program } => plan_command::plan(&job, show_program),
+        Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }
 }

@@ -5,9 +5,10 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use program::{Program, Trace};
 use report::{Communicators, Summary, chakra, perfetto};
+use sim::device::{Calibrated, Calibration};
 use sim::step::Step;
 use sim::{Roofline, World, simulate as run};
-use units::Rank;
+use units::{Rank, Seconds};
 
 use crate::job::Job;
 use crate::measured::Machine;
@@ -20,9 +21,11 @@ use crate::{JobArgs, SimulateOptions};
 pub fn simulate(args: &JobArgs, options: &SimulateOptions) -> Result<()> {
     let job = Job::read(&args.job, &args.set)?;
     let program = lowered(&job)?;
-    let (world, source) = world(args, &job, options)?;
+    let calibrations = Calibration::built_in();
+    let calibration = calibration(&job, options, &calibrations)?;
+    let (world, source) = world(args, &job, options, calibration)?;
     let traced = options.trace.is_some() || options.chakra.is_some();
-    let (summary, trace) = predict(&program, &world, traced)?;
+    let (summary, trace) = predict(&program, &world, calibration, traced)?;
     if let Some(trace) = trace {
         write(&program, &trace, options)?;
     }
@@ -56,30 +59,67 @@ fn write_file(path: &Path, contents: impl AsRef<[u8]>) -> Result<()> {
     std::fs::write(path, contents).with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// The share of peak where nothing was fitted: what large products reach in training.
+const USUAL_SHARE: f64 = 0.6;
+
+/// The calibration that a job on described accelerators is costed with, if there is one.
+fn calibration<'c>(
+    job: &Job,
+    options: &SimulateOptions,
+    among: &'c [Calibration],
+) -> Result<Option<&'c Calibration>> {
+    if job.cluster.is_local() || options.efficiency.is_some() {
+        return Ok(None);
+    }
+    let accelerator = job.cluster.described()?.accelerator.name;
+    let found = Calibration::find(among, options.software.as_deref(), &accelerator);
+    if options.software.is_some() { Ok(Some(found?)) } else { Ok(found.ok()) }
+}
+
 /// The times of a step. On described hardware ranks that do the same are one, and there is a trace
 /// of the first of each only where it is asked for.
-fn predict(program: &Program, world: &World, traced: bool) -> Result<(Summary, Option<Trace>)> {
+fn predict(
+    program: &Program,
+    world: &World,
+    calibration: Option<&Calibration>,
+    traced: bool,
+) -> Result<(Summary, Option<Trace>)> {
     let World::Roofline(roofline) = world else {
         let trace = run(program, world)?;
         return Ok((Summary::new(program, &trace), Some(trace)));
     };
-    let step = Step::new(program, roofline)?;
-    let times = step.run()?;
+    let (step, outside) = match calibration {
+        None => (Step::new(program, roofline)?, Seconds::ZERO),
+        Some(calibration) => {
+            let Roofline { cluster, precision, .. } = roofline;
+            let mut costs = Calibrated::new(program, cluster, *precision, calibration)?;
+            costs.tensor_overlap = true;
+            (Step::new(program, &costs)?, calibration.traffic.step)
+        }
+    };
+    let mut times = step.run()?;
+    times.classes.iter_mut().for_each(|class| class.other += outside);
     let trace = traced.then(|| step.trace()).transpose()?;
-    Ok((Summary::of(times.step_time, times.classes), trace))
+    Ok((Summary::of(times.step_time + outside, times.classes), trace))
 }
 
 /// How long things take for this job, and where that is known from.
-fn world(args: &JobArgs, job: &Job, options: &SimulateOptions) -> Result<(World, String)> {
-    let efficiency = options.efficiency;
+fn world(
+    args: &JobArgs,
+    job: &Job,
+    options: &SimulateOptions,
+    calibration: Option<&Calibration>,
+) -> Result<(World, String)> {
+    let efficiency = options.efficiency.unwrap_or(USUAL_SHARE);
     if !job.cluster.is_local() {
         let cluster = job.cluster.described()?;
+        let known = match calibration {
+            Some(fitted) => format!("fitted on {}", fitted.fitted_on),
+            None => format!("{:.0} % of peak assumed", 100.0 * efficiency),
+        };
         let source = format!(
-            "{} of {} ({}), {:.0} % of peak assumed",
-            cluster.accelerator.name,
-            cluster.name,
-            cluster.source,
-            100.0 * efficiency
+            "{} of {} ({}), {known}",
+            cluster.accelerator.name, cluster.name, cluster.source
         );
         let precision = job.training.precision;
         return Ok((World::Roofline(Roofline { cluster, precision, efficiency }), source));

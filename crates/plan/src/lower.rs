@@ -194,6 +194,8 @@ struct Lowering<'a> {
     /// Transfers of values that have been posted and not yet waited for, by what they move.
     moving: BTreeMap<Buffer, Vec<Ticket>>,
     resident: BTreeSet<Block>,
+    /// Blocks that will be gathered in this order, ahead of their first use.
+    ahead: VecDeque<Block>,
     gathering: BTreeMap<Block, Ticket>,
     receiving: VecDeque<(Turn, Ticket)>,
     sending: VecDeque<Ticket>,
@@ -215,6 +217,7 @@ impl<'a> Lowering<'a> {
             visits: VecDeque::new(),
             moving: BTreeMap::new(),
             resident: BTreeSet::new(),
+            ahead: VecDeque::new(),
             gathering: BTreeMap::new(),
             receiving: VecDeque::new(),
             sending: VecDeque::new(),

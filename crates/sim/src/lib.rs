@@ -9,6 +9,7 @@
 
 mod agenda;
 mod cores;
+pub mod device;
 mod exchange;
 mod machine;
 mod measured;
@@ -49,6 +50,19 @@ pub enum Error {
         /// What was asked for.
         precision: Precision,
         /// What it has.
+        known: Vec<String>,
+    },
+    /// Nothing was fitted on this accelerator with this software.
+    #[error(
+        "nothing was fitted on {accelerator} with {software}; {}",
+        if known.is_empty() { "give a share of peak with --efficiency".to_owned() } else { format!("there is {}", known.join(", ")) }
+    )]
+    Uncalibrated {
+        /// Which accelerator.
+        accelerator: String,
+        /// Which software was asked for.
+        software: String,
+        /// The software that something was fitted with on it.
         known: Vec<String>,
     },
     /// The program has more ranks than the cluster has accelerators.

@@ -1,7 +1,7 @@
 //! Data parallelism: gathers of parameters before a visit, reductions of gradients after it, and
 //! the update at the end of the step.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use collective::Kind;
 use model::{Block, Pass};
@@ -15,6 +15,9 @@ use crate::{Layout, Shard, Timing};
 const PENDING_REDUCTIONS: usize = 2;
 /// The same where a reduction ends the gradient's way through the step.
 const PENDING_LAST_REDUCTIONS: usize = 16;
+/// Gathers that may be pending where parameters stay for the whole step: they need not wait for
+/// their turn in a pipeline that is still filling.
+const GATHERED_AHEAD: usize = 8;
 
 /// How many visits will still write gradients to a block: in the whole step, and for each
 /// microbatch.
@@ -69,6 +72,7 @@ impl Lowering<'_> {
         self.gather(&needs);
         let next_needs = next.map(|next| self.needs(next)).unwrap_or_default();
         self.gather(&next_needs);
+        self.gather_ahead();
         self.await_parameters(&needs);
         self.compute(visit);
         self.release(&needs, &next_needs);
@@ -105,15 +109,32 @@ impl Lowering<'_> {
 
     // Parameters.
 
-    /// Gathers everything before the first pass, where nothing is to hide it.
+    /// Starts gathering what stays for the whole step, and where nothing is to hide it waits for
+    /// all of it.
     pub(super) fn gather_first(&mut self) {
-        let stays = !shards(self.layout, Shard::Parameters);
-        if stays && self.layout.parameter_gathering == Timing::Exposed {
+        if shards(self.layout, Shard::Parameters) {
+            return;
+        }
+        if self.layout.parameter_gathering == Timing::Exposed {
             let blocks = self.layout.blocks(self.config, self.rank);
             for block in blocks {
                 self.gather(&[block]);
                 self.await_parameters(&[block]);
             }
+        } else {
+            let mut seen = BTreeSet::new();
+            let order: Vec<Visit> = self.visits.iter().copied().collect();
+            let blocks = order.into_iter().flat_map(|visit| self.needs(visit));
+            self.ahead = blocks.filter(|block| seen.insert(*block)).collect();
+            self.gather_ahead();
+        }
+    }
+
+    fn gather_ahead(&mut self) {
+        while self.gathering.len() < GATHERED_AHEAD
+            && let Some(block) = self.ahead.pop_front()
+        {
+            self.gather(&[block]);
         }
     }
 

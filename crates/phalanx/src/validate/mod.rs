@@ -1,0 +1,77 @@
+//! `phalanx validate`: recomputes published measurements and says how wrong it is.
+
+mod layout;
+mod predict;
+mod row;
+mod score;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use sim::device::Calibration;
+
+use row::{Row, Set};
+use score::{Answer, Report};
+
+/// What is validated, and how it is shown.
+#[derive(Debug, Args)]
+pub struct ValidateArgs {
+    /// Rows of published steps, in the form of measured/steps.csv; the built-in ones unless given
+    #[arg(long, value_name = "FILE")]
+    rows: Option<PathBuf>,
+    /// Calibrated parameters, in the form of measured/calibration.toml
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+    /// Only rows of this software; may be repeated
+    #[arg(long)]
+    software: Vec<String>,
+    /// Only rows of this accelerator; may be repeated
+    #[arg(long)]
+    accelerator: Vec<String>,
+    /// Only rows that were fitted on, or only those held out
+    #[arg(long, value_name = "fit|held-out")]
+    set: Option<String>,
+    /// Show every row
+    #[arg(long)]
+    each: bool,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints the error by source, family and quantity; fails when an error has grown.
+pub fn validate(args: &ValidateArgs) -> Result<()> {
+    let calibrations = match &args.calibration {
+        None => Calibration::built_in(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            Calibration::parse(&text).with_context(|| path.display().to_string())?
+        }
+    };
+    let rows = row::rows(args.rows.as_deref())?;
+    let chosen = rows.iter().filter(|row| args.chooses(row));
+    let answers: Vec<Answer> =
+        chosen.map(|row| Answer::new(row, &predict::predict(row, &calibrations))).collect();
+    let report = Report::new(answers);
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", report.text(args.each));
+    }
+    Ok(())
+}
+
+impl ValidateArgs {
+    fn chooses(&self, row: &Row) -> bool {
+        let any = |names: &[String], name: &String| names.is_empty() || names.contains(name);
+        let set = match row.set {
+            Set::Fit => "fit",
+            Set::HeldOut => "held-out",
+        };
+        any(&self.software, &row.software)
+            && any(&self.accelerator, &row.accelerator)
+            && self.set.as_deref().is_none_or(|wanted| wanted == set)
+    }
+}

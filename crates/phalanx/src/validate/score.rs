@@ -1,0 +1,293 @@
+//! Errors: of one row, and of many by what they have in common.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::predict::{Inexpressible, Prediction};
+use super::row::{Row, Set};
+
+/// A measured quantity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantity {
+    /// Seconds of a step.
+    StepTime,
+    /// Model FLOPs utilization, percent; stands in where a source prints no time.
+    Mfu,
+}
+
+/// A row and what became of it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Answer {
+    pub id: String,
+    pub source: String,
+    pub software: String,
+    pub accelerator: String,
+    pub accelerators: u32,
+    pub set: Set,
+    /// What the rows of one scaling curve have in common; rows of MLPerf alone are on one.
+    pub series: Option<String>,
+    /// Tokens of a step.
+    pub tokens: Option<f64>,
+    pub quantity: Option<Quantity>,
+    pub measured: Option<f64>,
+    pub predicted: Option<f64>,
+    /// Why there is no prediction.
+    pub inexpressible: Option<Inexpressible>,
+}
+
+impl Answer {
+    /// Compares the step time, or the MFU where there is none.
+    pub fn new(row: &Row, prediction: &Result<Prediction, Inexpressible>) -> Self {
+        let mut answer = Self {
+            id: row.id.clone(),
+            source: source(&row.source),
+            software: row.software.clone(),
+            accelerator: row.accelerator.clone(),
+            accelerators: row.accelerators,
+            set: row.set,
+            series: series(row),
+            tokens: row.tokens(),
+            quantity: None,
+            measured: None,
+            predicted: None,
+            inexpressible: None,
+        };
+        match prediction {
+            Err(reason) => answer.inexpressible = Some(reason.clone()),
+            Ok(prediction) => answer.compare(row, prediction),
+        }
+        answer
+    }
+
+    fn compare(&mut self, row: &Row, prediction: &Prediction) {
+        let compared = match (row.step_time_s, row.mfu_percent, prediction.mfu_percent) {
+            (Some(time), _, _) => Some((Quantity::StepTime, time, prediction.step_time.0)),
+            (None, Some(mfu), Some(predicted)) => Some((Quantity::Mfu, mfu, predicted)),
+            _ => None,
+        };
+        match compared {
+            None => self.inexpressible = Some(Inexpressible("nothing to compare with".to_owned())),
+            Some((quantity, measured, predicted)) => {
+                self.quantity = Some(quantity);
+                self.measured = Some(measured);
+                self.predicted = Some(predicted);
+            }
+        }
+    }
+
+    /// Tokens a second and accelerator, measured and predicted.
+    fn rates(&self) -> Option<(f64, f64)> {
+        let tokens = self.tokens? / f64::from(self.accelerators);
+        let times =
+            (self.quantity? == Quantity::StepTime).then_some((self.measured?, self.predicted?));
+        times.map(|(measured, predicted)| (tokens / measured, tokens / predicted))
+    }
+
+    /// Predicted over measured, less one, in percent.
+    pub fn error_percent(&self) -> Option<f64> {
+        Some(100.0 * (self.predicted? / self.measured? - 1.0))
+    }
+}
+
+/// A source without the path inside it.
+fn source(text: &str) -> String {
+    text.split(':').next().unwrap_or(text).to_owned()
+}
+
+/// Rows of one round, model, accelerator and precision differ in size alone.
+fn series(row: &Row) -> Option<String> {
+    let name = |of: &Option<String>| of.clone().unwrap_or_default();
+    row.software.starts_with("mlperf").then(|| {
+        let (model, precision) = (name(&row.model), name(&row.precision));
+        format!("{} {model} {} {precision}", row.software, row.accelerator)
+    })
+}
+
+/// Scaling efficiency at one size: throughput per accelerator over that of the smallest size.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Scaling {
+    pub series: String,
+    pub baseline_accelerators: u32,
+    pub accelerators: u32,
+    pub measured_percent: f64,
+    pub predicted_percent: f64,
+}
+
+/// The scaling curves that the rows lie on.
+fn scaling(rows: &[Answer]) -> Vec<Scaling> {
+    let mut curves: BTreeMap<&str, BTreeMap<u32, Vec<&Answer>>> = BTreeMap::new();
+    for row in rows.iter().filter(|row| row.rates().is_some()) {
+        if let Some(series) = &row.series {
+            curves.entry(series).or_default().entry(row.accelerators).or_default().push(row);
+        }
+    }
+    curves.into_iter().flat_map(|(series, sizes)| curve(series, &sizes)).collect()
+}
+
+fn curve(series: &str, sizes: &BTreeMap<u32, Vec<&Answer>>) -> Vec<Scaling> {
+    let rates = |rows: &Vec<&Answer>| {
+        let rates: Vec<(f64, f64)> = rows.iter().filter_map(|row| row.rates()).collect();
+        let mean =
+            |of: fn(&(f64, f64)) -> f64| rates.iter().map(of).sum::<f64>() / rates.len() as f64;
+        (mean(|rate| rate.0), mean(|rate| rate.1))
+    };
+    let Some((&smallest, first)) = sizes.first_key_value() else { return vec![] };
+    let baseline = rates(first);
+    let at = |(size, rows): (&u32, &Vec<&Answer>)| {
+        let (measured, predicted) = rates(rows);
+        Scaling {
+            series: series.to_owned(),
+            baseline_accelerators: smallest,
+            accelerators: *size,
+            measured_percent: 100.0 * measured / baseline.0,
+            predicted_percent: 100.0 * predicted / baseline.1,
+        }
+    };
+    sizes.iter().skip(1).map(at).collect()
+}
+
+/// The spread of absolute errors, in percent.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Spread {
+    pub rows: usize,
+    pub median: f64,
+    pub mean: f64,
+    pub ninetieth: f64,
+    pub worst: f64,
+    /// The mean with its sign: above 0 where predictions are too high.
+    pub bias: f64,
+}
+
+impl Spread {
+    fn of(errors: &[f64]) -> Self {
+        let mut sizes: Vec<f64> = errors.iter().map(|error| error.abs()).collect();
+        sizes.sort_by(f64::total_cmp);
+        let at = |share: f64| sizes[((sizes.len() - 1) as f64 * share).round() as usize];
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+        Self {
+            rows: sizes.len(),
+            median: at(0.5),
+            mean: mean(&sizes),
+            ninetieth: at(0.9),
+            worst: at(1.0),
+            bias: mean(errors),
+        }
+    }
+}
+
+/// All answers and what they add up to.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub all: BTreeMap<String, Spread>,
+    pub sources: BTreeMap<String, Spread>,
+    pub software: BTreeMap<String, Spread>,
+    /// Scaling efficiency along every curve of MLPerf.
+    pub scaling: Vec<Scaling>,
+    /// How many rows cannot be predicted, by reason.
+    pub inexpressible: BTreeMap<Inexpressible, usize>,
+    pub rows: Vec<Answer>,
+}
+
+impl Report {
+    pub fn new(rows: Vec<Answer>) -> Self {
+        let mut inexpressible = BTreeMap::new();
+        for reason in rows.iter().filter_map(|row| row.inexpressible.clone()) {
+            *inexpressible.entry(reason).or_default() += 1;
+        }
+        let set = |row: &Answer| match row.set {
+            Set::Fit => "fitted on".to_owned(),
+            Set::HeldOut => "held out".to_owned(),
+        };
+        let mut all = spreads(&rows, set);
+        all.extend(spreads(&rows, |_| "all".to_owned()));
+        Self {
+            all,
+            sources: spreads(&rows, |row| row.source.clone()),
+            software: spreads(&rows, |row| format!("{} on {}", row.software, row.accelerator)),
+            scaling: scaling(&rows),
+            inexpressible,
+            rows,
+        }
+    }
+
+    /// Tables for a terminal.
+    pub fn text(&self, each: bool) -> String {
+        let mut text = String::new();
+        if each {
+            self.each(&mut text);
+        }
+        for (title, spreads) in
+            [("source", &self.sources), ("software", &self.software), ("", &self.all)]
+        {
+            table(&mut text, title, spreads);
+        }
+        self.curves(&mut text);
+        if !self.inexpressible.is_empty() {
+            text += "cannot be expressed\n";
+        }
+        for (reason, rows) in &self.inexpressible {
+            writeln!(text, "{rows:>5}  {}", reason.0).expect("a string takes text");
+        }
+        text
+    }
+
+    fn curves(&self, text: &mut String) {
+        if self.scaling.is_empty() {
+            return;
+        }
+        let title = "scaling efficiency (throughput per accelerator)";
+        writeln!(text, "{title:<52}{:>9}{:>9}{:>9}{:>9}", "from", "to", "measured", "predicted")
+            .expect("a string takes text");
+        for of in &self.scaling {
+            let Scaling { series, baseline_accelerators, accelerators, .. } = of;
+            writeln!(
+                text,
+                "{series:<52}{baseline_accelerators:>9}{accelerators:>9}{:>8.1}%{:>8.1}%{:>+8.1}",
+                of.measured_percent,
+                of.predicted_percent,
+                of.predicted_percent - of.measured_percent
+            )
+            .expect("a string takes text");
+        }
+        text.push('\n');
+    }
+
+    fn each(&self, text: &mut String) {
+        for row in &self.rows {
+            let (Some(error), Some(measured)) = (row.error_percent(), row.measured) else {
+                continue;
+            };
+            writeln!(text, "{:<72}{measured:>10.3}{error:>+8.1} %", row.id)
+                .expect("a string takes text");
+        }
+        text.push('\n');
+    }
+}
+
+fn spreads(rows: &[Answer], key: impl Fn(&Answer) -> String) -> BTreeMap<String, Spread> {
+    let mut errors: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+    for row in rows {
+        if let Some(error) = row.error_percent() {
+            errors.entry(key(row)).or_default().push(error);
+        }
+    }
+    errors.into_iter().map(|(key, errors)| (key, Spread::of(&errors))).collect()
+}
+
+fn table(text: &mut String, title: &str, spreads: &BTreeMap<String, Spread>) {
+    let columns = ["rows", "median", "mean", "90th", "worst", "bias"];
+    let head: String = columns.iter().map(|column| format!("{column:>9}")).collect();
+    writeln!(text, "{title:<52}{head}").expect("a string takes text");
+    for (key, of) in spreads {
+        let Spread { rows, median, mean, ninetieth, worst, bias } = of;
+        writeln!(
+            text,
+            "{key:<52}{rows:>9}{median:>8.2}%{mean:>8.2}%{ninetieth:>8.2}%{worst:>8.1}%{bias:>+8.2}%"
+        )
+        .expect("a string takes text");
+    }
+    text.push('\n');
+}

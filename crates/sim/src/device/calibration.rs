@@ -1,0 +1,109 @@
+//! How well generations of software use accelerators: the parameters that were fitted, and on
+//! what.
+
+use serde::Deserialize;
+use units::Seconds;
+
+use super::Kernels;
+use crate::Error;
+
+/// The calibrations that come with the program.
+const BUILT_IN: &str = include_str!("../../../../measured/calibration.toml");
+
+/// What is not arithmetic: how transfers and ranks behave at work.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Traffic {
+    /// Share of what the communication library's own model promises inside a domain.
+    pub domain: f64,
+    /// The same between domains.
+    pub fabric: f64,
+    /// Share of a tensor-parallel transfer that stays exposed where the software pipelines it
+    /// with the product beside it.
+    pub tensor_exposed: f64,
+    /// How much slower computation is while a transfer is under way, as a share of its time: the
+    /// multiprocessors and the memory bandwidth that the transfer takes.
+    pub slowdown: f64,
+    /// Mean delay of an accelerator, as a share of its time: delays are exponential, and all wait
+    /// for the longest.
+    pub spread: f64,
+    /// Time of a step outside of its program: data, logging, bookkeeping.
+    pub step: Seconds,
+}
+
+/// The parameters of one generation of software on one accelerator.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    /// The names of the generation, each one release or project.
+    pub software: Vec<String>,
+    /// The catalogue names of the accelerators it holds for.
+    pub accelerators: Vec<String>,
+    /// Of those, the ones that a job uses it on unless it names another software.
+    #[serde(default)]
+    pub usual_for: Vec<String>,
+    /// The rows of `measured/` that the parameters were fitted on, in words.
+    pub fitted_on: String,
+    /// Computation.
+    pub kernels: Kernels,
+    /// Everything else.
+    pub traffic: Traffic,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    calibration: Vec<Calibration>,
+}
+
+impl Calibration {
+    /// The built-in calibrations.
+    #[must_use]
+    pub fn built_in() -> Vec<Self> {
+        Self::parse(BUILT_IN).unwrap_or_else(|error| panic!("the built-in calibration: {error}"))
+    }
+
+    /// Calibrations as a TOML file writes them.
+    ///
+    /// # Errors
+    /// What is wrong with the file, and where.
+    pub fn parse(text: &str) -> Result<Vec<Self>, toml::de::Error> {
+        Ok(toml::from_str::<File>(text)?.calibration)
+    }
+
+    /// The calibration of `software` on an accelerator, or the usual one of the accelerator.
+    ///
+    /// # Errors
+    /// [`Error::Uncalibrated`] when there is none.
+    pub fn find<'c>(
+        among: &'c [Self],
+        software: Option<&str>,
+        accelerator: &str,
+    ) -> Result<&'c Self, Error> {
+        let fits = |calibration: &&Self| match software {
+            Some(software) => calibration.holds_for(software, accelerator),
+            None => calibration.usual_for.iter().any(|usual| usual == accelerator),
+        };
+        let on = |calibration: &&Self| calibration.accelerators.iter().any(|on| on == accelerator);
+        among.iter().find(fits).ok_or_else(|| Error::Uncalibrated {
+            accelerator: accelerator.to_owned(),
+            software: software.unwrap_or("any software").to_owned(),
+            known: among.iter().filter(on).flat_map(|one| one.software.clone()).collect(),
+        })
+    }
+
+    /// Whether the parameters hold for this software on this accelerator.
+    #[must_use]
+    pub fn holds_for(&self, software: &str, accelerator: &str) -> bool {
+        let is = |names: &[String], name: &str| names.iter().any(|known| known == name);
+        is(&self.software, software) && is(&self.accelerators, accelerator)
+    }
+
+    /// How much longer `ranks` ranks compute than one without delays: the expected longest of as
+    /// many exponential delays is their mean times the harmonic number of `ranks` (Rényi 1953).
+    #[must_use]
+    pub fn straggling(&self, ranks: u32) -> f64 {
+        let harmonic: f64 = (1..=ranks).map(|rank| 1.0 / f64::from(rank)).sum();
+        1.0 + self.traffic.spread * harmonic
+    }
+}

@@ -1,0 +1,221 @@
+//! What one operator takes on an accelerator, from what the hardware can do and how well a
+//! generation of kernels uses it.
+
+use cluster::{Accelerator, Precision};
+use model::Operator;
+use serde::{Deserialize, Serialize};
+use units::{Bytes, FlopsPerSecond, Seconds};
+
+use crate::Error;
+
+/// Output tiles that matrix kernels work on, rows by columns, and what a tile's kernel takes
+/// relative to the first: smaller tiles read their operands more often.
+///
+/// Source: the tile sizes cuBLAS chooses on Ampere and Hopper, NVIDIA Deep Learning Performance
+/// guide, "Matrix Multiplication Background", section 3 (2023-02).
+const TILES: [(u64, u64, f64); 3] = [(128, 256, 1.0), (128, 128, 1.12), (64, 64, 1.5)];
+
+/// Rows of operands start on multiples of this many bytes, or loads are narrow.
+///
+/// Source: NVIDIA Deep Learning Performance guide, "Matrix Multiplication Background", section 2.
+const ALIGNMENT: u64 = 16;
+/// How much slower products are whose rows are not aligned. From the BLOOM prequel's sweep over
+/// head counts (13,824 / 128 heads = 108 components): attention takes about four times as long.
+const UNALIGNED: f64 = 4.0;
+
+/// How well a generation of kernels uses an accelerator. Shares are of what the hardware is said
+/// to do, above 0 and at most 1 unless the text says otherwise.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kernels {
+    /// Share of the peak rate that a large product reaches in fp32, tf32 and bf16.
+    pub product_wide: f64,
+    /// The same in fp8, mxfp8 and int8.
+    pub product_eight: f64,
+    /// The same in nvfp4.
+    pub product_four: f64,
+    /// Share of a product's rate that the grouped products of experts reach.
+    pub grouped: f64,
+    /// Terms of a product's sum that filling and draining a tile's pipeline is worth.
+    pub ramp: f64,
+    /// How much of a last, partly filled wave of tiles is lost: 0 nothing, 1 all of it.
+    pub wave: f64,
+    /// Share of the bf16 peak rate that one-pass attention reaches forward.
+    pub attention_forward: f64,
+    /// The same backward.
+    pub attention_backward: f64,
+    /// Share of the memory's bandwidth that kernels bound by it reach.
+    pub memory: f64,
+    /// Traffic of elementwise operators and norms, relative to each tensor moved once; below 1
+    /// where neighbours are fused. Above 1 where the kernels make several passes.
+    pub elementwise: f64,
+    /// Traffic of unfused softmax and its dropout, relative to scores moved once.
+    pub softmax: f64,
+    /// Traffic of casts to eight and four bits, relative to each operand read and written once.
+    pub cast: f64,
+    /// Traffic of the loss, relative to the logits moved once.
+    pub loss: f64,
+    /// Traffic of the optimizer, relative to its state moved once.
+    pub optimizer: f64,
+    /// Traffic of moving tokens to and from the order of experts, relative to moving them once.
+    pub permute: f64,
+    /// Idle time between two kernels.
+    pub gap: Seconds,
+    /// Least time that the host takes to start a kernel: what is faster waits for it.
+    pub host: Seconds,
+}
+
+/// An accelerator, the precision of its products, and the kernels that run on it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Device {
+    /// The hardware.
+    pub accelerator: Accelerator,
+    /// What the products of layers are computed in.
+    pub precision: Precision,
+    /// How well it is used.
+    pub kernels: Kernels,
+}
+
+/// In which direction an operator is part of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    Forward,
+    Backward,
+}
+
+/// A product of `groups` independent `[m, k] x [k, n]`.
+#[derive(Debug, Clone, Copy)]
+struct Product {
+    groups: u64,
+    m: u64,
+    n: u64,
+    k: u64,
+}
+
+impl Device {
+    /// Time of one operator whose products are computed in `precision`, gaps included.
+    ///
+    /// Never less than its floating-point operations at the peak rate or its least bytes at the
+    /// memory's.
+    ///
+    /// # Errors
+    /// When the accelerator has no such precision.
+    pub(super) fn operator(
+        &self,
+        operator: &Operator,
+        precision: Precision,
+        direction: Direction,
+    ) -> Result<Seconds, Error> {
+        let kernels = &self.kernels;
+        let passes = match direction {
+            Direction::Forward => 1.0,
+            Direction::Backward => 1.5, // the gradient comes in besides what forward read
+        };
+        let moved = |times: f64| self.traffic(operator, times);
+        let busy = match *operator {
+            Operator::Product { m, n, k } => {
+                self.product(Product { groups: 1, m, n, k }, precision)?
+            }
+            Operator::GroupedProduct { groups, m, n, k } => {
+                self.product(Product { groups, m, n, k }, precision)?
+            }
+            Operator::Attention { .. } => self.attention(operator, direction)?,
+            Operator::Softmax { .. } => moved(kernels.softmax * passes),
+            Operator::CrossEntropy { .. } => moved(kernels.loss),
+            Operator::AdamW { .. } => moved(kernels.optimizer),
+            Operator::SquareSum { .. } => self.memory_time(operator.bytes(Bytes(4)).0 as f64),
+            Operator::Permute { .. } => moved(kernels.permute),
+            _ => moved(kernels.elementwise * passes),
+        };
+        Ok((busy + kernels.gap).max(kernels.host))
+    }
+
+    fn traffic(&self, operator: &Operator, times: f64) -> Seconds {
+        self.memory_time(operator.bytes(Bytes(2)).0 as f64 * times)
+    }
+
+    fn memory_time(&self, bytes: f64) -> Seconds {
+        Seconds(bytes / (self.accelerator.memory_bandwidth.0 * self.kernels.memory))
+    }
+
+    fn attention(&self, operator: &Operator, direction: Direction) -> Result<Seconds, Error> {
+        let share = match direction {
+            Direction::Forward => self.kernels.attention_forward,
+            Direction::Backward => self.kernels.attention_backward,
+        };
+        let rate = FlopsPerSecond(self.peak(Precision::Bf16)?.0 * share);
+        Ok((operator.flops() / rate).max(self.traffic(operator, 1.0)))
+    }
+
+    /// The longer of its arithmetic, tile by tile, and its traffic.
+    fn product(&self, product: Product, precision: Precision) -> Result<Seconds, Error> {
+        let grouped = if product.groups > 1 { self.kernels.grouped } else { 1.0 };
+        let rate = self.peak(precision)?.0 * self.share(precision) * grouped;
+        let arithmetic = TILES
+            .iter()
+            .map(|(rows, columns, cost)| self.tiles(product, *rows, *columns) * cost / rate)
+            .fold(f64::INFINITY, f64::min);
+        let arithmetic = arithmetic * product.misalignment(precision);
+        let traffic = self.memory_time(product.bytes(precision));
+        Ok(Seconds(arithmetic).max(traffic) + self.cast(product, precision))
+    }
+
+    /// Floating-point operations that the whole accelerator could have done while it works
+    /// through the tiles of a product: full waves, part of what a last wave leaves idle, and the
+    /// ramp of every tile.
+    fn tiles(&self, product: Product, rows: u64, columns: u64) -> f64 {
+        let tiles = product.groups * product.m.div_ceil(rows) * product.n.div_ceil(columns);
+        let units = f64::from(self.accelerator.multiprocessors);
+        let waves = (tiles as f64 / units).max(1.0);
+        let lost = self.kernels.wave * (waves.ceil() - waves);
+        let depth = product.k as f64 + self.kernels.ramp;
+        (waves + lost) * units * (2 * rows * columns) as f64 * depth
+    }
+
+    /// Operands come as bf16 and are read and written once more as eight or four bits.
+    fn cast(&self, product: Product, precision: Precision) -> Seconds {
+        if precision.bits() > 15.0 {
+            return Seconds::ZERO;
+        }
+        let Product { groups, m, n: _, k } = product;
+        let per_element = 2.0 + precision.bits() / 8.0;
+        self.memory_time((groups * m * k) as f64 * per_element * self.kernels.cast)
+    }
+
+    fn share(&self, precision: Precision) -> f64 {
+        match precision {
+            Precision::Fp32 | Precision::Tf32 | Precision::Bf16 => self.kernels.product_wide,
+            Precision::Int8 | Precision::Fp8 | Precision::Mxfp8 => self.kernels.product_eight,
+            Precision::Nvfp4 => self.kernels.product_four,
+        }
+    }
+
+    fn peak(&self, precision: Precision) -> Result<FlopsPerSecond, Error> {
+        let accelerator = &self.accelerator;
+        let peak = match precision {
+            // The same multipliers; only the scales differ.
+            Precision::Mxfp8 => {
+                accelerator.peak.get(&precision).or(accelerator.peak.get(&Precision::Fp8))
+            }
+            _ => accelerator.peak.get(&precision),
+        };
+        peak.copied().ok_or_else(|| Error::Precision {
+            accelerator: accelerator.name.clone(),
+            precision,
+            known: accelerator.peak.keys().map(Precision::to_string).collect(),
+        })
+    }
+}
+
+impl Product {
+    /// Operands once at their precision, the output once as bf16.
+    fn bytes(&self, precision: Precision) -> f64 {
+        let Self { groups, m, n, k } = *self;
+        groups as f64 * ((m * k + n * k) as f64 * precision.bits() / 8.0 + (2 * m * n) as f64)
+    }
+
+    fn misalignment(&self, precision: Precision) -> f64 {
+        let aligned = |elements: u64| elements * precision.bits() as u64 % (8 * ALIGNMENT) == 0;
+        if aligned(self.k) && aligned(self.n) { 1.0 } else { UNALIGNED }
+    }
+}

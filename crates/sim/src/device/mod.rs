@@ -1,0 +1,9 @@
+//! The described device: what operators take on an accelerator.
+
+mod calibrated;
+mod calibration;
+mod kernels;
+
+pub use calibrated::Calibrated;
+pub use calibration::{Calibration, Traffic};
+pub use kernels::{Device, Kernels};
