@@ -14,7 +14,7 @@ fn main() {
 
 fn layout() -> (Layout, Batch) {
     let mesh = Mesh { tensor: 8, context: 2, data: 64, pipeline: 8, ..Mesh::ONE };
-    let layout = Layout::new(mesh, 1, Shard::Optimizer);
+    let layout = Layout { virtual_stages: 8, ..Layout::new(mesh, 1, Shard::Optimizer) };
     (layout, Batch { sequence: 8192, global_batch: 1536 })
 }
 
@@ -30,6 +30,6 @@ fn count(bencher: Bencher, model: &str) {
 fn peak(bencher: Bencher, model: &str) {
     let footprint = Footprint::new(catalogue::find(model).expect("a model of the catalogue"));
     let (layout, batch) = layout();
-    let options = Options { virtual_stages: 8, ..Options::default() };
+    let options = Options::default();
     bencher.bench(|| footprint.peak(black_box(&layout), &batch, &options));
 }

@@ -30,7 +30,7 @@ use activations::Activations;
 use parameters::{Counts, Held};
 
 pub use fit::DoesNotFit;
-pub use options::{Ends, Exchange, Options, Order, Recompute};
+pub use options::Options;
 pub use software::Software;
 
 /// What memory is held for.
@@ -183,7 +183,7 @@ impl Footprint<'_> {
         options: &Options,
         stage: u32,
     ) -> StageMemory {
-        let shape = options.shape(layout, batch);
+        let shape = layout.shape(batch);
         let microbatches = layout.microbatches(batch).max(1);
         let place = Place { footprint: self, layout, options, shape, stage, microbatches };
         place.memory()

@@ -5,7 +5,8 @@
 
 use model::{Activation, AttentionKernel, Experts, LatentAttention, Positions, Segment};
 
-use super::{Chunk, Exchange, Place, Recompute};
+use super::{Chunk, Place};
+use crate::{ContextExchange, Recompute};
 
 /// Bytes of a statistic in fp32: a row's of `FlashAttention`, a token's of a router.
 const STATISTIC: u64 = 4;
@@ -30,11 +31,14 @@ pub(super) struct Head {
 impl<'a> Activations<'a> {
     pub(super) fn new(place: &'a Place<'a>) -> Self {
         let mut activations = Self { place, dense: 0, sparse: 0 };
-        let spared = |whole: u64| match place.options.recompute {
+        let spared = |whole: u64| match &place.layout.recompute {
+            _ if place.options.every_other_product => activations.every_other_product(),
             Recompute::None | Recompute::Layers(_) => whole,
-            Recompute::Attention => whole - activations.inside_attention(),
-            Recompute::Operators => activations.every_other_product(),
+            Recompute::Selective => whole - activations.inside_attention(),
             Recompute::Full => activations.stream(),
+            Recompute::Segments(again) => {
+                whole - again.iter().map(|segment| activations.spared(*segment)).sum::<u64>()
+            }
         };
         let [dense, sparse] = [false, true].map(|experts| spared(activations.layer(experts)));
         (activations.dense, activations.sparse) = (dense, sparse);
@@ -44,8 +48,8 @@ impl<'a> Activations<'a> {
     /// What one microbatch keeps in a run of layers.
     pub(super) fn kept(&self, chunk: &Chunk) -> u64 {
         // The leading layers are the dense ones.
-        let from_input = match self.place.options.recompute {
-            Recompute::Layers(count) => count.min(chunk.layers()),
+        let from_input = match &self.place.layout.recompute {
+            Recompute::Layers(count) => (*count).min(chunk.layers()),
             _ => 0,
         };
         let few = chunk.dense.saturating_sub(from_input);
@@ -125,6 +129,11 @@ impl<'a> Activations<'a> {
         self.place.shape.stream_tokens()
     }
 
+    /// Whether a rank holds only a part of the stream that its products read.
+    fn splits_stream(&self) -> bool {
+        self.stream_tokens() < self.tokens()
+    }
+
     /// The residual stream, or a gradient of it.
     fn stream(&self) -> u64 {
         self.stream_tokens() * self.config().hidden * self.place.options.element()
@@ -202,7 +211,19 @@ impl<'a> Activations<'a> {
     }
 
     fn exchanges_heads(&self) -> bool {
-        self.place.shape.context > 1 && self.place.options.exchange == Exchange::AllToAll
+        self.place.shape.context > 1 && self.place.options.exchanges_heads
+    }
+
+    /// What need not be kept where `segment` is computed again: what lies inside it, its input
+    /// being an output of another.
+    fn spared(&self, segment: Segment) -> u64 {
+        let width = self.config().feed_forward.div_ceil(self.place.shape.tensor);
+        match segment {
+            Segment::Attend | Segment::AttendWindow => self.inside_attention(),
+            Segment::FeedForward => self.feed_forward(self.tokens(), width),
+            Segment::SharedExperts => self.segment(segment),
+            _ => 0,
+        }
     }
 
     fn attention_output(&self) -> u64 {
@@ -255,8 +276,7 @@ impl<'a> Activations<'a> {
     /// are whole for a moment.
     pub(super) fn head(&self) -> Head {
         let own = [Segment::FinalNorm, Segment::Logits].map(|segment| self.segment(segment));
-        let split = self.place.shape.sequence_parallel;
-        let regathered = split && !self.place.options.software.gathered_inputs;
+        let regathered = self.splits_stream() && !self.place.options.software.gathered_inputs;
         let whole = self.gathered_stream() * if regathered { 2 } else { 1 };
         let predictions = u64::from(self.config().prediction_layers);
         let heads = 1 + predictions;
@@ -274,11 +294,14 @@ impl<'a> Activations<'a> {
             Some(experts) => self.experts_working(experts),
             None => self.feed_forward_working(),
         };
-        let layer = match self.place.options.recompute {
+        let layer = match &self.place.layout.recompute {
+            _ if self.place.options.every_other_product => {
+                self.layer(sparse).saturating_sub(self.every_other_product())
+            }
             Recompute::None => 0,
-            Recompute::Attention => self.inside_attention(),
-            Recompute::Operators => self.layer(sparse).saturating_sub(self.every_other_product()),
+            Recompute::Selective => self.inside_attention(),
             Recompute::Full | Recompute::Layers(_) => self.layer(sparse) - self.stream(),
+            Recompute::Segments(again) => again.iter().map(|segment| self.spared(*segment)).sum(),
         };
         layer + self.stream() + block.max(self.attention_working())
     }
@@ -289,7 +312,7 @@ impl<'a> Activations<'a> {
         let width = self.config().feed_forward.div_ceil(self.place.shape.tensor);
         let element = self.place.options.element();
         let inputs = self.tokens() * self.config().activation.inputs() * width * element;
-        inputs + if self.place.shape.sequence_parallel { 2 * self.gathered_stream() } else { 0 }
+        inputs + if self.splits_stream() { 2 * self.gathered_stream() } else { 0 }
     }
 
     /// Gradients of the permuted tokens before and after a permutation, and of the activation,
@@ -312,10 +335,10 @@ impl<'a> Activations<'a> {
         };
         let (_, kv_heads) = self.config().rank_heads(&self.place.shape);
         let (key, value) = self.config().head_dims();
-        let others = match self.place.options.exchange {
-            Exchange::AllGather => self.place.shape.context - 1,
-            Exchange::Ring => (self.place.shape.context - 1).min(1),
-            Exchange::AllToAll => 0,
+        let others = match self.place.layout.context_exchange {
+            _ if self.place.options.exchanges_heads => 0,
+            ContextExchange::AllGather => self.place.shape.context - 1,
+            ContextExchange::Ring => (self.place.shape.context - 1).min(1),
         };
         let gathered = 2 * others * self.tokens() * kv_heads * (key + value) * element;
         self.query_key_value() + self.output_elements() * element + scores + gathered

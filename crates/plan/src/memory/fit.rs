@@ -4,8 +4,8 @@ use program::Mesh;
 use thiserror::Error;
 use units::Bytes;
 
-use super::{Footprint, Item, Options, Recompute, StageMemory};
-use crate::{Batch, Layout, Shard};
+use super::{Footprint, Item, Options, StageMemory};
+use crate::{Batch, Layout, Recompute, Shard};
 
 /// A layout that needs more memory than there is.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -44,7 +44,6 @@ impl StageMemory {
 struct Change {
     words: String,
     layout: Layout,
-    options: Options,
 }
 
 impl Footprint<'_> {
@@ -64,8 +63,8 @@ impl Footprint<'_> {
         if peak.total() <= capacity {
             return Ok(peak);
         }
-        let total = |change: &Change| self.peak(&change.layout, batch, &change.options).total();
-        let changes = self.changes(layout, batch, options);
+        let total = |change: &Change| self.peak(&change.layout, batch, options).total();
+        let changes = self.changes(layout, batch);
         let advice = match changes.iter().find(|change| total(change) <= capacity) {
             Some(change) => format!("try {} ({})", change.words, total(change)),
             None => match changes.iter().min_by_key(|change| total(change)) {
@@ -81,11 +80,11 @@ impl Footprint<'_> {
     }
 
     /// Single changes that save memory, from the one that costs least time.
-    fn changes(&self, layout: &Layout, batch: &Batch, options: &Options) -> Vec<Change> {
-        let change = |words: String, edit: &dyn Fn(&mut Layout, &mut Options)| {
-            let (mut layout, mut options) = (layout.to_owned(), *options);
-            edit(&mut layout, &mut options);
-            Change { words, layout, options }
+    fn changes(&self, layout: &Layout, batch: &Batch) -> Vec<Change> {
+        let change = |words: String, edit: &dyn Fn(&mut Layout)| {
+            let mut layout = layout.clone();
+            edit(&mut layout);
+            Change { words, layout }
         };
         let mut changes = Vec::new();
         for (name, shard) in [
@@ -94,37 +93,29 @@ impl Footprint<'_> {
             ("parameters", Shard::Parameters),
         ] {
             if shard > layout.shard && layout.mesh.data * layout.mesh.context > 1 {
-                changes.push(change(format!("shard = \"{name}\""), &|l, _| l.shard = shard));
+                changes.push(change(format!("shard = \"{name}\""), &|layout| layout.shard = shard));
             }
         }
         if layout.micro_batch > 1 && layout.micro_batch.is_multiple_of(2) {
             let half = layout.micro_batch / 2;
-            changes.push(change(format!("micro_batch = {half}"), &|l, _| l.micro_batch = half));
+            changes
+                .push(change(format!("micro_batch = {half}"), &|layout| layout.micro_batch = half));
         }
-        if options.recompute != Recompute::Full {
-            let full = |_: &mut Layout, o: &mut Options| o.recompute = Recompute::Full;
+        if layout.recompute != Recompute::Full {
+            let full = |layout: &mut Layout| layout.recompute = Recompute::Full;
             changes.push(change("recompute = \"full\"".to_owned(), &full));
         }
-        let runs = options.virtual_stages;
-        self.degrees(layout, batch, runs, &mut |words, edited| {
-            changes.push(change(words, &|l, _| l.clone_from(&edited)));
-        });
+        self.degrees(layout, batch, &mut |words, layout| changes.push(Change { words, layout }));
         changes
     }
 
     /// Larger degrees of the axes that split a model, at the expense of the data axis or, where
     /// that is used up, with twice the accelerators.
-    fn degrees(
-        &self,
-        layout: &Layout,
-        batch: &Batch,
-        virtual_stages: u32,
-        push: &mut impl FnMut(String, Layout),
-    ) {
+    fn degrees(&self, layout: &Layout, batch: &Batch, push: &mut impl FnMut(String, Layout)) {
         let Mesh { tensor, context, pipeline, data, .. } = layout.mesh;
         let spared = data.is_multiple_of(2);
         let mut double = |axis: &str, degree: u32, edit: &dyn Fn(&mut Mesh)| {
-            let mut edited = layout.to_owned();
+            let mut edited = layout.clone();
             edit(&mut edited.mesh);
             edited.mesh.data = if spared { data / 2 } else { data };
             let more = if spared { "" } else { " and twice the accelerators" };
@@ -133,7 +124,8 @@ impl Footprint<'_> {
         if self.config.heads.is_multiple_of(u64::from(2 * tensor)) {
             double("tensor", tensor, &|mesh| mesh.tensor *= 2);
         }
-        if self.config.layers.is_multiple_of(2 * pipeline * virtual_stages) {
+        let even = layout.stage_layers.is_empty();
+        if even && self.config.layers.is_multiple_of(2 * layout.stages()) {
             double("pipeline", pipeline, &|mesh| mesh.pipeline *= 2);
         }
         if batch.sequence.is_multiple_of(u64::from(2 * context)) {

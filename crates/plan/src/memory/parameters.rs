@@ -6,7 +6,7 @@ use model::{Block, Config, Parameter, Role, Shape, Split};
 use program::Axis;
 
 use super::{Chunk, Footprint, Item, Place};
-use crate::Shard;
+use crate::{Layout, Shard};
 
 /// Bytes of a master parameter.
 const FP32: u64 = 4;
@@ -147,10 +147,9 @@ impl Place<'_> {
         let embedding = chunks.iter().any(|chunk| chunk.embedding);
         let head = chunks.iter().any(|chunk| chunk.head);
         let words = self.words() * config.hidden;
-        let tables = match (embedding, head) {
-            (true, true) if config.tied_embeddings => 1,
-            both => u64::from(both.0) + u64::from(both.1),
-        };
+        // A shared embedding is held by both ends.
+        let table = embedding || head && Layout::ends_share_embedding(config);
+        let tables = u64::from(table) + u64::from(head && !config.tied_embeddings);
         let when = |present: bool, elements: u64| if present { elements } else { 0 };
         let merge = when(head, part(&footprint.merge) * u64::from(config.prediction_layers));
         let experts = footprint.sparse.experts(&self.shape);

@@ -10,7 +10,7 @@ use units::Bytes;
 
 use super::*;
 use crate::schedule::turns;
-use crate::{Batch, Layout, Shard};
+use crate::{Batch, Layout, Recompute, Schedule, Shard};
 
 mod measured;
 
@@ -23,7 +23,7 @@ fn find(name: &str) -> Config {
 fn layout(mesh: [u32; 4], micro_batch: u64, shard: Shard) -> Layout {
     let [tensor, context, data, pipeline] = mesh;
     let mesh = Mesh { tensor, context, data, pipeline, ..Mesh::ONE };
-    Layout::new(mesh, micro_batch, shard)
+    Layout { sequence_parallel: true, ..Layout::new(mesh, micro_batch, shard) }
 }
 
 /// Figure 1 of Korthikanti et al. 2022 (arXiv:2205.05198): GiB of activations on the first stage,
@@ -42,22 +42,21 @@ fn activations_are_those_of_korthikanti() {
         let mut config = find(name);
         config.dropout = true;
         let batch = Batch { sequence: 2048, global_batch: 512 * micro_batch };
-        let layout = layout([8, 1, 1, pipeline], micro_batch, Shard::None);
         let footprint = Footprint::new(&config);
         let activations = |recompute, sequence_parallel| {
-            let options = Options {
+            let layout = Layout {
                 virtual_stages,
                 recompute,
                 sequence_parallel,
                 attention: AttentionKernel::Unfused,
-                software: Software::MEGATRON_2022,
-                ..Options::default()
+                ..layout([8, 1, 1, pipeline], micro_batch, Shard::None)
             };
+            let options = Options { software: Software::MEGATRON_2022, ..Options::default() };
             footprint.stage(&layout, &batch, &options, 0).item(Item::Activations).as_f64() / GIB
         };
         let predicted = activations(Recompute::None, false);
         assert!((predicted / none - 1.0).abs() < 0.025, "{name}: {predicted} of {none}");
-        let predicted = activations(Recompute::Attention, true);
+        let predicted = activations(Recompute::Selective, true);
         assert!((predicted / both - 1.0).abs() < 0.04, "{name}: {predicted} of {both}");
     }
 }
@@ -86,10 +85,10 @@ fn states_are_those_of_zero() {
     }
 }
 
-/// The microbatches alive at once when a stage takes its turns in the order that is lowered.
-fn most_alive(stage: u32, stages: u32, microbatches: u32) -> u32 {
-    let layout = layout([1, 1, 1, stages], 1, Shard::None);
-    let turns = turns(&layout, stage, microbatches).unwrap();
+/// The forward passes through each virtual stage of a rank that are alive at once, at the most, when
+/// it takes its turns in the order that is lowered.
+fn most_alive(layout: &Layout, rank: u32, microbatches: u32) -> u32 {
+    let turns = turns(layout, rank, microbatches).unwrap();
     let alive = turns.iter().scan(0, |alive, turn| {
         *alive = if turn.pass == Pass::Forward { *alive + 1 } else { *alive - 1 };
         Some(*alive)
@@ -97,11 +96,11 @@ fn most_alive(stage: u32, stages: u32, microbatches: u32) -> u32 {
     alive.max().unwrap()
 }
 
-fn chunks(layers: u32, layout: &Layout, batch: &Batch, options: &Options) -> Vec<Vec<Chunk>> {
+fn chunks(layers: u32, layout: &Layout, batch: &Batch) -> Vec<Vec<Chunk>> {
     let config = Config { layers, ..find("llama-3-8b") };
     let footprint = Footprint::new(&config);
-    let microbatches = layout.microbatches(batch);
-    let shape = options.shape(layout, batch);
+    let (microbatches, shape) = (layout.microbatches(batch), layout.shape(batch));
+    let options = &Options::default();
     let chunks = |stage| {
         Place { footprint: &footprint, layout, options, shape, stage, microbatches }.chunks()
     };
@@ -110,12 +109,24 @@ fn chunks(layers: u32, layout: &Layout, batch: &Batch, options: &Options) -> Vec
 
 proptest! {
     #[test]
-    fn as_many_are_alive_as_the_lowered_order_keeps(stages in 1_u32..9, microbatches in 1_u64..20) {
-        let layout = layout([1, 1, 1, stages], 1, Shard::None);
-        let batch = Batch { sequence: 8, global_batch: microbatches };
-        let all = chunks(32, &layout, &batch, &Options::default());
-        for (stage, chunks) in (0..).zip(&all) {
-            prop_assert_eq!(chunks[0].alive, most_alive(stage, stages, microbatches as u32));
+    fn as_many_are_alive_as_the_lowered_order_keeps(
+        stages in 1_u32..9,
+        virtual_stages in 1_u32..5,
+        microbatches in 1_u32..20,
+        gpipe in proptest::bool::ANY,
+    ) {
+        // The interleaved order is defined for whole rounds.
+        let rounds = if virtual_stages > 1 { stages } else { 1 };
+        let microbatches = microbatches.next_multiple_of(rounds);
+        let layout = Layout {
+            virtual_stages,
+            schedule: if gpipe { Schedule::Gpipe } else { Schedule::default() },
+            ..layout([1, 1, 1, stages], 1, Shard::None)
+        };
+        let batch = Batch { sequence: 8, global_batch: u64::from(microbatches) };
+        for (rank, chunks) in (0..).zip(chunks(stages * virtual_stages, &layout, &batch)) {
+            let alive: u32 = chunks.iter().map(|chunk| chunk.alive).sum();
+            prop_assert_eq!(alive, most_alive(&layout, rank, microbatches));
         }
     }
 
@@ -124,39 +135,15 @@ proptest! {
     #[test]
     fn virtual_stages_take_turns(stages in 1_u32..9, virtual_stages in 2_u32..5, rounds in 1_u32..4) {
         let microbatches = stages * rounds;
-        let layout = layout([1, 1, 1, stages], 1, Shard::None);
+        let layout = Layout { virtual_stages, ..layout([1, 1, 1, stages], 1, Shard::None) };
         let batch = Batch { sequence: 8, global_batch: u64::from(microbatches) };
-        let options = Options { virtual_stages, ..Options::default() };
-        for (stage, chunks) in (0..).zip(chunks(64, &layout, &batch, &options)) {
-            let warm_up = 2 * (stages - 1 - stage) + (virtual_stages - 1) * stages + 1;
+        for (rank, chunks) in (0..).zip(chunks(stages * virtual_stages, &layout, &batch)) {
             let mut alive = vec![0; virtual_stages as usize];
-            for pass in 0..warm_up.min(microbatches * virtual_stages) {
+            for pass in 0..most_alive(&layout, rank, microbatches) {
                 alive[(pass / stages % virtual_stages) as usize] += 1;
             }
             prop_assert_eq!(chunks.iter().map(|chunk| chunk.alive).collect::<Vec<_>>(), alive);
         }
-    }
-
-    #[test]
-    fn every_layer_is_dealt_once(
-        layers in 1_u32..130,
-        stages in 1_u32..17,
-        virtual_stages in 1_u32..5,
-        weight in 0_u32..3,
-    ) {
-        let layout = layout([1, 1, 1, stages], 1, Shard::None);
-        let batch = Batch { sequence: 8, global_batch: 8 };
-        let weight = f64::from(weight);
-        let ends = Ends { embedding: weight, head: weight };
-        let options = Options { virtual_stages, ends, ..Options::default() };
-        let all = chunks(layers, &layout, &batch, &options);
-        let dealt: Vec<&Chunk> = all.iter().flatten().collect();
-        prop_assert_eq!(dealt.iter().map(|chunk| chunk.layers()).sum::<u32>(), layers);
-        prop_assert_eq!(dealt.iter().filter(|chunk| chunk.embedding).count(), 1);
-        prop_assert_eq!(dealt.iter().filter(|chunk| chunk.head).count(), 1);
-        let most = dealt.iter().map(|chunk| chunk.layers()).max().unwrap();
-        let units = f64::from(layers) + 2.0 * weight;
-        prop_assert!(f64::from(most) <= (units / f64::from(stages * virtual_stages)).ceil());
     }
 
     /// Whatever the model: stages together hold its parameters, sharding or recomputing more never
@@ -173,28 +160,34 @@ proptest! {
         let batch = Batch { sequence: 4096, global_batch: 64 * micro_batch };
         let software = Software { vocabulary_multiple: 1, ..Software::MEGATRON_CORE };
         let options = Options { software, ..Options::default() };
-        let stages = |shard, options: &Options| {
-            footprint.stages(&layout([1, context, 8, pipeline], micro_batch, shard), &batch, options)
+        let even = Layout {
+            // Whatever divides: a stage more or less for as many as are left over.
+            stage_layers: (0..pipeline)
+                .map(|stage| (stage + 1) * config.layers / pipeline - stage * config.layers / pipeline)
+                .collect(),
+            ..layout([1, context, 8, pipeline], micro_batch, Shard::None)
         };
+        let stages = |layout: Layout| footprint.stages(&layout, &batch, &options);
         let sum = |stages: &[StageMemory], item: Item| {
             stages.iter().map(|stage| stage.item(item)).sum::<Bytes>()
         };
-        let plain = stages(Shard::None, &options);
-        let copies = if config.tied_embeddings && pipeline > 1 { 1 } else { 0 };
+        let plain = stages(even.clone());
+        let shared = Layout::ends_share_embedding(&config) && pipeline > 1;
+        let copies = u64::from(shared);
         let parameters = config.parameter_count() + copies * config.vocabulary * config.hidden;
         prop_assert_eq!(sum(&plain, Item::Parameters), Bytes(2 * parameters));
         let states = [Item::Parameters, Item::Gradients, Item::Optimizer];
         for shard in [Shard::Optimizer, Shard::Gradients] {
-            let sharded = stages(shard, &options);
+            let sharded = stages(Layout { shard, ..even.clone() });
             for item in states {
                 prop_assert!(sum(&sharded, item) <= sum(&plain, item));
             }
         }
-        for recompute in [Recompute::Attention, Recompute::Layers(2), Recompute::Full] {
-            let less = stages(Shard::None, &Options { recompute, ..options });
+        for recompute in [Recompute::Selective, Recompute::Layers(2), Recompute::Full] {
+            let less = stages(Layout { recompute, ..even.clone() });
             prop_assert!(sum(&less, Item::Activations) <= sum(&plain, Item::Activations));
         }
-        let gpipe = stages(Shard::None, &Options { order: Order::Gpipe, ..options });
+        let gpipe = stages(Layout { schedule: Schedule::Gpipe, ..even.clone() });
         prop_assert!(sum(&gpipe, Item::Activations) >= sum(&plain, Item::Activations));
     }
 }
@@ -254,9 +247,12 @@ fn what_was_run_fits() {
         let [tensor, context, data, pipeline, expert] = mesh;
         let mut layout = layout([tensor, context, data, pipeline], micro_batch, Shard::Optimizer);
         layout.mesh.expert = expert;
+        layout.virtual_stages = virtual_stages;
+        let (layers, runs) = (config.layers, layout.stages());
+        let first = |run: u32| (run * layers).div_ceil(runs);
+        layout.stage_layers = (0..runs).map(|run| first(run + 1) - first(run)).collect();
         let batch = Batch { sequence, global_batch };
-        let options =
-            Options { virtual_stages, precision, software: Software::NEMO, ..Options::default() };
+        let options = Options { precision, software: Software::NEMO, ..Options::default() };
         let fit = Footprint::new(&config).fit(&layout, &batch, &options, capacity);
         let peak = fit.unwrap_or_else(|error| panic!("{name}: {error}"));
         assert!(peak.total() / capacity > 0.4, "{name}: {}", peak.describe(capacity));
