@@ -162,7 +162,7 @@ fn message(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     use train::Error as Train;
     use transport::Error as Transport;
-    if error.is::<plan::memory::DoesNotFit>() {
+    if error.is::<plan::memory::DoesNotFit>() || error.is::<validate::Grown>() {
         return FAILED;
     }
     match error.downcast_ref::<Train>() {

@@ -1,6 +1,7 @@
 //! `phalanx validate`: recomputes published measurements and says how wrong it is.
 
 mod layout;
+mod memory;
 mod predict;
 mod row;
 mod score;
@@ -12,6 +13,7 @@ use clap::Args;
 use sim::device::Calibration;
 
 use row::{Row, Set};
+pub use score::Grown;
 use score::{Answer, Report};
 
 /// What is validated, and how it is shown.
@@ -32,6 +34,9 @@ pub struct ValidateArgs {
     /// Only rows that were fitted on, or only those held out
     #[arg(long, value_name = "fit|held-out")]
     set: Option<String>,
+    /// Write the errors to measured/accuracy.json: what they may not exceed from now on
+    #[arg(long)]
+    record: bool,
     /// Show every row
     #[arg(long)]
     each: bool,
@@ -55,15 +60,28 @@ pub fn validate(args: &ValidateArgs) -> Result<()> {
     let answers: Vec<Answer> =
         chosen.map(|row| Answer::new(row, &predict::predict(row, &calibrations))).collect();
     let report = Report::new(answers);
+    if args.record {
+        std::fs::write(ACCURACY, report.accuracy()?)
+            .with_context(|| format!("cannot write {ACCURACY}"))?;
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print!("{}", report.text(args.each));
     }
-    Ok(())
+    if args.is_whole() && !args.record { report.hold() } else { Ok(()) }
 }
 
+/// Where errors are recorded, seen from the project's folder.
+const ACCURACY: &str = "measured/accuracy.json";
+
 impl ValidateArgs {
+    /// Whether all built-in rows are predicted with the built-in parameters.
+    fn is_whole(&self) -> bool {
+        let chosen = self.rows.is_some() || self.calibration.is_some() || self.set.is_some();
+        !chosen && self.software.is_empty() && self.accelerator.is_empty()
+    }
+
     fn chooses(&self, row: &Row) -> bool {
         let any = |names: &[String], name: &String| names.is_empty() || names.contains(name);
         let set = match row.set {

@@ -10,6 +10,7 @@ use sim::step::Step;
 use units::Seconds;
 
 use super::layout::layout;
+use super::memory::peak_gib;
 use super::row::{MfuCounting, Row};
 
 /// Why a row cannot be predicted.
@@ -23,6 +24,8 @@ pub struct Prediction {
     pub step_time: Seconds,
     /// Model FLOPs utilization in percent, counted as the row's source counts.
     pub mfu_percent: Option<f64>,
+    /// Memory of the fullest stage, where the program's habits are known.
+    pub memory_gib: Option<f64>,
 }
 
 /// What a row says, or why it says nothing.
@@ -46,7 +49,8 @@ pub fn predict(row: &Row, calibrations: &[Calibration]) -> Answer<Prediction> {
         Calibration::find(calibrations, software, &row.accelerator).or_else(because)?;
     let program = lower(&job.config, &job.layout, &job.batch).or_else(because)?;
     let step_time = job.step_time(row, &program, calibration)?;
-    Ok(Prediction { step_time, mfu_percent: job.mfu_percent(row, step_time) })
+    let memory_gib = peak_gib(row, &job.config, &job.layout, &job.batch);
+    Ok(Prediction { step_time, mfu_percent: job.mfu_percent(row, step_time), memory_gib })
 }
 
 /// The job that a row describes.

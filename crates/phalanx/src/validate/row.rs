@@ -62,7 +62,9 @@ pub struct Row {
     pub pipeline: Option<u32>,
     pub virtual_stages: Option<u32>,
     pub expert: Option<u32>,
-    pub data: Option<u32>,
+    /// Says what follows from the rest; kept so that the file can be checked by eye.
+    #[serde(rename = "data")]
+    pub _data: Option<u32>,
     pub shard: Option<String>,
     pub recompute: Option<String>,
     pub precision: Option<String>,

@@ -3,10 +3,21 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use anyhow::Result;
 use serde::Serialize;
 
 use super::predict::{Inexpressible, Prediction};
 use super::row::{Row, Set};
+
+/// The errors that were recorded last.
+const RECORDED: &str = include_str!("../../../../measured/accuracy.json");
+/// How far a recorded error may be off for being written with few digits, in percent.
+const ROUNDING: f64 = 0.01;
+
+/// An error has grown.
+#[derive(Debug, thiserror::Error)]
+#[error("an error has grown: {}", .0.join("; "))]
+pub struct Grown(Vec<String>);
 
 /// A measured quantity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -34,6 +45,8 @@ pub struct Answer {
     pub quantity: Option<Quantity>,
     pub measured: Option<f64>,
     pub predicted: Option<f64>,
+    pub measured_memory_gib: Option<f64>,
+    pub predicted_memory_gib: Option<f64>,
     /// Why there is no prediction.
     pub inexpressible: Option<Inexpressible>,
 }
@@ -53,6 +66,8 @@ impl Answer {
             quantity: None,
             measured: None,
             predicted: None,
+            measured_memory_gib: row.memory_gib,
+            predicted_memory_gib: None,
             inexpressible: None,
         };
         match prediction {
@@ -63,6 +78,7 @@ impl Answer {
     }
 
     fn compare(&mut self, row: &Row, prediction: &Prediction) {
+        self.predicted_memory_gib = prediction.memory_gib.filter(|_| row.memory_gib.is_some());
         let compared = match (row.step_time_s, row.mfu_percent, prediction.mfu_percent) {
             (Some(time), _, _) => Some((Quantity::StepTime, time, prediction.step_time.0)),
             (None, Some(mfu), Some(predicted)) => Some((Quantity::Mfu, mfu, predicted)),
@@ -84,6 +100,11 @@ impl Answer {
         let times =
             (self.quantity? == Quantity::StepTime).then_some((self.measured?, self.predicted?));
         times.map(|(measured, predicted)| (tokens / measured, tokens / predicted))
+    }
+
+    /// The same of memory.
+    fn memory_error_percent(&self) -> Option<f64> {
+        Some(100.0 * (self.predicted_memory_gib? / self.measured_memory_gib? - 1.0))
     }
 
     /// Predicted over measured, less one, in percent.
@@ -184,6 +205,8 @@ pub struct Report {
     pub all: BTreeMap<String, Spread>,
     pub sources: BTreeMap<String, Spread>,
     pub software: BTreeMap<String, Spread>,
+    /// Errors of memory by source.
+    pub memory: BTreeMap<String, Spread>,
     /// Scaling efficiency along every curve of MLPerf.
     pub scaling: Vec<Scaling>,
     /// How many rows cannot be predicted, by reason.
@@ -201,16 +224,53 @@ impl Report {
             Set::Fit => "fitted on".to_owned(),
             Set::HeldOut => "held out".to_owned(),
         };
-        let mut all = spreads(&rows, set);
-        all.extend(spreads(&rows, |_| "all".to_owned()));
+        let time = Answer::error_percent;
+        let mut all = spreads(&rows, time, set);
+        all.extend(spreads(&rows, time, |_| "all".to_owned()));
         Self {
             all,
-            sources: spreads(&rows, |row| row.source.clone()),
-            software: spreads(&rows, |row| format!("{} on {}", row.software, row.accelerator)),
+            sources: spreads(&rows, time, |row| row.source.clone()),
+            software: spreads(&rows, time, |row| {
+                format!("{} on {}", row.software, row.accelerator)
+            }),
+            memory: spreads(&rows, Answer::memory_error_percent, |row| row.source.clone()),
             scaling: scaling(&rows),
             inexpressible,
             rows,
         }
+    }
+
+    /// The mean error of every source, as recorded.
+    fn means(&self) -> BTreeMap<String, f64> {
+        let of = |what: &str, spreads: &BTreeMap<String, Spread>| -> Vec<(String, f64)> {
+            spreads.iter().map(|(key, of)| (format!("{what}, {key}"), of.mean)).collect()
+        };
+        let step_time =
+            of("step time", &self.sources).into_iter().chain(of("step time", &self.all));
+        step_time.chain(of("memory", &self.memory)).collect()
+    }
+
+    /// The errors in the form they are recorded in.
+    pub fn accuracy(&self) -> Result<String> {
+        let rounded = |mean: f64| (mean * 1000.0).round() / 1000.0;
+        let means: BTreeMap<_, _> =
+            self.means().into_iter().map(|(key, mean)| (key, rounded(mean))).collect();
+        Ok(serde_json::to_string_pretty(&means)? + "\n")
+    }
+
+    /// Refuses an error that has grown since it was recorded.
+    pub fn hold(&self) -> Result<()> {
+        let recorded: BTreeMap<String, f64> = serde_json::from_str(RECORDED)?;
+        let grown: Vec<String> = self
+            .means()
+            .into_iter()
+            .filter_map(|(key, mean)| {
+                let before = recorded.get(&key).copied().unwrap_or(0.0);
+                let line = format!("{key}: {before:.2} % before, {mean:.2} % now");
+                (mean > before + ROUNDING).then_some(line)
+            })
+            .collect();
+        if grown.is_empty() { Ok(()) } else { Err(Grown(grown).into()) }
     }
 
     /// Tables for a terminal.
@@ -219,9 +279,12 @@ impl Report {
         if each {
             self.each(&mut text);
         }
-        for (title, spreads) in
-            [("source", &self.sources), ("software", &self.software), ("", &self.all)]
-        {
+        for (title, spreads) in [
+            ("step time by source", &self.sources),
+            ("by software", &self.software),
+            ("of all rows", &self.all),
+            ("peak memory by source", &self.memory),
+        ] {
             table(&mut text, title, spreads);
         }
         self.curves(&mut text);
@@ -267,10 +330,14 @@ impl Report {
     }
 }
 
-fn spreads(rows: &[Answer], key: impl Fn(&Answer) -> String) -> BTreeMap<String, Spread> {
+fn spreads(
+    rows: &[Answer],
+    error: impl Fn(&Answer) -> Option<f64>,
+    key: impl Fn(&Answer) -> String,
+) -> BTreeMap<String, Spread> {
     let mut errors: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for row in rows {
-        if let Some(error) = row.error_percent() {
+        if let Some(error) = error(row) {
             errors.entry(key(row)).or_default().push(error);
         }
     }
