@@ -157,7 +157,7 @@ fn check_sizes(layout: &Layout, batch: &Batch) -> Result<(), LayoutError> {
 fn check_stages(layout: &Layout, config: &Config) -> Result<(), LayoutError> {
     let (pipeline, virtual_stages) = (layout.mesh.pipeline, layout.virtual_stages);
     let (layers, listed) = (config.layers, &layout.stage_layers);
-    let stages = pipeline.checked_mul(virtual_stages).unwrap_or(u32::MAX);
+    let stages = pipeline.saturating_mul(virtual_stages);
     let sum = listed.iter().map(|layers| u64::from(*layers)).sum();
     if !listed.is_empty() && (listed.len() != stages as usize || sum != u64::from(layers)) {
         return Err(LayoutError::StageLayers { listed: listed.len(), sum, stages, layers });

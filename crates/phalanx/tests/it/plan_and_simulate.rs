@@ -148,6 +148,7 @@ fn every_command_says_what_it_takes() {
       catalogue  List the hardware and the models that are known, or show an entry with its sources
       plan       Show how a job is laid out over ranks
       simulate   Run one step in virtual time: where the time goes
+      validate   Recompute published measurements: how wrong the simulator is, by source
       help       Print this message or the help of the given subcommand(s)
 
     Options:
@@ -193,13 +194,14 @@ fn every_command_says_what_it_takes() {
       <JOB>  The job file
 
     Options:
-          --set <KEY=VALUE>          Replace a key of the job file, as in --set training.steps=20; may be repeated
-          --json                     Print one JSON object instead of text
-          --machine <FILE>           Use the measurements of an earlier run (its machine.json) instead of measuring
-          --efficiency <EFFICIENCY>  Share of peak that described accelerators reach [default: 0.6]
-          --trace <FILE>             Write the predicted step for Perfetto
-          --chakra <FOLDER>          Write the step as Chakra execution traces, one for each kind of rank, into a new folder
-          --chakra-every-rank        Write a Chakra trace for every rank
-      -h, --help                     Print help
+          --set <KEY=VALUE>     Replace a key of the job file, as in --set training.steps=20; may be repeated
+          --json                Print one JSON object instead of text
+          --machine <FILE>      Use the measurements of an earlier run (its machine.json) instead of measuring
+          --efficiency <SHARE>  Share of peak that described accelerators reach, instead of what was fitted on measurements
+          --software <NAME>     Software whose fitted parameters are used; the usual one of the accelerator unless given
+          --trace <FILE>        Write the predicted step for Perfetto
+          --chakra <FOLDER>     Write the step as Chakra execution traces, one for each kind of rank, into a new folder
+          --chakra-every-rank   Write a Chakra trace for every rank
+      -h, --help                Print help
     ");
 }

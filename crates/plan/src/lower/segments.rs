@@ -246,9 +246,11 @@ impl Lowering<'_> {
             || inputs.iter().any(|v| exchanges.after_backward(segment, *v).next().is_some());
         let halves = split && !self.has_no_weights(segment);
         let first = if pass == Pass::Backward && halves { Pass::BackwardInput } else { pass };
-        let again = (pass == Pass::Backward && halves)
-            .then(|| self.gather_pieces(work, exchanges.before(segment, layer), 1))
-            .unwrap_or_default();
+        let again = if pass == Pass::Backward && halves {
+            self.gather_pieces(work, exchanges.before(segment, layer), 1)
+        } else {
+            Default::default()
+        };
         self.backward_pieces(work, first);
         if first == pass {
             return;

@@ -215,7 +215,8 @@ impl Product {
     }
 
     fn misalignment(&self, precision: Precision) -> f64 {
-        let aligned = |elements: u64| elements * precision.bits() as u64 % (8 * ALIGNMENT) == 0;
+        let aligned =
+            |elements: u64| (elements * precision.bits() as u64).is_multiple_of(8 * ALIGNMENT);
         if aligned(self.k) && aligned(self.n) { 1.0 } else { UNALIGNED }
     }
 }
