@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 use model::Counting;
-use plan::memory::{DoesNotFit, Exchange, Footprint, Options, Order, Recompute, StageMemory};
-use plan::{ContextExchange, Schedule};
+use plan::memory::{DoesNotFit, Footprint, Options, StageMemory};
 use program::{Axis, Breakdown, Program, Work};
 use report::{Summary, communication_table, summary_table, work_table};
 use serde::Serialize;
@@ -111,40 +110,11 @@ struct Memory {
 fn memory(world: &World, job: &Job) -> Option<Memory> {
     let World::Roofline(roofline) = world else { return None };
     let capacity = roofline.cluster.accelerator.memory;
-    let options = memory_options(job);
+    let options = Options { precision: job.training.precision, ..Options::default() };
     let (footprint, batch) = (Footprint::new(&job.model), job.batch());
     let stages = footprint.stages(&job.layout, &batch, &options);
     let fit = footprint.fit(&job.layout, &batch, &options, capacity);
     Some(Memory { capacity, stages, fit })
-}
-
-/// The layout's choices in the words of the memory model. It has none for recomputation of named
-/// segments, nor for a schedule of the user's own: those count as keeping everything, in the usual
-/// order.
-fn memory_options(job: &Job) -> Options {
-    let layout = &job.layout;
-    Options {
-        virtual_stages: layout.virtual_stages,
-        sequence_parallel: layout.sequence_parallel,
-        order: match layout.schedule {
-            Schedule::Gpipe => Order::Gpipe,
-            Schedule::ZeroBubble => Order::ZeroBubble,
-            _ => Order::OneForwardOneBackward,
-        },
-        recompute: match layout.recompute {
-            plan::Recompute::Selective => Recompute::Attention,
-            plan::Recompute::Full => Recompute::Full,
-            plan::Recompute::Layers(layers) => Recompute::Layers(layers),
-            plan::Recompute::None | plan::Recompute::Segments(_) => Recompute::None,
-        },
-        attention: layout.attention,
-        exchange: match layout.context_exchange {
-            ContextExchange::AllGather => Exchange::AllGather,
-            ContextExchange::Ring => Exchange::Ring,
-        },
-        precision: job.training.precision,
-        ..Options::default()
-    }
 }
 
 /// A stage's first rank stands for it.

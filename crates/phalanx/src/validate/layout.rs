@@ -85,7 +85,7 @@ fn parameter_bytes(row: &Row) -> u8 {
     let gathers_fp8 = ["nemo", "mlperf-v4", "mlperf-v5", "mlperf-v6", "megatron-bridge"];
     let fp8 = row.precision.as_deref().is_some_and(|precision| precision == "fp8");
     let software = |name: &&str| row.software.starts_with(*name);
-    if fp8 && gathers_fp8.iter().any(|name| software(&name)) { 1 } else { 2 }
+    if fp8 && gathers_fp8.iter().any(software) { 1 } else { 2 }
 }
 
 /// Where layers do not divide: the embedding and the head in the place of a layer each, if that
