@@ -27,6 +27,7 @@ use clap::{Args, Parser, Subcommand};
 #[derive(Debug, Parser)]
 #[command(
     version,
+    term_width = 0, // the terminal breaks long lines, and piped help is the same everywhere
     after_help = "Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug, 4 stopped as asked and saved."
 )]
 struct Cli {
