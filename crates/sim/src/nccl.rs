@@ -2,7 +2,7 @@
 //!
 //! For each communicator NCCL searches the node for a [`Graph`] per algorithm (how many channels, and
 //! how fast each is), fills a table of latency and bandwidth from it once, and at every call takes
-//! the entry with the least latency + bytes / bandwidth. [`Tuner`] is that table. All of it is as in
+//! the entry with the least latency + bytes / bandwidth. A [`Communicator`] has both. All of it is as in
 //! NCCL 2.30.7 (June 2026): `src/graph/search.cc`, `topo.h` and `tuning.cc`.
 //!
 //! What NCCL does not know (switch tiers, other groups on the same links, slow ranks) is not in
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use graph::{Graph, Graphs, Interconnect, Node};
 pub use message::{Message, POST, message};
-pub use tuner::{Choice, Communicator, Tuner};
+pub use tuner::{Choice, Communicator};
 
 /// Generations of GPUs that NCCL's constants tell apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

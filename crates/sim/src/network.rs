@@ -27,7 +27,7 @@ use crate::Error;
 use crate::nccl::{Algorithm, Protocol};
 use crate::step::{Resource, TransferCost};
 
-pub use geometry::Group;
+pub use geometry::{Group, Slowdown};
 
 /// A cluster as a job's groups use it.
 #[derive(Debug, Clone)]

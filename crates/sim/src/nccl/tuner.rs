@@ -105,14 +105,6 @@ pub struct Communicator {
     pub graphs: Graphs,
 }
 
-/// NCCL's table for one communicator.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Tuner {
-    communicator: Communicator,
-    /// By function, algorithm and protocol; `None` where there is no such thing.
-    table: [[[Option<Entry>; 3]; 7]; 5],
-}
-
 /// Latency (µs) and bandwidth (GB/s), as NCCL's log prints them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Entry {
@@ -374,6 +366,7 @@ impl Communicator {
         (self.steps(function) - hops_outside) * inside.max(posting) + hops_outside * outside
     }
 
+    /// An entry of NCCL's table; `None` where there is no such thing.
     fn entry(&self, function: Function, algorithm: Algorithm, protocol: Protocol) -> Option<Entry> {
         let entry = || Entry {
             latency: self.latency(function, algorithm, protocol),
@@ -381,27 +374,6 @@ impl Communicator {
         };
         let entry = self.exists(function, algorithm, protocol).then(entry);
         entry.filter(|entry| entry.bandwidth > 0.0)
-    }
-}
-
-impl Tuner {
-    /// The table of a communicator.
-    ///
-    /// # Panics
-    /// When the communicator has fewer than two ranks: NCCL then copies.
-    #[must_use]
-    pub fn new(communicator: Communicator) -> Self {
-        assert!(communicator.ranks() > 1, "a communicator of one rank has nothing to tune");
-        let entry = |f, a, p| communicator.entry(f, a, p);
-        let protocols = |f, a| Protocol::ALL.map(|p| entry(f, a, p));
-        let table = Function::ALL.map(|f| Algorithm::ALL.map(|a| protocols(f, a)));
-        Self { communicator, table }
-    }
-
-    /// The communicator that the table is of.
-    #[must_use]
-    pub fn communicator(&self) -> &Communicator {
-        &self.communicator
     }
 
     /// What NCCL picks for a call of this size: of reduce-scatter and all-gather the whole buffer.
@@ -429,7 +401,7 @@ impl Tuner {
         protocol: Protocol,
         bytes: Bytes,
     ) -> Option<Choice> {
-        let entry = self.table[function as usize][algorithm as usize][protocol as usize]?;
+        let entry = self.entry(function, algorithm, protocol)?;
         let (latency, bandwidth) = self.patched(entry, function, algorithm, protocol, bytes);
         let latency = Seconds(latency * MICROSECOND);
         let bandwidth = BytesPerSecond(bandwidth * GB);
@@ -451,11 +423,10 @@ impl Tuner {
         protocol: Protocol,
         bytes: Bytes,
     ) -> (f64, f64) {
-        let communicator = &self.communicator;
         if function != Function::AllReduce {
             return (latency, bandwidth);
         }
-        let blackwell = communicator.generation == Generation::Blackwell;
+        let blackwell = self.generation == Generation::Blackwell;
         let size = (bytes.0 >> 6).checked_ilog2().map(|size| size as usize);
         let sizes = match algorithm {
             Algorithm::Tree => 23,
@@ -465,37 +436,38 @@ impl Tuner {
         if let Some(size) = size.filter(|size| *size < sizes) {
             bandwidth *= TREE_HUMP[protocol as usize][size];
         }
-        let parts = u64::from(communicator.channels(algorithm) * communicator.ranks());
+        let parts = u64::from(self.channels(algorithm) * self.ranks());
         let plateau = algorithm == Algorithm::Ring
             && protocol == Protocol::Simple
-            && communicator.nodes > 1
+            && self.nodes > 1
             && bytes.0 / parts.max(1) >= 64;
         if plateau {
-            latency *= if communicator.generation < Generation::Ampere { 1.9 } else { 1.4 };
+            latency *= if self.generation < Generation::Ampere { 1.9 } else { 1.4 };
         }
         (latency, bandwidth)
     }
 }
 
-/// NCCL's own table: latency (µs) / bandwidth (GB/s) of each function, algorithm and protocol.
-impl fmt::Display for Tuner {
+/// NCCL's own table: latency (us) / bandwidth (GB/s) of each function, algorithm and protocol.
+impl fmt::Display for Communicator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Communicator { nodes, ranks_per_node, .. } = self.communicator;
+        let Self { nodes, ranks_per_node, .. } = self;
         writeln!(f, "{nodes} nodes of {ranks_per_node}; latency us / bandwidth GB/s")?;
-        for (row, function) in self.table.iter().zip(Function::ALL) {
-            for (entries, algorithm) in row.iter().zip(Algorithm::ALL) {
-                if entries.iter().all(Option::is_none) {
-                    continue;
-                }
-                write!(f, "{function:<15}{algorithm:<15}")?;
-                for (entry, protocol) in entries.iter().zip(Protocol::ALL) {
-                    let cell = entry.map_or_else(String::new, |Entry { latency, bandwidth }| {
-                        format!("{protocol} {latency:.1}/{bandwidth:.1}")
-                    });
-                    write!(f, "{cell:<22}")?;
-                }
-                writeln!(f)?;
+        for (function, algorithm) in
+            Function::ALL.iter().flat_map(|f| Algorithm::ALL.map(|a| (f, a)))
+        {
+            let entries = Protocol::ALL.map(|protocol| self.entry(*function, algorithm, protocol));
+            if entries.iter().all(Option::is_none) {
+                continue;
             }
+            write!(f, "{function:<15}{algorithm:<15}")?;
+            for (entry, protocol) in entries.iter().zip(Protocol::ALL) {
+                let cell = entry.map_or_else(String::new, |Entry { latency, bandwidth }| {
+                    format!("{protocol} {latency:.1}/{bandwidth:.1}")
+                });
+                write!(f, "{cell:<22}")?;
+            }
+            writeln!(f)?;
         }
         Ok(())
     }
@@ -527,11 +499,11 @@ mod tests {
 
     /// A log of NCCL 2.29.7 on 2 nodes of 1 GPU over sockets (eunomia-bpf/nccl-eBPF): ring 2
     /// channels of 1.2 GB/s, the tree raised to 2.4 inside, a plain tree, no LL128.
-    fn sockets() -> Tuner {
+    fn sockets() -> Communicator {
         let slow = Graph { near_port: false, plain_tree: true, ..graph(2, 1.2, 1.2) };
         let tree = Graph { inside: BytesPerSecond(2.4 * GB), ..slow };
         let none = Graph { channels: 0, ..slow };
-        Tuner::new(Communicator {
+        Communicator {
             generation: Generation::Blackwell,
             cpu: Cpu::Intel,
             nodes: 2,
@@ -544,11 +516,11 @@ mod tests {
                 collnet_direct: none,
                 collnet_chain: none,
             },
-        })
+        }
     }
 
-    fn cell(tuner: &Tuner, f: Function, a: Algorithm, p: Protocol) -> Option<String> {
-        let entry = tuner.table[f as usize][a as usize][p as usize]?;
+    fn cell(communicator: &Communicator, f: Function, a: Algorithm, p: Protocol) -> Option<String> {
+        let entry = communicator.entry(f, a, p)?;
         Some(format!("{:.1} / {:.1}", entry.latency, entry.bandwidth))
     }
 
@@ -556,8 +528,8 @@ mod tests {
     fn a_logged_table_is_reproduced_to_the_printed_digit() {
         use Algorithm::{Pat, Ring, Tree};
         use Protocol::{Ll, Simple};
-        let tuner = sockets();
-        let cell = |f, a, p| cell(&tuner, f, a, p).unwrap();
+        let communicator = sockets();
+        let cell = |f, a, p| cell(&communicator, f, a, p).unwrap();
         assert_eq!(cell(Function::Broadcast, Ring, Ll), "9.3 / 1.2");
         assert_eq!(cell(Function::Broadcast, Ring, Simple), "22.4 / 2.4");
         for function in [Function::AllGather, Function::ReduceScatter] {
@@ -573,8 +545,8 @@ mod tests {
 
     #[test]
     fn what_the_logged_table_lacks_is_lacking() {
-        let tuner = sockets();
-        let there = |f, a, p| cell(&tuner, f, a, p).is_some();
+        let communicator = sockets();
+        let there = |f, a, p| cell(&communicator, f, a, p).is_some();
         for function in Function::ALL {
             assert!(!there(function, Algorithm::Ring, Protocol::Ll128));
             assert!(!there(function, Algorithm::Nvls, Protocol::Simple));
@@ -585,34 +557,34 @@ mod tests {
 
     #[test]
     fn the_logged_choice_flips_where_it_did() {
-        let tuner = sockets();
+        let communicator = sockets();
         let time = |protocol, bytes| {
             let bytes = Bytes(bytes);
-            let way = tuner.estimate(Function::Broadcast, Algorithm::Ring, protocol, bytes);
+            let way = communicator.estimate(Function::Broadcast, Algorithm::Ring, protocol, bytes);
             format!("{:.2}", way.unwrap().time.0 * 1e6)
         };
         assert_eq!(time(Protocol::Ll, 16_384), "22.95");
         assert_eq!(time(Protocol::Simple, 16_384), "29.23");
         assert_eq!(time(Protocol::Ll, 32_768), "36.61");
         assert_eq!(time(Protocol::Simple, 32_768), "36.05");
-        let picked = |bytes| tuner.choose(Function::Broadcast, Bytes(bytes)).protocol;
+        let picked = |bytes| communicator.choose(Function::Broadcast, Bytes(bytes)).protocol;
         assert_eq!((picked(16_384), picked(32_768)), (Protocol::Ll, Protocol::Simple));
     }
 
     /// Nodes of 8 H100 with 8 ports of 400 Gb/s, with the graphs that are usual there.
-    fn h100(nodes: u32) -> Tuner {
+    fn h100(nodes: u32) -> Communicator {
         let all = graph(8, 45.0, 45.0);
         let ring = if nodes == 1 { graph(12, 30.0, 30.0) } else { all };
         let graphs =
             Graphs { ring, tree: ring, nvls: all, collnet_direct: all, collnet_chain: all };
-        Tuner::new(Communicator {
+        Communicator {
             generation: Generation::Hopper,
             cpu: Cpu::Intel,
             nodes,
             ranks_per_node: 8,
             collnet: false,
             graphs,
-        })
+        }
     }
 
     /// An independent calculation on the same graphs gives these.
@@ -657,8 +629,8 @@ mod tests {
         ];
         for (bytes, row) in expected {
             for (nodes, expected) in [1, 2, 4, 32, 128].into_iter().zip(row) {
-                let tuner = h100(nodes);
-                let choice = tuner.choose(Function::AllReduce, Bytes(bytes));
+                let communicator = h100(nodes);
+                let choice = communicator.choose(Function::AllReduce, Bytes(bytes));
                 let Choice { algorithm, protocol, time, .. } = choice;
                 let got = format!("{algorithm} {protocol} {:.0}", time.0 * 1e6);
                 assert_eq!(got, expected, "{nodes} nodes, {}", Bytes(bytes));
@@ -668,11 +640,11 @@ mod tests {
 
     #[test]
     fn the_explanation_starts_with_the_choice_and_the_table_prints() {
-        let tuner = h100(4);
-        let ways = tuner.explain(Function::AllReduce, Bytes(1 << 20));
-        assert_eq!(ways[0], tuner.choose(Function::AllReduce, Bytes(1 << 20)));
+        let communicator = h100(4);
+        let ways = communicator.explain(Function::AllReduce, Bytes(1 << 20));
+        assert_eq!(ways[0], communicator.choose(Function::AllReduce, Bytes(1 << 20)));
         assert!(ways.is_sorted_by(|a, b| a.time <= b.time) && ways.len() == 7, "{ways:#?}");
-        let table = tuner.to_string();
+        let table = communicator.to_string();
         assert!(table.contains("all-reduce     NVLSTree       "), "{table}");
         assert!(table.contains("Simple 108.6/185.8"), "{table}");
     }

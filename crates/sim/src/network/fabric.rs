@@ -4,31 +4,25 @@
 use cluster::{Cluster, Fabric, Routing, Shape, Tier};
 
 use super::collisions;
-use super::geometry::Group;
-
-/// Which of a group's bytes go up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Traffic {
-    /// Members in their order: a ring or a tree leaves a run of members once.
-    Neighbours,
-    /// Every member to every other.
-    Everyone,
-}
+use super::geometry::{Group, Slowdown};
 
 /// How many times longer the group's bytes take on the fabric than over its ports alone, when all
 /// groups like it are at it at once.
-pub(super) fn slowdown(cluster: &Cluster, group: &Group, traffic: Traffic) -> f64 {
-    let Some(fabric) = cluster.fabric.as_ref().filter(|_| group.domains > 1) else { return 1.0 };
-    let leaving = |reach: u32| match traffic {
-        Traffic::Neighbours => 1.0 / group.domains_within(reach),
-        Traffic::Everyone => {
-            let all = f64::from(group.ranks - group.per_domain);
-            (f64::from(group.ranks) - group.members_within(reach)) / all
-        }
+pub(super) fn slowdown(cluster: &Cluster, group: &Group) -> Slowdown {
+    let Some(fabric) = cluster.fabric.as_ref().filter(|_| group.domains > 1) else {
+        return Slowdown { neighbours: 1.0, everyone: 1.0 };
     };
-    let full = oversubscribed(fabric, group.tier, cluster.domain.accelerators, leaving);
     let leaves = group.blocks(fabric.tiers[0].reach);
-    full.max(collided(cluster, fabric, group.tier, leaves, leaving))
+    let of = |leaving: &dyn Fn(u32) -> f64| {
+        let full = oversubscribed(fabric, group.tier, cluster.domain.accelerators, leaving);
+        full.max(collided(cluster, fabric, group.tier, leaves, leaving))
+    };
+    let all = f64::from(group.ranks - group.per_domain);
+    Slowdown {
+        // A ring or a tree leaves a run of members once.
+        neighbours: of(&|reach| 1.0 / group.domains_within(reach)),
+        everyone: of(&|reach| (f64::from(group.ranks) - group.members_within(reach)) / all),
+    }
 }
 
 /// The same for messages from every rank to the one `stride` further.

@@ -3,8 +3,10 @@
 use cluster::Cluster;
 use units::Rank;
 
+use super::fabric;
+
 /// A group whose members are evenly spaced, as the groups along every axis of a mesh are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Group {
     /// Its first member.
     pub first: Rank,
@@ -18,6 +20,18 @@ pub struct Group {
     pub per_domain: u32,
     /// The lowest tier of the fabric that joins them all; 0 also where one domain holds them.
     pub tier: usize,
+    /// How many times longer bytes take on the fabric than over a port alone when all groups like
+    /// this one are at it: in rings and trees, and from every member to every other.
+    pub slowdown: Slowdown,
+}
+
+/// What the fabric makes of a group's traffic; see [`Group::slowdown`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Slowdown {
+    /// In rings and trees.
+    pub neighbours: f64,
+    /// From every member to every other.
+    pub everyone: f64,
 }
 
 impl Group {
@@ -28,11 +42,14 @@ impl Group {
     #[must_use]
     pub fn new(cluster: &Cluster, first: Rank, stride: u32, ranks: u32) -> Self {
         assert!(ranks > 0 && stride > 0, "a group of {ranks} ranks, {stride} apart");
-        let mut group = Self { first, stride, ranks, domains: 1, per_domain: ranks, tier: 0 };
+        let slowdown = Slowdown { neighbours: 1.0, everyone: 1.0 };
+        let mut group =
+            Self { first, stride, ranks, domains: 1, per_domain: ranks, tier: 0, slowdown };
         group.domains = group.blocks(cluster.domain.accelerators);
         group.per_domain = (ranks / group.domains).max(1);
         let last = Rank(first.0 + stride * (ranks - 1));
         group.tier = cluster.fabric.as_ref().map_or(0, |fabric| fabric.tier_between(first, last));
+        group.slowdown = fabric::slowdown(cluster, &group);
         group
     }
 

@@ -7,11 +7,11 @@ use cluster::{Cluster, Fabric, Shape, Vendor};
 use collective::Kind;
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
-use super::fabric::{self, Traffic};
+use super::fabric;
 use super::geometry::Group;
 use super::{Estimate, Method, Network};
 use crate::nccl::{
-    self, Algorithm, Communicator, Function, Generation, Interconnect, Node, Protocol, Tuner,
+    self, Algorithm, Communicator, Function, Generation, Interconnect, Node, Protocol,
 };
 use crate::step::{Resource, TransferCost};
 
@@ -33,9 +33,9 @@ pub(super) fn collective(network: &Network, group: &Group, kind: Kind, bytes: By
     let node = node(cluster, group);
     let reduction = network.in_network_reduction;
     let communicator = Communicator::of_nodes(&node, group.domains, reduction);
-    let choice = Tuner::new(communicator).choose(function, bytes);
+    let choice = communicator.choose(function, bytes);
     let sent = sent(group, kind, choice.algorithm, bytes);
-    let slowdown = fabric::slowdown(cluster, group, Traffic::Neighbours);
+    let slowdown = group.slowdown.neighbours;
     let channels = communicator.channels(choice.algorithm);
     Estimate {
         cost: TransferCost {
@@ -79,7 +79,7 @@ pub(super) fn all_to_all(network: &Network, group: &Group, bytes: Bytes) -> Esti
     let relayed = outside_share * (near - 1.0) / near;
     let share = |share: f64| Bytes((bytes.as_f64() * share) as u64);
     let sent = [share((near - 1.0) / ranks + relayed), share(outside_share)];
-    let slowdown = fabric::slowdown(cluster, group, Traffic::Everyone);
+    let slowdown = group.slowdown.everyone;
     let near_way = nccl::message(true, inside(cluster, group.per_domain), sent[DOMAIN]);
     let far_way = nccl::message(false, outside(cluster, generation), sent[NIC]);
     let several = group.domains > 1;

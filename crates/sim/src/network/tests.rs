@@ -104,12 +104,12 @@ fn oversubscription_hurts_groups_with_few_members_below_it() {
     let near = Group::new(&cluster, Rank(0), 16, 512);
     let far = Group::new(&cluster, Rank(0), 3072, 8);
     let pod = Group::new(&cluster, Rank(0), 16, 192);
-    let slowdown = |group: &Group| fabric::slowdown(&cluster, group, fabric::Traffic::Neighbours);
+    let slowdown = |group: &Group| group.slowdown.neighbours;
     assert_eq!((pod.tier, near.tier, far.tier), (1, 2, 2));
     assert_eq!((slowdown(&pod), slowdown(&near), slowdown(&far)), (1.0, 1.0, 7.0));
     assert_eq!(fabric::message_slowdown(&cluster, 2, 3072), 7.0);
     assert_eq!(fabric::message_slowdown(&cluster, 1, 1024), 1.0);
-    let everyone = fabric::slowdown(&cluster, &near, fabric::Traffic::Everyone);
+    let everyone = near.slowdown.everyone;
     assert!((4.0..7.0).contains(&everyone), "{everyone}");
 }
 

@@ -9,7 +9,7 @@ use cluster::Shape;
 use collective::Kind;
 use units::{Bytes, Rank, Seconds};
 
-use super::fabric::{self, Traffic};
+use super::fabric;
 use super::geometry::Group;
 use super::{Estimate, Method, Network};
 use crate::step::TransferCost;
@@ -129,7 +129,7 @@ fn outside_wire(network: &Network, group: &Group, bytes: f64) -> Seconds {
     let Some(fabric) = network.cluster.fabric.as_ref().filter(|_| group.domains > 1) else {
         return Seconds::ZERO;
     };
-    let slowdown = fabric::slowdown(network.cluster, group, Traffic::Neighbours);
+    let slowdown = group.slowdown.neighbours;
     Seconds(bytes / fabric.nic.bandwidth.0 * slowdown)
 }
 
@@ -178,7 +178,7 @@ pub(super) fn all_to_all(network: &Network, group: &Group, bytes: Bytes) -> Esti
     let alone = (f64::from(group.per_domain) - 1.0) / f64::from(group.ranks);
     let inside = bytes.as_f64() * (near * fullest).max(alone / (2.0 * dims.len() as f64));
     let outside = bytes.as_f64() * (1.0 - near);
-    let slowdown = fabric::slowdown(network.cluster, group, Traffic::Everyone);
+    let slowdown = group.slowdown.everyone;
     let fabric = network.cluster.fabric.as_ref().filter(|_| group.domains > 1);
     let port = |fabric: &cluster::Fabric| Seconds(outside / fabric.nic.bandwidth.0 * slowdown);
     let wire = [Seconds(inside / link.bandwidth.0), fabric.map_or(Seconds::ZERO, port)];
