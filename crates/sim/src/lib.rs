@@ -94,6 +94,18 @@ pub enum Error {
         /// How many there are.
         ranks: u32,
     },
+    /// A file of NCCL's that cannot be read as what it should be.
+    #[error("{file}:{line}: <{element}> {reason}")]
+    Import {
+        /// Which file.
+        file: String,
+        /// In which line, from 1.
+        line: u32,
+        /// At which element.
+        element: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The program would hang; its verifier says why.
     #[error("the program cannot go on: {}", blocked.join("; "))]
     Stuck {

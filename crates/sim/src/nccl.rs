@@ -11,6 +11,7 @@
 mod graph;
 mod message;
 mod tuner;
+mod xml;
 
 use std::fmt;
 

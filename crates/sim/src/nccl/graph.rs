@@ -43,6 +43,8 @@ pub struct Node {
     /// What a rank can send out of the node: the lesser of its network ports and its path to them.
     /// Zero where there is no network.
     pub outside: BytesPerSecond,
+    /// Whether every rank's path to a port is direct enough for LL128: through PCI switches only.
+    pub near_port: bool,
     /// What the network ports declare as their latency.
     pub port_latency: Seconds,
 }
@@ -203,7 +205,7 @@ impl Search<'_> {
             inside: BytesPerSecond(inside * GB),
             outside: BytesPerSecond(outside * GB),
             interconnect: self.node.interconnect,
-            near_port: true,
+            near_port: self.node.near_port,
             same_channels: true,
             plain_tree: self.node.ranks == 1,
             port_latency: self.node.port_latency,
@@ -296,6 +298,7 @@ mod tests {
             interconnect: Interconnect::Nvswitch,
             inside: generation.nvlink(BytesPerSecond(nvlink * GB)),
             outside: BytesPerSecond(port * GB),
+            near_port: true,
             port_latency: Seconds::ZERO,
         }
     }

@@ -114,6 +114,7 @@ fn node(cluster: &Cluster, group: &Group) -> Node {
         interconnect,
         inside: inside(cluster, group.per_domain),
         outside: outside(cluster, generation),
+        near_port: true,
         port_latency: Seconds::ZERO,
     }
 }
