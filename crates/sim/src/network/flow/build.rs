@@ -52,6 +52,8 @@ impl Engine {
         }
         engine.links.index(&engine.connections, &engine.ways);
         engine.jitter = conditions.jitter;
+        engine.arrivals =
+            conditions.jitter.map_or_else(Vec::new, |_| vec![0; engine.connections.len()]);
         engine
     }
 
@@ -106,6 +108,7 @@ impl Engine {
             ends: vec![0; operations],
             unfinished: Vec::new(),
             jitter: None,
+            arrivals: Vec::new(),
         }
     }
 
@@ -175,11 +178,11 @@ impl Engine {
         self.streams[sender as usize].messages = self.connections.len() as u32;
         self.connections.push(Connection {
             ends: IDLE,
+            looked_at: IDLE,
             rate: alone,
             alone,
             chunk_bytes: operation.bytes.as_f64() / f64::from(chunks),
             latency: picoseconds(way.latency),
-            arrives: 0,
             sender,
             receiver,
             way: (start, self.ways.len() as u32),

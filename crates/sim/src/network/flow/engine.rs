@@ -51,17 +51,18 @@ pub(super) struct Stream {
     pub(super) messages: u32,
 }
 
-/// Where the messages of one sending stream flow, one at a time.
+/// Where the messages of one sending stream flow, one at a time. A cache line.
 pub(super) struct Connection {
     /// When the last byte leaves; [`IDLE`] while nothing flows.
     pub(super) ends: Time,
+    /// When to look whether it has: not after it leaves. A flow that others slow down is looked at
+    /// too early, which costs less than an event for each time that its rate changes.
+    pub(super) looked_at: Time,
     pub(super) rate: f64,
     /// The narrowest link's bandwidth, in bytes a picosecond.
     pub(super) alone: f64,
     pub(super) chunk_bytes: f64,
     pub(super) latency: Time,
-    /// When the last message that left comes, or came.
-    pub(super) arrives: Time,
     pub(super) sender: u32,
     pub(super) receiver: u32,
     /// Where its links are in [`Engine::ways`].
@@ -81,6 +82,8 @@ pub(super) struct Engine {
     pub(super) ends: Vec<Time>,
     pub(super) unfinished: Vec<u32>,
     pub(super) jitter: Option<Jitter>,
+    /// When each connection's last message comes, or came, where there is jitter.
+    pub(super) arrivals: Vec<Time>,
 }
 
 /// The state of links, by number.
@@ -192,6 +195,7 @@ impl Engine {
         let flow = &mut self.connections[connection as usize];
         flow.rate = flow.alone;
         flow.ends = self.now + whole(flow.chunk_bytes * f64::from(chunks) / flow.rate);
+        flow.looked_at = flow.ends;
         self.queue.push(flow.ends, connection << 2 | FLOW_ENDS);
         self.links.busy[connection as usize] = true;
         for link in &self.ways[flow.way.0 as usize..flow.way.1 as usize] {
@@ -203,21 +207,20 @@ impl Engine {
         }
     }
 
-    /// The last byte has left, unless the event is of an end that was foreseen before rates changed.
+    /// The last byte has left, unless it was slowed down since, or this is no longer looked at.
     fn flow_ends(&mut self, connection: u32) {
         let flow = &mut self.connections[connection as usize];
-        if flow.ends != self.now {
+        if flow.looked_at != self.now || flow.ends == IDLE {
             return;
+        }
+        if flow.ends > self.now {
+            flow.looked_at = flow.ends;
+            return self.queue.push(flow.ends, connection << 2 | FLOW_ENDS);
         }
         flow.ends = IDLE;
         self.links.busy[connection as usize] = false;
         let Connection { sender, way, latency, .. } = *flow;
-        let delay = self.jitter.map_or(0, |jitter| {
-            picoseconds(jitter.delay(connection, self.streams[sender as usize].done))
-        });
-        // Whatever its delay, a message does not overtake.
-        let arrival = (self.now + latency + delay).max(flow.arrives);
-        flow.arrives = arrival;
+        let arrival = self.arrival(connection, sender, self.now + latency);
         self.queue.push(arrival, connection << 2 | ARRIVES);
         for link in &self.ways[way.0 as usize..way.1 as usize] {
             let flows = &mut self.links.flows[*link as usize];
@@ -233,6 +236,15 @@ impl Engine {
             self.done(sender);
         }
         self.advance(sender);
+    }
+
+    /// When the message comes that has just left. Whatever its delay, it does not overtake.
+    fn arrival(&mut self, connection: u32, sender: u32, undisturbed: Time) -> Time {
+        let Some(jitter) = self.jitter else { return undisturbed };
+        let delay = jitter.delay(connection, self.streams[sender as usize].done);
+        let last = &mut self.arrivals[connection as usize];
+        *last = (undisturbed + picoseconds(delay)).max(*last);
+        *last
     }
 
     fn arrives(&mut self, connection: u32) {
@@ -350,7 +362,10 @@ impl Links {
             let connection = &mut connections[number as usize];
             if connection.rate != rate {
                 connection.set_rate(rate, now);
-                queue.push(connection.ends, number << 2 | FLOW_ENDS);
+                if connection.ends < connection.looked_at {
+                    connection.looked_at = connection.ends;
+                    queue.push(connection.ends, number << 2 | FLOW_ENDS);
+                }
             }
         }
     }

@@ -8,9 +8,11 @@
 /// as it is when all are alike, that is one round over the flows.
 #[derive(Debug, Default)]
 pub(super) struct Fair {
-    /// By link: what is left, and how many flows without a rate.
+    /// By link: what is left, how many flows have no rate, and an equal share of the one for each of
+    /// the other.
     left: Vec<f64>,
     open: Vec<u32>,
+    share: Vec<f64>,
 }
 
 impl Fair {
@@ -24,56 +26,56 @@ impl Fair {
     ) {
         self.left.resize(capacity.len(), 0.0);
         self.open.resize(capacity.len(), 0);
+        self.share.resize(capacity.len(), 0.0);
         for &link in links {
-            self.left[link as usize] = capacity[link as usize];
             self.open[link as usize] = 0;
         }
         ways.iter().flat_map(|way| way.iter()).for_each(|link| self.open[*link as usize] += 1);
-        rates.clear();
-        rates.extend(ways.iter().map(|way| self.share(way)));
-        if !self.all_fill_their_tightest(ways, rates) {
-            self.fill(capacity, links, ways, rates);
+        for &link in links {
+            self.left[link as usize] = capacity[link as usize];
+            self.set_share(link);
         }
+        rates.clear();
+        rates.extend(ways.iter().map(|way| self.least_share(way)));
+        if !self.all_fill_their_tightest(ways, rates) {
+            self.fill(ways, rates);
+        }
+    }
+
+    fn set_share(&mut self, link: u32) {
+        let link = link as usize;
+        self.share[link] = self.left[link] / f64::from(self.open[link]);
     }
 
     /// The least that an equal share of each of these links is.
-    fn share(&self, way: &[u32]) -> f64 {
-        let shares =
-            way.iter().map(|link| self.left[*link as usize] / f64::from(self.open[*link as usize]));
-        shares.fold(f64::INFINITY, f64::min)
+    fn least_share(&self, way: &[u32]) -> f64 {
+        way.iter().map(|link| self.share[*link as usize]).fold(f64::INFINITY, f64::min)
     }
 
-    /// Whether the shares are max-min fair as they are: every flow has a link that is full, and on
-    /// which nobody has more.
+    /// Whether the shares are max-min fair as they are: every link of every flow is either full with
+    /// flows that have no more than it, or its own.
     fn all_fill_their_tightest(&self, ways: &[&[u32]], rates: &[f64]) -> bool {
-        let same = |link: u32, rate: f64| {
-            let share = self.left[link as usize] / f64::from(self.open[link as usize]);
-            share == rate
+        let good = |link: u32, rate: f64| {
+            self.share[link as usize] == rate || self.open[link as usize] == 1
         };
-        // A flow below its share on a link leaves something for the others there.
-        let tight = |way: &[u32], rate: f64| {
-            way.iter().all(|link| same(*link, rate) || self.open[*link as usize] == 1)
-        };
-        ways.iter().zip(rates).all(|(way, rate)| tight(way, *rate))
+        let mut flows = ways.iter().zip(rates);
+        flows.all(|(way, rate)| way.iter().all(|link| good(*link, *rate)))
     }
 
-    fn fill(&mut self, capacity: &[f64], links: &[u32], ways: &[&[u32]], rates: &mut [f64]) {
-        for &link in links {
-            self.left[link as usize] = capacity[link as usize];
-        }
+    fn fill(&mut self, ways: &[&[u32]], rates: &mut [f64]) {
         let mut open: Vec<usize> = (0..ways.len()).collect();
         while !open.is_empty() {
-            let share =
-                open.iter().map(|flow| self.share(ways[*flow])).fold(f64::INFINITY, f64::min);
+            let least = open.iter().map(|flow| self.least_share(ways[*flow]));
+            let share = least.fold(f64::INFINITY, f64::min);
             // Equal shares may differ by rounding.
-            let tight = |fair: &Self, flow: usize| fair.share(ways[flow]) <= share * (1.0 + 1e-12);
-            let (set, rest): (Vec<usize>, Vec<usize>) =
-                open.into_iter().partition(|flow| tight(self, *flow));
+            let tight = |flow: &usize| self.least_share(ways[*flow]) <= share * (1.0 + 1e-12);
+            let (set, rest): (Vec<usize>, Vec<usize>) = open.into_iter().partition(tight);
             for flow in set {
                 rates[flow] = share;
-                for link in ways[flow] {
-                    self.left[*link as usize] = (self.left[*link as usize] - share).max(0.0);
-                    self.open[*link as usize] -= 1;
+                for &link in ways[flow] {
+                    self.left[link as usize] = (self.left[link as usize] - share).max(0.0);
+                    self.open[link as usize] -= 1;
+                    self.set_share(link);
                 }
             }
             open = rest;
