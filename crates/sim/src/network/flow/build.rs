@@ -17,6 +17,7 @@ use super::{Conditions, Operation};
 #[derive(PartialEq, Eq, Hash)]
 struct Likeness<'a> {
     collective: &'a Collective,
+    script: u32,
     bytes: u64,
     lane: u32,
     /// The links of each stream, with those of every rank by the same name, and their latency.
@@ -206,7 +207,8 @@ fn all_alike(topology: &Topology, operations: &[Operation], scripts: &mut Script
                 Some((way.links, picoseconds(way.latency)))
             });
             let ways = ways.collect::<Option<Vec<_>>>()?;
-            let likeness = Likeness { collective, bytes: bytes.0, lane: *lane, ways };
+            let likeness =
+                Likeness { collective, script: role.script, bytes: bytes.0, lane: *lane, ways };
             let next = numbers.len();
             done.entry(*rank).or_default().push(*numbers.entry(likeness).or_insert(next));
         }

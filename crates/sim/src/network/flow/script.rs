@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use collective::{Collective, Step};
+use collective::{Collective, Kind, Step};
 
 /// Steps sorted by stream: by direction and peer. Streams are numbered by their first step.
 #[derive(Debug, PartialEq, Eq, Hash)]
@@ -71,7 +71,7 @@ impl Scripts {
             for member in 0..collective.members() {
                 let steps = collective.steps(member);
                 if let Some(Role { script, .. }) =
-                    roles.first().filter(|_| collective.is_symmetric())
+                    roles.first().filter(|_| shares_script(collective))
                 {
                     // All are alike, so only the names of the peers are new.
                     roles.push(Role { script: *script, peers: peers(&steps) });
@@ -169,6 +169,14 @@ impl Script {
     }
 }
 
+/// Whether all members are known to have the same script, so that one need be written. Others that
+/// are symmetric may list their steps in another order.
+fn shares_script(collective: &Collective) -> bool {
+    let kind = collective.contract().kind;
+    let around = matches!(kind, Kind::AllReduce | Kind::ReduceScatter | Kind::AllGather);
+    around && *collective == Collective::ring(kind, collective.members())
+}
+
 /// The peer of each stream.
 fn peers(steps: &[Step]) -> Vec<u32> {
     let mut seen: Vec<(bool, u32)> = Vec::new();
@@ -228,7 +236,7 @@ fn before(step: Step, place: (u32, u32), touched: &mut [Touched]) -> Vec<Blocker
 
 #[cfg(test)]
 mod tests {
-    use collective::Kind;
+    use collective::Algorithm;
 
     use super::*;
 
@@ -245,5 +253,26 @@ mod tests {
         scripts.roles(&Collective::ring(Kind::AllGather, 8));
         scripts.roles(&Collective::ring(Kind::AllReduce, 8));
         assert_eq!(scripts.streams.len(), 2);
+    }
+
+    #[test]
+    fn one_script_stands_for_others_only_where_they_are_the_same() {
+        let dims = vec![4, 2];
+        let algorithms = [
+            Algorithm::Ring,
+            Algorithm::Direct,
+            Algorithm::Pairwise,
+            Algorithm::HalvingDoubling,
+            Algorithm::Bruck,
+            Algorithm::Torus { dims },
+        ];
+        let kinds = [Kind::AllReduce, Kind::ReduceScatter, Kind::AllGather, Kind::AllToAll];
+        for (algorithm, kind) in algorithms.iter().flat_map(|a| kinds.map(|k| (a, k))) {
+            let Ok(collective) = Collective::new(kind, algorithm.clone(), 8) else { continue };
+            let chunks = collective.contract().chunks as usize;
+            let script = |member| Script::new(&collective.steps(member), chunks).0;
+            let same = (1..8).all(|member| script(member) == script(0));
+            assert!(same || !shares_script(&collective), "{algorithm:?} {kind}");
+        }
     }
 }
