@@ -10,7 +10,7 @@ use checkpoint::sharded::{Progress, Saver, Setup};
 use checkpoint::store::{Folder, Store};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
-use train::{Checkpoints, Safekeeping};
+use train::Checkpoints;
 use units::Rank;
 
 use crate::STOPPED;
@@ -54,14 +54,14 @@ pub fn store_of(job: &Job, run: &Path) -> Result<Arc<dyn Store>> {
     store(job, run)
 }
 
-/// How a rank keeps the state of its run safe.
-pub fn safekeeping(
+/// What saves the checkpoints of a run.
+pub fn checkpoints(
     job: &Job,
     rank: Rank,
     run: &Path,
     attempt: u64,
     start: Progress,
-) -> Result<Safekeeping> {
+) -> Result<Checkpoints> {
     let setup = Setup {
         store: store(job, run)?,
         config: job.model.clone(),
@@ -72,20 +72,17 @@ pub fn safekeeping(
         patience: PATIENCE,
     };
     let every = job.checkpoint.every_steps.unwrap_or_default();
-    let saver = Saver::new(setup);
-    let checkpoints = Checkpoints::new(saver, every, job.checkpoint.asynchronous, start);
-    Ok(Safekeeping { stop: stop_flag()?, checkpoints: Some(checkpoints) })
+    Ok(Checkpoints::new(Saver::new(setup), every, job.checkpoint.asynchronous, start))
 }
 
-/// A flag that the first SIGTERM or SIGINT sets; the second ends the process.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
+/// From now on the first SIGTERM or SIGINT sets the flag, and the second ends the process.
+pub fn stop_on_signals(stop: &Arc<AtomicBool>) -> Result<()> {
     for signal in [SIGTERM, SIGINT] {
         // In this order: what is registered first sees the flag as it was before the signal.
-        flag::register_conditional_shutdown(signal, STOPPED.into(), Arc::clone(&stop))?;
-        flag::register(signal, Arc::clone(&stop))?;
+        flag::register_conditional_shutdown(signal, STOPPED.into(), Arc::clone(stop))?;
+        flag::register(signal, Arc::clone(stop))?;
     }
-    Ok(stop)
+    Ok(())
 }
 
 /// Refuses a checkpoint of a run that would have gone on otherwise.

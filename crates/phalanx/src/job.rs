@@ -12,7 +12,7 @@ use model::{
 use plan::{Batch, Layout, PartialLayout};
 use serde::{Deserialize, Serialize};
 use train::LearningRate;
-use units::Bytes;
+use units::{Bytes, Seconds};
 
 pub use crate::cluster_section::ClusterSection;
 
@@ -31,6 +31,8 @@ struct File {
     data: Data,
     #[serde(default)]
     checkpoint: CheckpointSection,
+    #[serde(default)]
+    recovery: RecoverySection,
     #[serde(default)]
     run: RunSection,
 }
@@ -207,6 +209,25 @@ impl Default for CheckpointSection {
     }
 }
 
+/// What happens when a local rank is lost.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RecoverySection {
+    /// How many losses in a row, with no step done in between, are made good; 0 ends the run.
+    pub restarts: u32,
+    /// Steps between copies of each rank's state in the memory of another; 0 copies nothing, and a
+    /// loss goes back to the last checkpoint.
+    pub replicate_every_steps: u64,
+    /// A rank that is silent for so long is taken for dead.
+    pub silence_s: Seconds,
+}
+
+impl Default for RecoverySection {
+    fn default() -> Self {
+        Self { restarts: 3, replicate_every_steps: 1, silence_s: Seconds(10.0) }
+    }
+}
+
 /// A job with nothing left open.
 #[derive(Debug, Clone, Serialize)]
 pub struct Job {
@@ -224,6 +245,8 @@ pub struct Job {
     pub data: Data,
     /// How its state is kept safe.
     pub checkpoint: CheckpointSection,
+    /// What happens when a rank is lost.
+    pub recovery: RecoverySection,
     /// Where results go.
     pub run: RunSection,
     /// The job file's name without its ending.
@@ -243,7 +266,7 @@ impl Job {
     fn parse(text: &str, name: &str) -> Result<Self> {
         let file: File = toml::from_str(text).map_err(explain)?;
         let (model, weights) = file.model.resolve()?;
-        let File { mut training, cluster, data, mut checkpoint, run, .. } = file;
+        let File { mut training, cluster, data, mut checkpoint, recovery, run, .. } = file;
         training.complete()?;
         checkpoint.complete(training.steps)?;
         let batch = Batch { sequence: training.sequence, global_batch: training.global_batch };
@@ -257,7 +280,18 @@ impl Job {
         }
         let layout = layout.complete(&model, &batch, cluster.accelerators)?;
         let name = name.to_owned();
-        Ok(Self { model, weights, cluster, training, layout, data, checkpoint, run, name })
+        Ok(Self {
+            model,
+            weights,
+            cluster,
+            training,
+            layout,
+            data,
+            checkpoint,
+            recovery,
+            run,
+            name,
+        })
     }
 
     /// The job as it was understood, every default filled in.
@@ -593,6 +627,11 @@ mod tests {
         every_steps = 10
         keep = 2
         asynchronous = true
+
+        [recovery]
+        restarts = 3
+        replicate_every_steps = 1
+        silence_s = 10.0
 
         [run]
         folder = "runs"

@@ -1,6 +1,7 @@
 //! The `phalanx` command: arguments, files in and out, exit codes.
 
 mod catalogue_command;
+mod chaos;
 mod checkpointing;
 mod cluster_section;
 mod device;
@@ -28,7 +29,7 @@ use clap::{Args, Parser, Subcommand};
 #[command(
     version,
     term_width = 0, // the terminal breaks long lines, and piped help is the same everywhere
-    after_help = "Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug, 4 stopped as asked and saved."
+    after_help = "Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug, 4 stopped as asked and saved, 5 lost ranks again and again."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -44,6 +45,9 @@ enum Command {
         /// Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
         #[arg(long, value_name = "RUN")]
         resume: Option<PathBuf>,
+        /// Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it; several with commas
+        #[arg(long, value_name = "SPEC")]
+        chaos: Option<String>,
     },
     /// List the hardware and the models that are known, or show an entry with its sources
     Catalogue {
@@ -119,6 +123,8 @@ const BAD_INPUT: u8 = 2;
 const BUG: u8 = 3;
 /// Exit code after a signal that asked to stop.
 const STOPPED: u8 = 4;
+/// Exit code when starting the same again would do no better.
+const CRASH_LOOP: u8 = 5;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -139,7 +145,9 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
-        Command::Train { job, resume } => train_command::train(&job, resume.as_deref()),
+        Command::Train { job, resume, chaos } => {
+            train_command::train(&job, resume.as_deref(), chaos.as_deref())
+        }
         Command::Plan { job, show_program } => plan_command::plan(&job, show_program),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
@@ -169,6 +177,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<Train>() {
         Some(Train::Process { code: Some(code), .. }) => *code as u8,
         Some(Train::Stopped { .. }) => STOPPED,
+        Some(Train::CrashLoop { .. }) => CRASH_LOOP,
         Some(Train::Communication { source: Transport::Refused { .. }, .. }) => BAD_INPUT,
         Some(Train::Process { .. } | Train::Communication { .. } | Train::Diverged { .. }) => {
             FAILED

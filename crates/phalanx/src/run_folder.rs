@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
+use serde_json::Value;
 
 /// Most runs of one name in one folder.
 const RUNS_MAX: u32 = 99_999;
@@ -38,6 +39,22 @@ impl RunFolder {
             }
         }
         bail!("[run] folder: {} holds {RUNS_MAX} runs of `{name}`; clear it out", parent.display())
+    }
+
+    /// The folder of a run that goes on there, after the process that wrote to it was lost.
+    pub fn reopen(path: &Path) -> Result<Self> {
+        let name = path.join("metrics.jsonl");
+        let metrics = File::options().append(true).open(&name);
+        let metrics = metrics.with_context(|| format!("cannot write {}", name.display()))?;
+        Ok(Self { path: path.to_owned(), metrics })
+    }
+
+    /// The loss of the first step that was recorded; not a number when none was.
+    pub fn first_loss(&self) -> f64 {
+        let text = fs::read_to_string(self.path.join("metrics.jsonl")).unwrap_or_default();
+        let records = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let mut steps = records.filter(|record| record["event"] == "step");
+        steps.next().and_then(|record| record["loss"].as_f64()).unwrap_or(f64::NAN)
     }
 
     /// Where it is.

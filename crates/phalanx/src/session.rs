@@ -2,10 +2,13 @@
 
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use checkpoint::hugging_face::Weights;
-use checkpoint::sharded::Progress;
+use checkpoint::sharded::{Kind, Progress};
 use compute::{Operators, Stage};
 use data::{Sampler, Tokenizer};
 use model::Counting;
@@ -14,10 +17,15 @@ use program::Program;
 use report::{Summary, perfetto, summary_table};
 use serde_json::{Value, json};
 use sim::World;
-use train::{Batches, Device, Event, Outcome, Programs, Resumed, Safekeeping, Settings, Worker};
+use train::control::Lifeline;
+use train::{
+    Batches, Device, Event, Outcome, Programs, Replicas, Resumed, Safekeeping, Settings,
+    StateSource, Worker,
+};
 use transport::Communicator;
-use units::{Bytes, Rank};
+use units::{Bytes, Rank, Seconds};
 
+use crate::chaos::Chaos;
 use crate::checkpointing;
 use crate::figures::Figures;
 use crate::job::Job;
@@ -26,6 +34,43 @@ use crate::output::thousands;
 use crate::plan_command::{describe, lowered};
 use crate::run_folder::RunFolder;
 use crate::watch::Watch;
+
+/// How a rank meets the others, at first and again.
+pub struct Life<'a> {
+    /// The ranks it has met already.
+    pub met: Option<Communicator>,
+    /// To the coordinator of the run, if there is one.
+    pub lifeline: Option<Lifeline>,
+    /// Meets whoever is there when the coordinator says so; also the number of the meeting.
+    pub meet_again: &'a dyn Fn(&Lifeline) -> std::io::Result<(u64, Communicator)>,
+    /// Set when the run is to save and stop.
+    pub stop: Arc<AtomicBool>,
+    /// Faults to inject.
+    pub chaos: Option<&'a Chaos>,
+}
+
+/// What a rank keeps when others are lost.
+struct Kept {
+    /// Rank 0's.
+    folder: Option<RunFolder>,
+    /// The run's folder; empty until it is made.
+    path: PathBuf,
+    safekeeping: Safekeeping,
+    /// When ranks were last lost.
+    lost: Instant,
+}
+
+impl Kept {
+    fn new(life: &Life<'_>, job: &Job) -> Self {
+        let every = job.recovery.replicate_every_steps;
+        // Of one host there are only local ranks, so the next rank is as good as any other.
+        let replicas = life.lifeline.as_ref().filter(|_| job.recovery.restarts > 0 && every > 0);
+        let replicas = replicas.map(|_| Replicas::new(every, 1));
+        let stop = Arc::clone(&life.stop);
+        let safekeeping = Safekeeping { stop, replicas, checkpoints: None };
+        Self { folder: None, path: PathBuf::new(), safekeeping, lost: Instant::now() }
+    }
+}
 
 /// One rank's way from the job to the summary.
 pub struct Session<'a, O> {
@@ -115,30 +160,118 @@ impl<'a, O: Operators> Session<'a, O> {
         Ok(lower(&self.job.model, &Layout::one_rank(micro_batch), &batch)?)
     }
 
-    /// Trains, and on rank 0 writes and shows the results.
+    /// Trains, and on rank 0 writes and shows the results. When ranks are lost, and there is a
+    /// lifeline, begins anew with those that take their places.
     pub fn train(
         mut self,
-        communicator: Communicator,
+        mut life: Life<'_>,
         tokenizer: &Tokenizer,
         resume: Option<&Path>,
     ) -> Result<()> {
+        checkpointing::stop_on_signals(&life.stop)?;
         let predicted = self.predict()?;
-        let mut worker = self.worker(communicator, resume.is_some())?;
-        let start = resume.map(|run| self.resume(&mut worker, run)).transpose()?;
-        let mut folder = self.open_folder()?;
-        let (folder_path, attempt) = self.agree_on_folder(&mut worker, folder.as_ref())?;
-        let start = start.unwrap_or_else(|| self.start());
-        let rank = self.rank;
-        let safekeeping = checkpointing::safekeeping(self.job, rank, &folder_path, attempt, start)?;
-        let (outcome, losses) = self
-            .run(&mut worker, folder.as_mut(), safekeeping, start.step)
-            .map_err(|error| how_to_go_on(error, &folder_path))?;
-        let model_folder = folder_path.join("model");
-        train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;
-        if let Some(folder) = &folder {
-            tokenizer.save(&model_folder.join("tokenizer.json"))?;
-            self.finish(folder, &outcome, predicted.as_ref(), losses)?;
+        let mut kept = Kept::new(&life, self.job);
+        loop {
+            let (generation, communicator) = match (life.met.take(), &life.lifeline) {
+                (Some(met), _) => (0, met),
+                (None, Some(lifeline)) => (life.meet_again)(lifeline)
+                    .context("the launcher of this rank is gone, or has given up")?,
+                (None, None) => unreachable!("without a lifeline ranks have met"),
+            };
+            let trained = self.generation(communicator, generation, &life, &mut kept, resume);
+            match trained {
+                Err(error) if life.lifeline.is_some() && is_loss(&error) => {
+                    if self.speaks {
+                        println!("lost           {error}");
+                    }
+                    kept.lost = Instant::now();
+                }
+                Err(error) => return Err(how_to_go_on(error, &kept.path)),
+                Ok((outcome, losses)) => {
+                    if let Some(folder) = &kept.folder {
+                        tokenizer.save(&kept.path.join("model/tokenizer.json"))?;
+                        self.finish(folder, &outcome, predicted.as_ref(), losses)?;
+                    }
+                    return Ok(());
+                }
+            }
         }
+    }
+
+    /// Trains with the ranks that have met, until the end or until some are lost.
+    fn generation(
+        &mut self,
+        communicator: Communicator,
+        generation: u64,
+        life: &Life<'_>,
+        kept: &mut Kept,
+        resume: Option<&Path>,
+    ) -> Result<(Outcome, [f64; 2])> {
+        // Its thread must not save what this generation saves.
+        kept.safekeeping.checkpoints = None;
+        let mut worker = self.worker(communicator, resume.is_some() || generation > 0)?;
+        let mut start = self.start();
+        if let Some(run) = resume.filter(|_| generation == 0) {
+            start = self.resume(&mut worker, run)?;
+        }
+        let attempt = self.agree_on_folder(&mut worker, kept)?;
+        let mut recovered = None;
+        if generation > 0 {
+            let (step, source) = self.recover(&mut worker, kept, resume)?;
+            start = Progress { step, position: step * self.job.training.global_batch, ..start };
+            let time_s = Seconds(kept.lost.elapsed().as_secs_f64());
+            recovered = Some(Event::Recovered { step, generation, time_s, source });
+        }
+        let checkpoints =
+            checkpointing::checkpoints(self.job, self.rank, &kept.path, attempt, start)?;
+        kept.safekeeping.checkpoints = Some(checkpoints);
+        let trained = self.run(&mut worker, kept, life, start.step, recovered.as_ref())?;
+        let model_folder = kept.path.join("model");
+        train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;
+        Ok(trained)
+    }
+
+    /// Fills the ranks with the newest state there is: in the memory of those that are left, in a
+    /// checkpoint, or as at the start.
+    fn recover(
+        &self,
+        worker: &mut Worker<O>,
+        kept: &mut Kept,
+        resume: Option<&Path>,
+    ) -> Result<(u64, StateSource)> {
+        if let Some(replicas) = &mut kept.safekeeping.replicas
+            && let Some(step) = replicas.recover(worker, &self.programs.step)?
+        {
+            return Ok((step, StateSource::Memory));
+        }
+        for run in std::iter::once(&*kept.path).chain(resume) {
+            let store = checkpointing::store(self.job, run)?;
+            match train::resume(worker, &store, &self.job.model) {
+                Ok(resumed) => return Ok((resumed.progress.step, StateSource::Checkpoint)),
+                Err(train::Error::NothingToResume { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.fill_as_at_the_start(worker)?;
+        Ok((0, StateSource::Start))
+    }
+
+    fn fill_as_at_the_start(&self, worker: &mut Worker<O>) -> Result<()> {
+        let model = &self.job.model;
+        let weights = self.job.weights.as_deref().map(Weights::open).transpose()?;
+        train::restore(worker, 0, |block, kind, start, values| {
+            if kind != Kind::Parameter {
+                return Ok(());
+            }
+            let mut whole = vec![0.0; model.block_elements(block) as usize];
+            match &weights {
+                Some(weights) => weights.read_block(model, block, &mut whole)?,
+                None => Stage::<O>::fresh(model, self.job.training.seed, block, &mut whole),
+            }
+            let start = start as usize;
+            values.copy_from_slice(&whole[start..start + values.len()]);
+            Ok::<(), checkpoint::Error>(())
+        })?;
         Ok(())
     }
 
@@ -188,23 +321,41 @@ impl<'a, O: Operators> Session<'a, O> {
         Ok(progress)
     }
 
-    /// Every rank learns where rank 0 made the folder, and a number that no other run has.
-    fn agree_on_folder(
+    /// Every rank learns where the run's folder is, which rank 0 makes if it is not there yet; and a
+    /// number that no other generation has.
+    fn agree_on_folder(&self, worker: &mut Worker<O>, kept: &mut Kept) -> Result<u64> {
+        // The standard library's random seed tells this generation from any other.
+        let attempt = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), self.rank);
+        let (mut attempt, mut path) = self.first_folder(worker, attempt, &kept.path)?;
+        if path.as_os_str().is_empty() {
+            kept.folder = self.open_folder()?;
+            let own = kept.folder.as_ref().map(|folder| folder.path().to_owned());
+            (attempt, path) = self.first_folder(worker, attempt, &own.unwrap_or_default())?;
+        } else if self.rank == Rank(0) && kept.folder.is_none() {
+            kept.folder = Some(RunFolder::reopen(&path)?);
+        }
+        kept.path = path;
+        Ok(attempt)
+    }
+
+    /// Rank 0's number, and the first folder that any rank knows of.
+    fn first_folder(
         &self,
         worker: &mut Worker<O>,
-        folder: Option<&RunFolder>,
-    ) -> Result<(PathBuf, u64)> {
+        attempt: u64,
+        path: &Path,
+    ) -> Result<(u64, PathBuf)> {
         let rank = self.rank;
-        // The standard library's random seed tells this run from any other.
-        let attempt = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), rank);
-        let own = folder.map(|folder| format!("{attempt} {}", folder.path().display()));
+        let own = format!("{attempt} {}", path.display());
         let (communicator, world) = worker.communication(program::Axis::World);
         let all = communicator
-            .all_gather_bytes(world, own.unwrap_or_default().as_bytes())
+            .all_gather_bytes(world, own.as_bytes())
             .map_err(|source| train::Error::Communication { rank, source })?;
-        let text = String::from_utf8_lossy(&all[0]);
-        let (attempt, path) = text.split_once(' ').context("rank 0 made no folder")?;
-        Ok((PathBuf::from(path), attempt.parse()?))
+        let all: Vec<_> = all.iter().map(|text| String::from_utf8_lossy(text)).collect();
+        let all: Option<Vec<_>> = all.iter().map(|text| text.split_once(' ')).collect();
+        let all = all.context("a rank speaks another language")?;
+        let known = all.iter().map(|(_, path)| *path).find(|path| !path.is_empty());
+        Ok((all[0].0.parse()?, PathBuf::from(known.unwrap_or_default())))
     }
 
     /// A worker with the parameters that the job starts from, or room for those of a checkpoint.
@@ -232,9 +383,10 @@ impl<'a, O: Operators> Session<'a, O> {
     fn run(
         &self,
         worker: &mut Worker<O>,
-        mut folder: Option<&mut RunFolder>,
-        mut safekeeping: Safekeeping,
+        kept: &mut Kept,
+        life: &Life<'_>,
         first_step: u64,
+        recovered: Option<&Event>,
     ) -> Result<(Outcome, [f64; 2])> {
         let training = &self.job.training;
         let settings = Settings {
@@ -242,10 +394,20 @@ impl<'a, O: Operators> Session<'a, O> {
             evaluate_every: training.evaluate_every.unwrap_or_default(),
             first_step,
         };
+        let Kept { folder, safekeeping, .. } = kept;
         let mut watch = Watch::new(self, first_step, training.steps);
+        watch.losses[0] = folder.as_ref().map_or(f64::NAN, RunFolder::first_loss);
         let mut unwritten = Ok(());
         let (programs, batches) = (&self.programs, self.batches);
         let mut observe = |event: &Event| {
+            if let (&Event::Step { step, .. }, Some(lifeline)) = (event, &life.lifeline) {
+                lifeline.done(step);
+                let at = (step, training.steps);
+                let ranks = self.job.cluster.accelerators;
+                if let Some(chaos) = life.chaos {
+                    chaos.strike(self.rank, ranks, lifeline.incarnation(), at);
+                }
+            }
             let record = watch.see(event);
             if let Some(folder) = folder.as_mut()
                 && unwritten.is_ok()
@@ -253,8 +415,8 @@ impl<'a, O: Operators> Session<'a, O> {
                 unwritten = folder.metric(&record);
             }
         };
-        let outcome =
-            train::run(worker, programs, batches, &settings, &mut safekeeping, &mut observe)?;
+        recovered.into_iter().for_each(&mut observe);
+        let outcome = train::run(worker, programs, batches, &settings, safekeeping, &mut observe)?;
         unwritten?;
         Ok((outcome, watch.losses))
     }
@@ -299,6 +461,17 @@ impl<'a, O: Operators> Session<'a, O> {
         print!("{figures}");
         println!("run            {}", folder.path().display());
         Ok(())
+    }
+}
+
+/// Whether an error says that other ranks were lost, rather than what is wrong here.
+fn is_loss(error: &anyhow::Error) -> bool {
+    use transport::Error as Transport;
+    match error.downcast_ref::<train::Error>() {
+        Some(train::Error::Communication { source, .. }) => {
+            !matches!(source, Transport::Refused { .. } | Transport::Mismatch { .. })
+        }
+        _ => false,
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -9,33 +11,56 @@ use anyhow::{Context, Result, bail, ensure};
 use compute::Burn;
 use compute::{Cpu, Operators};
 use data::{Prepared, Sampler, Sampling, Source, TokenizerSource};
-use train::{Batches, Identity, Launcher, handed_listener, launch};
+use train::control::{Lifeline, Policy, supervise};
+use train::{Batches, Identity, Launcher, handed_listener};
 use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Transport};
-use units::Rank;
+use units::{Rank, Seconds};
 
+use crate::chaos::Chaos;
 use crate::device::DeviceName;
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::output::Progress;
-use crate::session::Session;
+use crate::session::{Life, Session};
 use crate::{JobArgs, SPEAKER};
 
 /// How long ranks wait for each other at the start.
 const RENDEZVOUS: Duration = Duration::from_secs(120);
+/// How long ranks that begin anew wait for each other: some may be lost meanwhile.
+const RENDEZVOUS_ANEW: Duration = Duration::from_secs(10);
+/// When a local rank is taken for dead, and how patiently it is started anew.
+const POLICY: Policy = Policy {
+    ranks: 0,
+    restarts: 0,
+    silence: Seconds(10.0),
+    start: Seconds(60.0),
+    back_off: Seconds(0.5),
+};
 /// Names the file that ranks write their measurements to instead of training.
 const MEASURE_ONLY: &str = "PHALANX_MEASURE_ONLY";
+
+/// What a run begins with besides its job.
+#[derive(Default)]
+struct Begin<'a> {
+    /// The run to go on from.
+    resume: Option<&'a Path>,
+    /// Faults to inject, and how they were written.
+    chaos: Option<Chaos>,
+    spec: Option<&'a str>,
+}
 
 fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
 /// Trains the job: as one rank when a launcher says so, else with all ranks on this host.
-pub fn train(args: &JobArgs, resume: Option<&Path>) -> Result<()> {
+pub fn train(args: &JobArgs, resume: Option<&Path>, chaos: Option<&str>) -> Result<()> {
     let identity = Identity::read(&environment)?;
     let job = checked(args)?;
+    let begin = Begin { resume, chaos: chaos.map(str::parse).transpose()?, spec: chaos };
     match identity {
-        Some(identity) => rank(args, &job, &identity, resume),
-        None => start(args, &job, resume, None),
+        Some(identity) => rank(args, &job, &identity, &begin),
+        None => start(args, &job, &begin, None),
     }
 }
 
@@ -43,7 +68,7 @@ pub fn train(args: &JobArgs, resume: Option<&Path>) -> Result<()> {
 pub fn measure_only(args: &JobArgs, job: &Job) -> Result<Machine> {
     let folder = std::env::temp_dir();
     let file = folder.join(format!("phalanx-machine-{}.json", std::process::id()));
-    let outcome = start(args, job, None, Some(&file));
+    let outcome = start(args, job, &Begin::default(), Some(&file));
     let machine =
         outcome.and_then(|()| Machine::read(&file, &job.model, job.layout.shape(&job.batch())));
     drop(std::fs::remove_file(&file));
@@ -61,16 +86,11 @@ fn checked(args: &JobArgs) -> Result<Job> {
 }
 
 /// Prepares the data and starts every rank of the job on this host.
-fn start(
-    args: &JobArgs,
-    job: &Job,
-    resume: Option<&Path>,
-    measure_only: Option<&Path>,
-) -> Result<()> {
+fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Path>) -> Result<()> {
     prepare(job, args.json || measure_only.is_some())?;
     let ranks = job.cluster.accelerators;
     if ranks == 1 && measure_only.is_none() {
-        return rank(args, job, &alone(), resume);
+        return rank(args, job, &alone(), begin);
     }
     let program = std::env::current_exe().context("cannot find this program again")?;
     let command = || {
@@ -78,17 +98,22 @@ fn start(
         command.arg("train").arg(&args.job);
         command.args(args.set.iter().flat_map(|setting| ["--set", setting]));
         command.args(args.json.then_some("--json"));
-        command.args(resume.iter().flat_map(|run| [Path::new("--resume"), run]));
+        command.args(begin.resume.iter().flat_map(|run| [Path::new("--resume"), run]));
+        command.args(begin.spec.iter().flat_map(|spec| ["--chaos", spec]));
         command.envs(measure_only.map(|file| (MEASURE_ONLY, file)));
+        command.env("RAYON_NUM_THREADS", job.cluster.threads_per_rank.to_string());
         command
     };
-    launch(ranks, job.cluster.threads_per_rank as usize, command).map_err(in_our_words)?;
+    let restarts = if measure_only.is_some() { 0 } else { job.recovery.restarts };
+    let silence = job.recovery.silence_s;
+    supervise(Policy { ranks, restarts, silence, ..POLICY }, command).map_err(in_our_words)?;
     Ok(())
 }
 
 /// What a rank's process said of its end is a message of this program already.
 fn in_our_words(mut error: train::Error) -> train::Error {
-    if let train::Error::Process { reason, .. } = &mut error
+    if let train::Error::Process { reason, .. } | train::Error::CrashLoop { reason, .. } =
+        &mut error
         && let Some(message) = reason.strip_prefix(SPEAKER)
     {
         *reason = message.to_owned();
@@ -140,7 +165,7 @@ fn prepare(job: &Job, quiet: bool) -> Result<(Prepared, Sampler)> {
 }
 
 /// This process as one rank, on the device that the job names.
-fn rank(args: &JobArgs, job: &Job, identity: &Identity, resume: Option<&Path>) -> Result<()> {
+fn rank(args: &JobArgs, job: &Job, identity: &Identity, begin: &Begin<'_>) -> Result<()> {
     let ranks = job.cluster.accelerators;
     ensure!(
         identity.ranks == ranks,
@@ -150,24 +175,24 @@ fn rank(args: &JobArgs, job: &Job, identity: &Identity, resume: Option<&Path>) -
     match job.cluster.device {
         DeviceName::Cpu => {
             let threads = job.cluster.threads_per_rank as usize;
-            rank_on(Cpu::new(threads, job.local_precision()?), args, job, identity, resume)
+            rank_on(Cpu::new(threads, job.local_precision()?), args, job, identity, begin)
         }
         #[cfg(feature = "burn")]
-        DeviceName::BurnFlex => rank_on(Burn::flex(), args, job, identity, resume),
+        DeviceName::BurnFlex => rank_on(Burn::flex(), args, job, identity, begin),
         #[cfg(feature = "burn-cuda")]
         DeviceName::Cuda => {
-            rank_on(Burn::cuda(identity.local_rank as usize), args, job, identity, resume)
+            rank_on(Burn::cuda(identity.local_rank as usize), args, job, identity, begin)
         }
         #[cfg(feature = "burn-rocm")]
         DeviceName::Rocm => {
-            rank_on(Burn::rocm(identity.local_rank as usize), args, job, identity, resume)
+            rank_on(Burn::rocm(identity.local_rank as usize), args, job, identity, begin)
         }
         #[cfg(feature = "burn-vulkan")]
         DeviceName::Vulkan => {
-            rank_on(Burn::vulkan(identity.local_rank as usize), args, job, identity, resume)
+            rank_on(Burn::vulkan(identity.local_rank as usize), args, job, identity, begin)
         }
         #[cfg(feature = "burn-metal")]
-        DeviceName::Metal => rank_on(Burn::metal(), args, job, identity, resume),
+        DeviceName::Metal => rank_on(Burn::metal(), args, job, identity, begin),
         #[allow(unreachable_patterns, reason = "a build may have every device")]
         _ => unreachable!("the job was checked to name a device of this build"),
     }
@@ -178,23 +203,37 @@ fn rank_on<O: Operators>(
     args: &JobArgs,
     job: &Job,
     identity: &Identity,
-    resume: Option<&Path>,
+    begin: &Begin<'_>,
 ) -> Result<()> {
-    let mut communicator = meet(job, identity, resume)?;
-    let (prepared, sampler) = prepare_together(job, identity, &mut communicator)?;
+    let Begin { resume, chaos, .. } = begin;
+    let (rank, resume) = (identity.rank, *resume);
+    let stop = Arc::new(AtomicBool::new(false));
+    let lifeline = Lifeline::connect(&environment, rank, Arc::clone(&stop))
+        .context("cannot reach the launcher of this rank")?;
+    let replaces = lifeline.as_ref().is_some_and(Lifeline::is_replacement);
+    let mut met = if replaces { None } else { Some(meet(job, identity, resume)?) };
+    let (prepared, sampler) = match &mut met {
+        Some(communicator) => prepare_together(job, identity, communicator)?,
+        // The others have done so before.
+        None => prepare(job, true)?,
+    };
     let Prepared { tokens, tokenizer, documents, bytes, .. } = prepared;
     let batches = Batches::new(tokens, sampler);
     let measure_only = environment(MEASURE_ONLY);
-    let speaks = identity.rank == Rank(0) && !args.json && measure_only.is_none();
-    let mut session = Session::new(operators, job, identity.rank, &batches, speaks)?;
-    session.introduce(bytes, documents, &sampler);
-    if job.run.measure || measure_only.is_some() {
-        session.measure(&mut communicator)?;
+    let speaks = rank == Rank(0) && !args.json && measure_only.is_none();
+    let mut session = Session::new(operators, job, rank, &batches, speaks)?;
+    if let Some(communicator) = &mut met {
+        session.introduce(bytes, documents, &sampler);
+        if job.run.measure || measure_only.is_some() {
+            session.measure(communicator)?;
+        }
     }
-    match measure_only {
-        Some(path) => session.save_machine(Path::new(&path)),
-        None => session.train(communicator, &tokenizer, resume),
+    if let Some(path) = measure_only {
+        return session.save_machine(Path::new(&path));
     }
+    let meet_again = |lifeline: &Lifeline| meet_again(job, identity, resume, lifeline);
+    let life = Life { met, lifeline, meet_again: &meet_again, stop, chaos: chaos.as_ref() };
+    session.train(life, &tokenizer, resume)
 }
 
 /// Connects to the other ranks, which must have been given the same job.
@@ -204,18 +243,44 @@ fn meet(job: &Job, identity: &Identity, resume: Option<&Path>) -> Result<Communi
     let transport: Box<dyn Transport> = if identity.ranks == 1 {
         Box::new(InProcess::mesh(1).remove(0))
     } else {
-        let rendezvous = Rendezvous {
-            rank,
-            ranks: identity.ranks,
-            address: identity.master,
-            identity: format!("{}resume = {resume:?}\n", job.resolved()),
-            timeout: RENDEZVOUS,
-            shared_memory: environment("PHALANX_TRANSPORT").as_deref() != Some("tcp"),
-        };
         let listener = handed_listener(&environment).filter(|_| rank == Rank(0));
+        let rendezvous = rendezvous(job, identity, resume);
         Box::new(rendezvous.meet(listener).map_err(failed)?)
     };
     Ok(Communicator::new(transport, Limits::default()).map_err(failed)?)
+}
+
+fn rendezvous(job: &Job, identity: &Identity, resume: Option<&Path>) -> Rendezvous {
+    Rendezvous {
+        rank: identity.rank,
+        ranks: identity.ranks,
+        address: identity.master,
+        identity: format!("{}resume = {resume:?}\n", job.resolved()),
+        timeout: RENDEZVOUS,
+        shared_memory: environment("PHALANX_TRANSPORT").as_deref() != Some("tcp"),
+    }
+}
+
+/// Connects to the ranks that are left and those that take the place of the lost, when the
+/// coordinator says so; also the number of the meeting. Tries again when more are lost meanwhile.
+fn meet_again(
+    job: &Job,
+    identity: &Identity,
+    resume: Option<&Path>,
+    lifeline: &Lifeline,
+) -> std::io::Result<(u64, Communicator)> {
+    loop {
+        let (meeting, listener) = lifeline.ready()?;
+        let there = Identity { master: meeting.master, ..identity.clone() };
+        let mut rendezvous = rendezvous(job, &there, resume);
+        rendezvous.identity += &format!("generation = {}\n", meeting.generation);
+        rendezvous.timeout = RENDEZVOUS_ANEW;
+        let met = rendezvous.meet(Some(listener).filter(|_| identity.rank == Rank(0)));
+        let transport = met.map(|transport| Box::new(transport) as Box<dyn Transport>);
+        if let Ok(met) = transport.and_then(|met| Communicator::new(met, Limits::default())) {
+            return Ok((meeting.generation, met));
+        }
+    }
 }
 
 /// The first rank of each host prepares the data, then the others find it ready; all check that

@@ -40,7 +40,7 @@ impl<'a, O> Watch<'a, O> {
                 pipeline_wait_s,
                 ..
             } => {
-                if step == self.first_step + 1 {
+                if self.losses[0].is_nan() {
                     self.losses[0] = loss;
                 }
                 self.losses[1] = loss;
@@ -61,6 +61,13 @@ impl<'a, O> Watch<'a, O> {
             }
             Event::NotSaved { step, ref reason } => {
                 self.progress.say(&format!("step {step:>5}  NO CHECKPOINT: {reason}"));
+            }
+            Event::Recovered { step, time_s, source, .. } => {
+                let source = serde_json::to_value(source).expect("a name has a JSON form");
+                let source = source.as_str().unwrap_or_default();
+                self.progress.say(&format!(
+                    "step {step:>5}  recovered from {source} in {time_s}: lost ranks are replaced"
+                ));
             }
             Event::Saving { .. } | Event::Saved { .. } => {}
         }

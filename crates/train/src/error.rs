@@ -82,6 +82,18 @@ pub enum Error {
         /// What the job has.
         ours: u64,
     },
+    /// A rank was lost again and again, with no step done in between.
+    #[error(
+        "{rank}: {reason}. Ranks were lost {times} times with no step done in between: do not start the run again as it is"
+    )]
+    CrashLoop {
+        /// Which rank, the last time.
+        rank: Rank,
+        /// How many times.
+        times: u32,
+        /// What is known of the last time.
+        reason: String,
+    },
     /// A rank's process could not be started or ended badly.
     #[error("{rank}: {reason}")]
     Process {

@@ -1,64 +1,23 @@
-//! Starts the ranks of a job as processes of this host.
+//! The processes of a run on this host.
 
 use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, mpsc};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::process::{Pid, Signal, kill_process};
-use signal_hook::consts::SIGTERM;
+use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 use units::Rank;
 
-use crate::{Error, Identity, Launcher};
+use crate::Error;
 
 /// Set for rank 0: its standard input is the socket it listens on, so that no other process can
 /// take the port in between.
 const LISTENER: &str = "PHALANX_LISTENER";
 
-/// Starts `ranks` processes by `command` (given each rank) and waits for all of them. When one
-/// fails the others are stopped. A SIGTERM is passed on to all.
-///
-/// # Errors
-/// The first failure, with the failed rank's own last words.
-pub fn launch(ranks: u32, threads: usize, command: impl Fn() -> Command) -> Result<(), Error> {
-    let failed = |rank, error: std::io::Error| Error::Process {
-        rank,
-        reason: format!("could not be started: {error}"),
-        code: None,
-    };
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
-    let listener = listener.map_err(|error| failed(Rank(0), error))?;
-    let address = listener.local_addr().map_err(|error| failed(Rank(0), error))?;
-    let children = Children::default();
-    let _forwarding = children.forward().map_err(|error| failed(Rank(0), error))?;
-    let mut listener = Some(listener);
-    for rank in (0..ranks).map(Rank) {
-        let identity = Identity {
-            rank,
-            ranks,
-            local_rank: rank.0,
-            master: address,
-            launcher: Launcher::Torchrun,
-        };
-        let mut command = command();
-        speak(&mut command, &identity, threads);
-        command.stderr(Stdio::piped());
-        match listener.take() {
-            Some(listener) => {
-                command.env(LISTENER, "stdin").stdin(Stdio::from(OwnedFd::from(listener)));
-            }
-            None => {
-                command.stdin(Stdio::null()).stdout(Stdio::null());
-            }
-        }
-        children.lock().push(command.spawn().map_err(|error| failed(rank, error))?);
-    }
-    children.wait()
-}
-
-/// The listener that [`launch`] handed to rank 0.
+/// The listener that the launcher handed to rank 0.
 #[must_use]
 pub fn handed_listener(environment: &dyn Fn(&str) -> Option<String>) -> Option<TcpListener> {
     environment(LISTENER)?;
@@ -66,43 +25,161 @@ pub fn handed_listener(environment: &dyn Fn(&str) -> Option<String>) -> Option<T
     Some(TcpListener::from(stdin))
 }
 
-/// Says who it is to a process, as torchrun would.
-fn speak(command: &mut Command, identity: &Identity, threads: usize) {
-    let SocketAddr::V4(master) = identity.master else {
-        unreachable!("local ranks meet on the IPv4 loopback");
-    };
-    command
-        .env("RANK", identity.rank.0.to_string())
-        .env("WORLD_SIZE", identity.ranks.to_string())
-        .env("LOCAL_RANK", identity.local_rank.to_string())
-        .env("LOCAL_WORLD_SIZE", identity.ranks.to_string())
-        .env("MASTER_ADDR", master.ip().to_string())
-        .env("MASTER_PORT", master.port().to_string())
-        .env("RAYON_NUM_THREADS", threads.to_string())
-        .env_remove("TORCHELASTIC_USE_AGENT_STORE");
+/// A process that ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Ended {
+    pub rank: Rank,
+    pub incarnation: u64,
+    /// Its own last words, or what is known instead.
+    pub reason: String,
+    /// Its exit code, if no signal ended it.
+    pub code: Option<i32>,
 }
 
-/// Processes that do not outlive their launcher's interest in them.
-#[derive(Default)]
-struct Children(Arc<Mutex<Vec<Child>>>);
+/// A process of a rank.
+struct Process {
+    incarnation: u64,
+    child: Child,
+    /// Whether its end has been told.
+    over: bool,
+}
 
-/// Passes signals on as long as it lives.
-struct Forwarding(Handle);
+/// Called with every process that ended.
+type Tell = Arc<dyn Fn(Ended) + Send + Sync>;
 
-impl Drop for Forwarding {
-    fn drop(&mut self) {
-        self.0.close();
-    }
+/// Processes that do not outlive their launcher's interest in them. A SIGTERM to the launcher is
+/// passed on to all; a SIGINT reaches them from the terminal.
+pub(crate) struct Children {
+    processes: Arc<Mutex<Vec<Process>>>,
+    master: SocketAddr,
+    forwarding: Handle,
+    tell: Option<Tell>,
 }
 
 impl Drop for Children {
     fn drop(&mut self) {
-        for child in self.lock().iter_mut() {
+        self.forwarding.close();
+        for process in self.lock().iter_mut() {
             // One that has ended already cannot be stopped, which is as good.
-            drop(child.kill());
-            drop(child.wait());
+            drop(process.child.kill());
+            drop(process.child.wait());
         }
     }
+}
+
+impl Children {
+    /// Starts the first process of every rank. Each command is told who it is, as torchrun would.
+    pub(crate) fn start(ranks: u32, command: impl Fn() -> Command) -> Result<Self, Error> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0));
+        let listener = listener.map_err(not_started(Rank(0)))?;
+        let master = listener.local_addr().map_err(not_started(Rank(0)))?;
+        let processes = Arc::default();
+        let forwarding = forward(Arc::clone(&processes)).map_err(not_started(Rank(0)))?;
+        let children = Self { processes, master, forwarding, tell: None };
+        let mut listener = Some(listener);
+        for rank in (0..ranks).map(Rank) {
+            let mut command = command();
+            speak(&mut command, rank, ranks, master);
+            if let Some(listener) = listener.take() {
+                command.env(LISTENER, "stdin").stdin(Stdio::from(OwnedFd::from(listener)));
+            }
+            let child = command.spawn().map_err(not_started(rank))?;
+            children.lock().push(Process { incarnation: 0, child, over: false });
+        }
+        Ok(children)
+    }
+
+    /// Tells of every process that ends from now on.
+    pub(crate) fn watch(&mut self, tell: impl Fn(Ended) + Send + Sync + 'static) {
+        self.tell = Some(Arc::new(tell));
+        let ranks = self.lock().len() as u32;
+        (0..ranks).for_each(|rank| self.watch_one(Rank(rank)));
+    }
+
+    /// Starts the next process of a rank.
+    pub(crate) fn restart(
+        &self,
+        rank: Rank,
+        incarnation: u64,
+        mut command: Command,
+    ) -> Result<(), Error> {
+        speak(&mut command, rank, self.lock().len() as u32, self.master);
+        let child = command.spawn().map_err(not_started(rank))?;
+        self.lock()[rank.index()] = Process { incarnation, child, over: false };
+        self.watch_one(rank);
+        Ok(())
+    }
+
+    /// Kills a process, if it is still that one.
+    pub(crate) fn kill(&self, rank: Rank, incarnation: u64) {
+        let process = &mut self.lock()[rank.index()];
+        if process.incarnation == incarnation {
+            // It may have ended, which is as good.
+            drop(process.child.kill());
+        }
+    }
+
+    /// Whether a process has not ended.
+    pub(crate) fn any_left(&self) -> bool {
+        self.lock().iter().any(|process| !process.over)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Process>> {
+        self.processes.lock().expect("nothing panics while it holds the processes")
+    }
+
+    /// A process's standard error ends with it: reading that waits for the process.
+    fn watch_one(&self, rank: Rank) {
+        let process = &mut self.lock()[rank.index()];
+        let (incarnation, stderr) = (process.incarnation, process.child.stderr.take());
+        let processes = Arc::clone(&self.processes);
+        let Some(tell) = self.tell.clone() else { return };
+        std::thread::spawn(move || {
+            let mut text = String::new();
+            if let Some(mut stderr) = stderr {
+                drop(stderr.read_to_string(&mut text));
+            }
+            let status = {
+                let mut processes = processes.lock().expect("nothing panics while it holds them");
+                let process = &mut processes[rank.index()];
+                process.over = true;
+                process.child.wait()
+            };
+            let code = status.as_ref().ok().and_then(ExitStatus::code);
+            tell(Ended { rank, incarnation, reason: last_words(status, text.trim()), code });
+        });
+    }
+}
+
+fn last_words(status: std::io::Result<ExitStatus>, text: &str) -> String {
+    match (status, text) {
+        (Err(error), _) => error.to_string(),
+        (Ok(status), "") => format!(
+            "ended without a word ({status}); if nobody stopped it, see whether memory ran out"
+        ),
+        (Ok(_), text) => text.to_owned(),
+    }
+}
+
+fn not_started(rank: Rank) -> impl Fn(std::io::Error) -> Error {
+    move |error| Error::Process {
+        rank,
+        reason: format!("could not be started: {error}"),
+        code: None,
+    }
+}
+
+/// Passes every SIGTERM of this process on to all.
+fn forward(processes: Arc<Mutex<Vec<Process>>>) -> std::io::Result<Handle> {
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let handle = signals.handle();
+    std::thread::spawn(move || {
+        for _ in signals.forever().filter(|signal| *signal == SIGTERM) {
+            let mut processes = processes.lock().expect("nothing panics while it holds them");
+            processes.iter_mut().for_each(|process| terminate(&mut process.child));
+        }
+    });
+    Ok(handle)
 }
 
 /// Asks a process to stop, unless it has ended and its number may be another's.
@@ -114,62 +191,19 @@ fn terminate(child: &mut Child) {
     }
 }
 
-impl Children {
-    fn lock(&self) -> MutexGuard<'_, Vec<Child>> {
-        self.0.lock().expect("nothing panics while it holds the processes")
-    }
-
-    /// Passes every SIGTERM of this process on to all.
-    fn forward(&self) -> std::io::Result<Forwarding> {
-        let mut signals = Signals::new([SIGTERM])?;
-        let handle = signals.handle();
-        let children = Arc::clone(&self.0);
-        std::thread::spawn(move || {
-            for _ in signals.forever() {
-                let mut children = children.lock().expect("nothing panics while it holds them");
-                children.iter_mut().for_each(terminate);
-            }
-        });
-        Ok(Forwarding(handle))
-    }
-
-    /// Waits for all, in the order in which they end.
-    fn wait(&self) -> Result<(), Error> {
-        let (ended, ends) = mpsc::channel();
-        let mut words: Vec<_> = self.lock().iter_mut().map(|child| child.stderr.take()).collect();
-        // A rank's standard error ends with the rank: reading it waits for the process.
-        for (rank, stderr) in words.iter_mut().enumerate() {
-            let (ended, stderr) = (ended.clone(), stderr.take());
-            std::thread::spawn(move || {
-                let mut text = String::new();
-                if let Some(mut stderr) = stderr {
-                    drop(stderr.read_to_string(&mut text));
-                }
-                drop(ended.send((rank, text)));
-            });
-        }
-        drop(ended);
-        let mut failures = Vec::new();
-        for (rank, text) in ends {
-            let status = self.lock()[rank].wait();
-            let code = status.as_ref().ok().and_then(std::process::ExitStatus::code);
-            if code != Some(0) {
-                let reason = match (status, text.trim()) {
-                    (Err(error), _) => error.to_string(),
-                    (Ok(status), "") => format!(
-                        "ended without a word ({status}); if nobody stopped it, see whether memory ran out"
-                    ),
-                    (Ok(_), text) => text.to_owned(),
-                };
-                failures.push((rank, reason, code));
-            }
-        }
-        // A rank that lost another ends with 1; what ended otherwise is the cause.
-        let cause = failures.iter().position(|(.., code)| *code != Some(1)).unwrap_or_default();
-        if failures.is_empty() {
-            return Ok(());
-        }
-        let (rank, reason, code) = failures.swap_remove(cause);
-        Err(Error::Process { rank: Rank(rank as u32), reason, code })
+/// Says who it is to a process, as torchrun would; only rank 0 speaks to the user.
+fn speak(command: &mut Command, rank: Rank, ranks: u32, master: SocketAddr) {
+    command
+        .env("RANK", rank.0.to_string())
+        .env("WORLD_SIZE", ranks.to_string())
+        .env("LOCAL_RANK", rank.0.to_string())
+        .env("LOCAL_WORLD_SIZE", ranks.to_string())
+        .env("MASTER_ADDR", master.ip().to_string())
+        .env("MASTER_PORT", master.port().to_string())
+        .env_remove("TORCHELASTIC_USE_AGENT_STORE")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    if rank != Rank(0) {
+        command.stdout(Stdio::null());
     }
 }

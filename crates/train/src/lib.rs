@@ -1,17 +1,19 @@
 //! The real runtime: ranks that carry out their programs together.
 //!
-//! [`Identity`] says which rank a process is, [`launch`] starts local ones, a [`Worker`] carries
+//! [`Identity`] says which rank a process is, [`control`] starts local ones and keeps them going, a [`Worker`] carries
 //! out programs, [`measure`] finds out how fast this machine does, and [`run`] trains. Which
 //! program, on what hardware, and how it is shown are others' business.
 
 mod agreement;
 mod batches;
+pub mod control;
 mod error;
 mod export;
 mod identity;
 mod launch;
 mod learning_rate;
 mod measure;
+mod replicas;
 mod resume;
 mod run;
 mod safekeeping;
@@ -22,11 +24,12 @@ pub use batches::Batches;
 pub use error::Error;
 pub use export::export;
 pub use identity::{Identity, Launcher};
-pub use launch::{handed_listener, launch};
+pub use launch::handed_listener;
 pub use learning_rate::LearningRate;
 pub use measure::{LinkTimes, Measurements, measure};
+pub use replicas::{Delivery, Holding, Replicas, agree, deliveries};
 pub use resume::{Resumed, resume};
-pub use run::{Event, Outcome, Programs, Settings, run};
+pub use run::{Event, Outcome, Programs, Settings, StateSource, run};
 pub use safekeeping::{Checkpoints, Safekeeping};
 pub use state::{restore, saved_blocks, snapshot};
 pub use worker::{Clock, Device, Worker};

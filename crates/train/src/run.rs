@@ -60,6 +60,17 @@ pub enum Event {
         /// Mean loss over held-out tokens.
         loss: f64,
     },
+    /// Ranks were lost and others took their place: training goes on after this step.
+    Recovered {
+        /// After which step.
+        step: u64,
+        /// The number of the meeting at which the ranks began anew.
+        generation: u64,
+        /// From the loss, as this rank saw it, to the first step after it.
+        time_s: Seconds,
+        /// Where the state came from.
+        source: StateSource,
+    },
     /// A checkpoint is being written.
     Saving {
         /// After which step.
@@ -81,6 +92,18 @@ pub enum Event {
         /// Why not.
         reason: String,
     },
+}
+
+/// Where ranks that begin anew have their state from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StateSource {
+    /// The memory of the ranks that were left.
+    Memory,
+    /// A checkpoint.
+    Checkpoint,
+    /// The start of the run.
+    Start,
 }
 
 /// A finished run.
@@ -116,6 +139,7 @@ pub fn run<O: Operators>(
     let mut times = Vec::new();
     let mut kept: VecDeque<(Seconds, Vec<Span>)> = VecDeque::new();
     let mut held_out_loss = f64::NAN;
+    safekeeping.begin(worker, &programs.step, settings.first_step)?;
     for step in settings.first_step..steps {
         let agreement = Agreement::propose(worker, safekeeping.word())?;
         let start = Instant::now();

@@ -8,6 +8,7 @@ use compute::Operators;
 use program::{Axis, Program};
 use units::Seconds;
 
+use crate::replicas::Replicas;
 use crate::state::snapshot;
 use crate::{Error, Event, Worker};
 
@@ -16,6 +17,8 @@ use crate::{Error, Event, Worker};
 pub struct Safekeeping {
     /// Set when this process is asked to stop: all ranks save after the step at hand and stop.
     pub stop: Arc<AtomicBool>,
+    /// Copies in the memory of other ranks, if there are.
+    pub replicas: Option<Replicas>,
     /// Where checkpoints are saved, if they are.
     pub checkpoints: Option<Checkpoints>,
 }
@@ -40,6 +43,20 @@ impl Safekeeping {
         u32::from(self.stop.load(Ordering::Relaxed))
     }
 
+    /// Copies the state that training starts from.
+    ///
+    /// # Errors
+    /// When communication fails.
+    pub(crate) fn begin<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        program: &Program,
+        step: u64,
+    ) -> Result<(), Error> {
+        let replicas = self.replicas.as_mut();
+        replicas.map_or(Ok(()), |replicas| replicas.begin(worker, program, step))
+    }
+
     /// Saves when it is time to, after `step` of `steps` steps; tells of what has been saved.
     ///
     /// # Errors
@@ -51,6 +68,9 @@ impl Safekeeping {
         (step, steps): (u64, u64),
         observe: &mut dyn FnMut(&Event),
     ) -> Result<(), Error> {
+        if let Some(replicas) = &mut self.replicas {
+            replicas.after_step(worker, program, step)?;
+        }
         let Some(checkpoints) = &mut self.checkpoints else { return Ok(()) };
         checkpoints.tell(false, observe);
         let every = checkpoints.every_steps;

@@ -155,7 +155,7 @@ fn every_command_says_what_it_takes() {
       -h, --help     Print help
       -V, --version  Print version
 
-    Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug, 4 stopped as asked and saved.
+    Exit codes: 0 done, 1 the answer is no or the run failed, 2 bad usage or input, 3 a bug, 4 stopped as asked and saved, 5 lost ranks again and again.
     ");
     insta::assert_snapshot!(place.succeed(&["train", "--help"]), @r"
     Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
@@ -169,6 +169,7 @@ fn every_command_says_what_it_takes() {
           --set <KEY=VALUE>  Replace a key of the job file, as in --set training.steps=20; may be repeated
           --json             Print one JSON object instead of text
           --resume <RUN>     Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
+          --chaos <SPEC>     Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it; several with commas
       -h, --help             Print help
     ");
     insta::assert_snapshot!(place.succeed(&["plan", "--help"]), @r"

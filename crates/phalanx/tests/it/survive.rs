@@ -112,3 +112,95 @@ fn a_run_that_is_told_to_stop_saves_first_and_says_how_to_go_on() {
     place.succeed(&["train", "job.toml", "--resume", "runs/job-001", "--set", &steps]);
     assert_eq!(place.metrics("runs/job-002", "step")[0]["step"], done + 1);
 }
+
+/// Runs a job undisturbed and under faults; what the second printed.
+fn under(place: &Place, job: &str, chaos: &str) -> String {
+    place.write("job.toml", job);
+    place.succeed(&["train", "job.toml"]);
+    place.succeed(&["train", "job.toml", "--chaos", chaos])
+}
+
+/// The second run recorded the losses of the first, those of steps that were done again too, and
+/// left the same model.
+fn assert_same(place: &Place) {
+    let losses = place.losses("runs/job-001", "step");
+    let mut steps = std::collections::BTreeSet::new();
+    for record in place.metrics("runs/job-002", "step") {
+        let step = record["step"].as_u64().unwrap();
+        assert_eq!(record["loss"].as_f64().unwrap(), losses[step as usize - 1], "{record}");
+        steps.insert(step);
+    }
+    assert_eq!(steps.len(), losses.len());
+    let model = |run: &str| {
+        let files = place.files(&format!("runs/{run}/model")).into_iter();
+        files.map(|(path, bytes)| (path.file_name().unwrap().to_owned(), bytes)).collect::<Vec<_>>()
+    };
+    assert!(model("job-001") == model("job-002"));
+}
+
+#[test]
+fn killed_ranks_are_replaced_and_change_no_bit() {
+    for layout in [LAYOUT, "shard = \"none\"\nmicro_batch = 2", "pipeline = 4\nmicro_batch = 1"] {
+        let place = Place::new();
+        let stdout = under(&place, &over(4, layout), "kill:2@3,kill:0@8,kill:2@8,kill:3@15");
+        assert!(stdout.contains("recovered from memory"), "{stdout}");
+        assert_same(&place);
+        let recovered = place.metrics("runs/job-002", "recovered");
+        // Two losses at once may be made good at once.
+        assert!((3..=4).contains(&recovered.len()), "{recovered:?}");
+    }
+}
+
+#[test]
+fn what_no_memory_holds_any_more_comes_from_a_checkpoint() {
+    let place = Place::new();
+    // Rank 1 keeps what rank 0 has, so that both lost at once is too much for memory.
+    let job = over(4, LAYOUT) + CHECKPOINTS + "asynchronous = false\n";
+    let stdout = under(&place, &job, "kill:0@7,kill:1@7");
+    assert!(stdout.contains("step     5  recovered from checkpoint"), "{stdout}");
+    assert_same(&place);
+    let place = Place::new();
+    let stdout = under(&place, &over(2, "[recovery]\nreplicate_every_steps = 0"), "kill:1@1");
+    assert!(stdout.contains("step     0  recovered from start"), "{stdout}");
+    assert_same(&place);
+}
+
+#[test]
+fn a_halted_rank_is_replaced() {
+    let place = Place::new();
+    let job = over(4, LAYOUT) + "\n[recovery]\nsilence_s = 3.0\n";
+    under(&place, &job, "stop:1@6");
+    assert_same(&place);
+    assert_eq!(place.metrics("runs/job-002", "recovered").len(), 1);
+}
+
+#[test]
+fn a_rank_that_is_lost_again_and_again_ends_the_run() {
+    let place = Place::new();
+    place.write("job.toml", over(2, "") + "\n[recovery]\nrestarts = 2\n");
+    // Each incarnation dies at the same step.
+    let chaos = ["kill:1@4"; 5].join(",");
+    let answer = place.run(&["train", "job.toml", "--chaos", &chaos]);
+    assert_eq!(answer.code, Some(5), "{}", answer.stderr);
+    let said = "rank 1: ended without a word (signal: 9 (SIGKILL)); if nobody stopped it, see whether memory ran out. Ranks were lost 3 times with no step done in between: do not start the run again as it is";
+    assert!(answer.stderr.contains(said), "{}", answer.stderr);
+}
+
+#[test]
+fn without_a_launcher_ranks_save_and_stop() {
+    let place = Place::new();
+    let endless = over(4, LAYOUT).replace("steps = 20", "steps = 100000000\nevaluate_every = 1");
+    place.write("job.toml", endless + "\n[checkpoint]\nevery_steps = 0\n");
+    let mut command = place.phalanx(&["train", "job.toml"]);
+    let mut launcher = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(launcher.stdout.take().unwrap()).lines();
+    assert!(lines.by_ref().any(|line| line.unwrap().contains("held-out loss")));
+    kill_process(Pid::from_child(&launcher), Signal::KILL).unwrap();
+    launcher.wait().unwrap();
+    // The pipe ends with the last process that holds it.
+    lines.for_each(drop);
+    assert_eq!(checkpoints(&place, "runs/job-001").len(), 1);
+    let done = place.losses("runs/job-001", "step").len();
+    let steps = format!("training.steps={}", done + 1);
+    place.succeed(&["train", "job.toml", "--resume", "runs/job-001", "--set", &steps]);
+}

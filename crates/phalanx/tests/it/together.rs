@@ -128,7 +128,8 @@ fn a_lost_rank_ends_the_run_and_is_named() {
     let place = Place::new();
     // More steps than any machine does before the rank is lost, each of which is heard of.
     let endless = over(4, "pipeline = 2\nmicro_batch = 2")
-        .replace("steps = 20", "steps = 100000000\nevaluate_every = 1");
+        .replace("steps = 20", "steps = 100000000\nevaluate_every = 1")
+        + "\n[recovery]\nrestarts = 0\n";
     place.write("job.toml", endless);
     let mut command = place.phalanx(&["train", "job.toml"]);
     let mut launcher = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

@@ -52,7 +52,8 @@ impl Keeping {
         };
         let run = Progress { step: 0, position: 0, seed: 11, tokens: 5 };
         let checkpoints = Checkpoints::new(Saver::new(setup), EVERY, self.asynchronous, run);
-        Ok(Safekeeping { stop: Arc::clone(&self.stop), checkpoints: Some(checkpoints) })
+        let replicas = Some(Replicas::new(2, 1));
+        Ok(Safekeeping { stop: Arc::clone(&self.stop), replicas, checkpoints: Some(checkpoints) })
     }
 
     pub fn see(&self, event: &Event, view: &View) {

@@ -1,0 +1,310 @@
+//! The state of every rank in the memory of another, so that a lost one costs a step and no disk.
+//!
+//! Every few steps a rank copies its part of the state and sends it to its keeper while the next
+//! step is computed. It keeps the last two of its own and of its ward: the older one is whole
+//! everywhere while the newer is on its way. [`agree`] and [`deliveries`] are the pure part.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use checkpoint::sharded::{Kind, Run, Shard};
+use compute::Operators;
+use program::{Axis, Program};
+use serde::{Deserialize, Serialize};
+use transport::{Action, Group, Operation, Ticket};
+use units::Rank;
+
+use crate::state::{restore, saved_blocks, snapshot};
+use crate::{Error, Worker};
+
+/// How many copies of different steps are kept.
+const KEPT: usize = 2;
+
+/// A part of the state in this rank's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Holding {
+    /// After which step.
+    pub step: u64,
+    /// Whose part.
+    pub of: Rank,
+}
+
+/// The newest step whose whole state the ranks hold together, and for every rank's part of it the
+/// rank that has it: itself, or else the first that does. `None` if there is no such step.
+#[must_use]
+pub fn agree(holdings: &[BTreeSet<Holding>]) -> Option<(u64, Vec<Rank>)> {
+    let ranks = || (0..holdings.len() as u32).map(Rank);
+    let holder = |step, of: Rank| {
+        let has = |rank: &Rank| holdings[rank.index()].contains(&Holding { step, of });
+        std::iter::once(of).chain(ranks()).find(has)
+    };
+    let steps: BTreeSet<u64> = holdings.iter().flatten().map(|holding| holding.step).collect();
+    steps.into_iter().rev().find_map(|step| {
+        let holders: Option<Vec<Rank>> = ranks().map(|of| holder(step, of)).collect();
+        Some((step, holders?))
+    })
+}
+
+/// Elements that a rank hands to another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delivery {
+    /// Whose part they are of.
+    pub of: Rank,
+    /// Who has them.
+    pub from: Rank,
+    /// Who needs them; may be the same.
+    pub to: Rank,
+    /// Which they are.
+    pub runs: Vec<Run>,
+}
+
+/// Who hands what to whom, for every rank to get what it needs of the parts that `holders` have.
+#[must_use]
+pub fn deliveries(holders: &[Rank], parts: &[Vec<Run>], needs: &[Vec<Run>]) -> Vec<Delivery> {
+    let mut deliveries = Vec::new();
+    for (of, (from, part)) in (0..).map(Rank).zip(holders.iter().zip(parts)) {
+        for (to, need) in (0..).map(Rank).zip(needs) {
+            let overlaps = part.iter().flat_map(|run| need.iter().filter_map(|n| overlap(run, n)));
+            let runs: Vec<Run> = overlaps.collect();
+            if !runs.is_empty() {
+                deliveries.push(Delivery { of, from: *from, to, runs });
+            }
+        }
+    }
+    deliveries
+}
+
+/// The elements that are in both.
+fn overlap(one: &Run, other: &Run) -> Option<Run> {
+    let start = one.start.max(other.start);
+    let end = (one.start + one.elements).min(other.start + other.elements);
+    let same = (one.block, one.kind) == (other.block, other.kind);
+    (same && start < end).then(|| Run { start, elements: end - start, ..*one })
+}
+
+/// The runs of a rank's part, or of all that it holds.
+fn runs(program: &Program, rank: Rank, all: bool) -> Vec<Run> {
+    let degree = program.mesh.degree(Axis::Data);
+    let coordinate = program.mesh.coordinate(rank, Axis::Data);
+    let blocks = if all { program.held_blocks(rank) } else { saved_blocks(program, rank) };
+    let run = |block| {
+        let elements = program.blocks[&block] as usize;
+        let own = collective::chunk_range(elements, degree, coordinate);
+        let range = if all && !program.optimizer_sharded { 0..elements } else { own };
+        let (start, elements) = (range.start as u64, range.len() as u64);
+        Kind::ALL.map(|kind| Run { block, kind, start, elements })
+    };
+    blocks.into_iter().flat_map(run).collect()
+}
+
+/// The copies in one rank's memory.
+pub struct Replicas {
+    every_steps: u64,
+    /// How many ranks on the keeper of a rank is: of another host, if there are several.
+    distance: u32,
+    own: Vec<(u64, Arc<Shard>)>,
+    ward: Vec<(u64, Arc<Shard>)>,
+    under_way: Option<Exchange>,
+}
+
+/// A part on its way to the keeper, and the ward's on its way here.
+struct Exchange {
+    step: u64,
+    sent: Ticket,
+    received: Ticket,
+}
+
+impl Replicas {
+    /// Nothing yet; a copy every so many steps, kept by the rank that is `distance` further on.
+    #[must_use]
+    pub fn new(every_steps: u64, distance: u32) -> Self {
+        Self { every_steps, distance, own: vec![], ward: vec![], under_way: None }
+    }
+
+    /// Copies the state that training begins with, or goes on with, and waits until it is kept.
+    ///
+    /// # Errors
+    /// When communication fails.
+    pub(crate) fn begin<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        program: &Program,
+        step: u64,
+    ) -> Result<(), Error> {
+        self.under_way = None;
+        self.copy(worker, program, step)?;
+        self.complete(worker, program)
+    }
+
+    /// After a step: completes what is under way, and copies anew if it is time to.
+    ///
+    /// # Errors
+    /// When communication fails.
+    pub(crate) fn after_step<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        program: &Program,
+        step: u64,
+    ) -> Result<(), Error> {
+        if !step.is_multiple_of(self.every_steps) {
+            return Ok(());
+        }
+        self.complete(worker, program)?;
+        self.copy(worker, program, step)
+    }
+
+    fn copy<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        program: &Program,
+        step: u64,
+    ) -> Result<(), Error> {
+        let shard = Arc::new(snapshot(worker, program));
+        keep(&mut self.own, step, Arc::clone(&shard));
+        let (rank, ranks) = (worker.rank(), program.mesh.ranks());
+        if ranks == 1 {
+            return Ok(());
+        }
+        let ward = Rank((rank.0 + ranks - self.distance) % ranks);
+        let expected: u64 = runs(program, ward, false).iter().map(|run| run.elements).sum();
+        let to = Rank((rank.0 + self.distance) % ranks);
+        let sent = post(worker, Action::Send { to }, shard.values().to_vec())?;
+        let room = vec![0.0; expected as usize];
+        let received = post(worker, Action::Receive { from: ward }, room)?;
+        self.under_way = Some(Exchange { step, sent, received });
+        Ok(())
+    }
+
+    fn complete<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        program: &Program,
+    ) -> Result<(), Error> {
+        let Some(Exchange { step, sent, received }) = self.under_way.take() else { return Ok(()) };
+        let ranks = program.mesh.ranks();
+        let ward = Rank((worker.rank().0 + ranks - self.distance) % ranks);
+        let values = wait(worker, received)?;
+        wait(worker, sent)?;
+        keep(&mut self.ward, step, Arc::new(Shard::new(runs(program, ward, false), values)));
+        Ok(())
+    }
+
+    fn holdings(&self, rank: Rank, ranks: u32) -> BTreeSet<Holding> {
+        let ward = Rank((rank.0 + ranks - self.distance) % ranks);
+        let own = self.own.iter().map(|(step, _)| Holding { step: *step, of: rank });
+        own.chain(self.ward.iter().map(|(step, _)| Holding { step: *step, of: ward })).collect()
+    }
+
+    fn shard(&self, step: u64, of: Rank, rank: Rank) -> &Shard {
+        let kept = if of == rank { &self.own } else { &self.ward };
+        let found = kept.iter().find(|(kept, _)| *kept == step);
+        &found.expect("a rank holds what it said it does").1
+    }
+
+    /// Fills every rank with the newest state that the ranks hold together, among them some that
+    /// hold nothing. The step, or `None` when too much is lost.
+    ///
+    /// # Errors
+    /// When communication fails.
+    pub fn recover<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        program: &Program,
+    ) -> Result<Option<u64>, Error> {
+        self.under_way = None;
+        let (rank, ranks) = (worker.rank(), program.mesh.ranks());
+        let own = serde_json::to_vec(&self.holdings(rank, ranks)).expect("they have a JSON form");
+        let (communicator, world) = worker.communication(Axis::World);
+        let all = communicator.all_gather_bytes(world, &own);
+        let all = all.map_err(|source| Error::Communication { rank, source })?;
+        let holdings: Result<Vec<_>, _> =
+            all.iter().map(|json| serde_json::from_slice(json)).collect();
+        let Some((step, holders)) = agree(&holdings.unwrap_or_default()) else { return Ok(None) };
+        let every = |all| (0..ranks).map(|rank| runs(program, Rank(rank), all)).collect::<Vec<_>>();
+        let mut arrived = Vec::new();
+        let mut waiting = Vec::new();
+        for Delivery { of, from, to, runs } in deliveries(&holders, &every(false), &every(true)) {
+            let here = (from == rank).then(|| gather(self.shard(step, of, rank), &runs));
+            match here {
+                Some(shard) if to == rank => arrived.push(shard),
+                Some(shard) => {
+                    waiting
+                        .push((None, post(worker, Action::Send { to }, shard.values().to_vec())?));
+                }
+                None if to == rank => {
+                    let room = vec![0.0; runs.iter().map(|run| run.elements as usize).sum()];
+                    waiting.push((Some(runs), post(worker, Action::Receive { from }, room)?));
+                }
+                None => {}
+            }
+        }
+        for (runs, ticket) in waiting {
+            let values = wait(worker, ticket)?;
+            arrived.extend(runs.map(|runs| Shard::new(runs, values)));
+        }
+        let filled = restore(worker, step, |block, kind, start, values| {
+            let elements = values.len() as u64;
+            fill(&arrived, Run { block, kind, start, elements }, values);
+            Ok::<(), std::convert::Infallible>(())
+        });
+        filled.unwrap_or_else(|never| match never {});
+        Ok(Some(step))
+    }
+}
+
+/// Keeps a copy in place of the oldest.
+fn keep(kept: &mut Vec<(u64, Arc<Shard>)>, step: u64, shard: Arc<Shard>) {
+    // What is newer was done in a generation that is lost.
+    kept.retain(|(other, _)| *other < step);
+    kept.push((step, shard));
+    if kept.len() > KEPT {
+        kept.remove(0);
+    }
+}
+
+/// Some runs of a shard.
+fn gather(shard: &Shard, runs: &[Run]) -> Shard {
+    let mut part = Shard::default();
+    for wanted in runs {
+        let mut values = vec![0.0; wanted.elements as usize];
+        fill(std::slice::from_ref(shard), *wanted, &mut values);
+        part.push(wanted.block, wanted.kind, wanted.start, &values);
+    }
+    part
+}
+
+/// Fills a run with what shards have of it.
+fn fill(shards: &[Shard], wanted: Run, values: &mut [f32]) {
+    for (run, found) in shards.iter().flat_map(Shard::iter) {
+        if let Some(both) = overlap(&run, &wanted) {
+            let from = (both.start - run.start) as usize;
+            let to = (both.start - wanted.start) as usize;
+            let elements = both.elements as usize;
+            values[to..to + elements].copy_from_slice(&found[from..from + elements]);
+        }
+    }
+}
+
+/// The group of the copies: its transfers are ordered among themselves.
+fn group<O: Operators>(worker: &mut Worker<O>) -> Group {
+    let (_, world) = worker.communication(Axis::World);
+    Group { id: u64::MAX, ranks: Arc::clone(&world.ranks) }
+}
+
+fn post<O: Operators>(
+    worker: &mut Worker<O>,
+    action: Action,
+    buffer: Vec<f32>,
+) -> Result<Ticket, Error> {
+    let (rank, group) = (worker.rank(), group(worker));
+    let (communicator, _) = worker.communication(Axis::World);
+    let operation = Operation { group, action, buffer, label: "copy of the state".into() };
+    communicator.post(operation).map_err(|source| Error::Communication { rank, source })
+}
+
+fn wait<O: Operators>(worker: &mut Worker<O>, ticket: Ticket) -> Result<Vec<f32>, Error> {
+    let rank = worker.rank();
+    let (communicator, _) = worker.communication(Axis::World);
+    let done = communicator.wait(ticket);
+    Ok(done.map_err(|source| Error::Communication { rank, source })?.buffer)
+}
