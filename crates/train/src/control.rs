@@ -12,6 +12,9 @@ pub use coordinator::{Action, Coordinator, End, Event, Policy, Verdict};
 pub use lifeline::{Lifeline, Meeting};
 pub use supervise::supervise;
 
+#[cfg(test)]
+mod simulation;
+
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};

@@ -4,6 +4,9 @@ use std::net::SocketAddr;
 
 use units::{Rank, Seconds};
 
+/// From this loss in a row on the pause grows no longer.
+const DOUBLINGS: u32 = 8;
+
 /// What the coordinator goes by.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Policy {
@@ -246,7 +249,7 @@ impl Coordinator {
         if others.into_iter().any(|(_, member)| member.phase == Phase::Done) {
             return self.finish(Verdict::Failed(rank));
         }
-        let doubled = 2_f64.powi(self.losses as i32 - 2);
+        let doubled = 2_f64.powi(self.losses.min(DOUBLINGS) as i32 - 2);
         let pause = if self.losses == 1 { 0.0 } else { self.policy.back_off.0 * doubled };
         self.members[rank.index()].phase = Phase::Down { until: now + Seconds(pause) };
         self.tick(now)
