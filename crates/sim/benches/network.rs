@@ -84,8 +84,10 @@ fn over_torus() -> Vec<Operation> {
     lanes.into_iter().enumerate().flat_map(part).collect()
 }
 
-fn over_hierarchy() -> Vec<Operation> {
-    over_two_dims([1024, 8], 1, false, GIB, 0)
+/// In parts side by side.
+fn over_hierarchy(parts: u32) -> Vec<Operation> {
+    let part = |lane| over_two_dims([1024, 8], 1, false, GIB / u64::from(parts), lane);
+    (0..parts).flat_map(part).collect()
 }
 
 fn time(topology: &Topology, operations: &[Operation], conditions: &Conditions) -> Seconds {
@@ -100,14 +102,14 @@ fn all_reduce_torus_64x128(bencher: Bencher) {
 
 #[divan::bench(sample_count = 3, sample_size = 1)]
 fn all_reduce_8x1024(bencher: Bencher) {
-    let (topology, operations) = (hierarchy(), over_hierarchy());
+    let (topology, operations) = (hierarchy(), over_hierarchy(4));
     bencher.bench_local(|| time(&topology, &operations, &Conditions::default()));
 }
 
-/// With a delay by chance on every message, no two ranks stay in step.
+/// With a delay by chance on every message, no two ranks stay in step. In one part.
 #[divan::bench(sample_count = 1, sample_size = 1)]
 fn all_reduce_8x1024_with_jitter(bencher: Bencher) {
-    let (topology, operations) = (hierarchy(), over_hierarchy());
+    let (topology, operations) = (hierarchy(), over_hierarchy(1));
     let jitter = Jitter { mean: Seconds(1e-6), seed: 1 };
     let conditions = Conditions { ready: Vec::new(), jitter: Some(jitter) };
     bencher.bench_local(|| time(&topology, &operations, &conditions));
