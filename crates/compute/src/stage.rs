@@ -222,7 +222,11 @@ impl<O: Operators> Stage<O> {
             Instruction::SquareSum { block } => self.square_sum(block),
             Instruction::Update { block } => self.update(block),
             Instruction::Release { block } => self.state(block).gathered = None,
-            Instruction::Discard { .. } => unreachable!("the verifier refuses recomputation"),
+            Instruction::Discard { value, microbatch } => {
+                // What another segment has consumed is gone already.
+                self.values.remove(&(microbatch, value));
+                self.saved.remove(&(microbatch, value));
+            }
             Instruction::Post { .. } | Instruction::Wait { .. } => {
                 unreachable!("transfers are the communicator's")
             }

@@ -151,13 +151,14 @@ impl<'a, O: Operators> Session<'a, O> {
 
     /// One rank on its share of the batch: weak scaling.
     fn baseline_program(&self) -> Result<Program> {
-        let &Layout { mesh, micro_batch, .. } = &self.job.layout;
+        let Layout { mesh, micro_batch, recompute, .. } = self.job.layout.clone();
         let microbatches = (self.programs.step.microbatches / mesh.pipeline).max(1);
         let batch = Batch {
             sequence: self.job.training.sequence,
             global_batch: u64::from(microbatches) * micro_batch,
         };
-        Ok(lower(&self.job.model, &Layout::one_rank(micro_batch), &batch)?)
+        let layout = Layout { recompute, ..Layout::one_rank(micro_batch) };
+        Ok(lower(&self.job.model, &layout, &batch)?)
     }
 
     /// Trains, and on rank 0 writes and shows the results. When ranks are lost, and there is a

@@ -105,7 +105,6 @@ impl Layout {
             ("expert", expert > 1),
             ("shard_ranks", replicas > 1),
             ("schedule", split),
-            ("recompute", self.recompute != Recompute::None),
             ("attention", self.attention != AttentionKernel::Flash),
         ];
         match keys.into_iter().find(|(_, used)| *used) {

@@ -22,6 +22,7 @@ use units::Rank;
 
 use crate::*;
 
+mod recomputing;
 mod resuming;
 
 use resuming::Keeping;

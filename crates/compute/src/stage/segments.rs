@@ -14,9 +14,13 @@ impl<O: Operators> Stage<O> {
     pub(super) fn compute(&mut self, segment: Segment, pass: Pass, layer: u32, microbatch: u32) {
         match pass {
             Pass::Forward => self.forward(segment, layer, microbatch),
+            Pass::Recompute if segment == Segment::FeedForward => {
+                self.feed_forward_again(layer, microbatch);
+            }
+            Pass::Recompute => self.forward(segment, layer, microbatch),
             Pass::Backward => self.backward(segment, layer, microbatch),
-            Pass::BackwardInput | Pass::BackwardWeight | Pass::Recompute => {
-                unreachable!("the verifier refuses split backward passes and recomputation")
+            Pass::BackwardInput | Pass::BackwardWeight => {
+                unreachable!("the layout refuses split backward passes")
             }
         }
     }
@@ -86,6 +90,13 @@ impl<O: Operators> Stage<O> {
         let output = (mb, Value::FeedForwardDelta(layer));
         self.values.insert(output, delta);
         self.saved.insert(output, gate_up);
+    }
+
+    /// Nothing reads the delta a second time; the gate and up products are all that is missed.
+    fn feed_forward_again(&mut self, layer: u32, mb: u32) {
+        let input = (mb, Value::FeedForwardNormed(layer));
+        let gate_up = self.product(input, Segment::FeedForward, layer);
+        self.saved.insert((mb, Value::FeedForwardDelta(layer)), gate_up);
     }
 
     fn loss_forward(&mut self, layer: u32, mb: u32) {
