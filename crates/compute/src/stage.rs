@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use model::{Block, Config, Parameter, Role};
-use program::{Axis, Instruction, Program, Value};
+use program::{Axis, Instruction, Mesh, Program, Value};
 use serde::{Deserialize, Serialize};
 use units::Rank;
 
@@ -105,8 +105,7 @@ pub struct Stage<O: Operators> {
 #[derive(Debug, Clone)]
 pub struct StageSpec {
     rank: Rank,
-    ranks: u32,
-    data: (u32, u32),
+    mesh: Mesh,
     sharded: bool,
     attention: AttentionDims,
     tokens: usize,
@@ -117,11 +116,9 @@ impl StageSpec {
     /// The place of `rank` in `program`, holding `blocks`.
     #[must_use]
     pub fn new(config: &Config, program: &Program, rank: Rank, blocks: Vec<Block>) -> Self {
-        let data = program.mesh.degree(Axis::Data);
         Self {
             rank,
-            ranks: program.mesh.ranks(),
-            data: (program.mesh.coordinate(rank, Axis::Data), data),
+            mesh: program.mesh,
             sharded: program.optimizer_sharded,
             attention: AttentionDims {
                 sequences: program.shape.sequences as usize,
@@ -135,8 +132,15 @@ impl StageSpec {
         }
     }
 
-    fn own(&self, elements: usize) -> Range<usize> {
-        collective::chunk_range(elements, self.data.1, self.data.0)
+    fn own(&self, block: Block, elements: usize) -> Range<usize> {
+        let axis = Program::data_axis(block);
+        let (degree, place) = (self.mesh.degree(axis), self.mesh.coordinate(self.rank, axis));
+        collective::chunk_range(elements, degree, place)
+    }
+
+    /// Of the ranks that hold the same share, one in each replica, whether this is the first.
+    fn is_first_replica(&self) -> bool {
+        self.mesh.coordinate(self.rank, Axis::Replica) == 0
     }
 }
 
@@ -164,7 +168,8 @@ impl<O: Operators> Stage<O> {
             let mut values = vec![0.0; config.block_elements(*block) as usize];
             initial(*block, &mut values)?;
             let parameters = config.parameters(*block);
-            blocks.insert(*block, BlockState::new(&operators, &spec, parameters, values));
+            let own = spec.own(*block, values.len());
+            blocks.insert(*block, BlockState::new(&operators, &spec, own, parameters, values));
         }
         let rotation = rotation(&operators, &config, spec.attention.length);
         Ok(Self {
@@ -253,7 +258,7 @@ impl<O: Operators> Stage<O> {
 
     /// The sum over ranks, in the order of ranks, so that all ranks get the same bits.
     fn statistic(&self, which: usize) -> f64 {
-        if self.program.ranks == 1 {
+        if self.program.mesh.ranks() == 1 {
             return f64::from(self.share[which] as f32);
         }
         self.statistics.chunks_exact(2).map(|share| f64::from(share[which])).sum()
@@ -282,7 +287,9 @@ impl<O: Operators> Stage<O> {
         let Reduced { tensor, start } = state.reduced.as_ref().expect("gradients are reduced");
         // Without sharding every rank holds all; each counts the chunk it would own.
         let own = if sharded { *start..start + state.own.len() } else { state.own.clone() };
-        self.share[0] += self.operators.square_sum(tensor, own);
+        if self.program.is_first_replica() {
+            self.share[0] += self.operators.square_sum(tensor, own);
+        }
     }
 
     fn update(&mut self, block: Block) {
@@ -333,11 +340,11 @@ impl<T> BlockState<T> {
     fn new<O: Operators<Tensor = T>>(
         operators: &O,
         spec: &StageSpec,
+        own: Range<usize>,
         parameters: Vec<Parameter>,
         values: Vec<f32>,
     ) -> Self {
         let elements = values.len();
-        let own = spec.own(elements);
         let whole = operators.upload(values);
         let held = if spec.sharded { own.clone() } else { 0..elements };
         let master = if spec.sharded { operators.slice(&whole, own.clone()) } else { whole };

@@ -97,13 +97,12 @@ impl Layout {
     /// # Errors
     /// [`LayoutError::Unsupported`], which names the key.
     pub fn require_runnable(&self) -> Result<(), LayoutError> {
-        let Mesh { tensor, context, expert, replicas, .. } = self.mesh;
+        let Mesh { tensor, context, expert, .. } = self.mesh;
         let split = matches!(self.schedule, Schedule::ZeroBubble | Schedule::Text(_));
         let keys = [
             ("tensor", tensor > 1),
             ("context", context > 1),
             ("expert", expert > 1),
-            ("shard_ranks", replicas > 1),
             ("schedule", split),
             ("attention", self.attention != AttentionKernel::Flash),
         ];

@@ -227,7 +227,8 @@ pub enum Instruction {
         block: Block,
     },
     /// Add this rank's share of the squared gradient norm. A parameter that several
-    /// tensor-parallel ranks hold is counted by the first of them.
+    /// tensor-parallel ranks hold is counted by the first of them, a share that several replicas
+    /// hold by the first replica.
     SquareSum {
         /// Of which block.
         block: Block,

@@ -28,7 +28,8 @@ pub fn export<O: Operators>(
     let rank = worker.rank();
     let mesh = &program.mesh;
     let stage = mesh.coordinate(rank, Axis::Pipeline);
-    let writes = mesh.group(rank, Axis::Data)[0] == rank;
+    let first = |axis| mesh.coordinate(rank, axis) == 0;
+    let writes = first(Axis::Data) && first(Axis::Replica);
     let writer = Writer::new(folder, config, Dtype::F32)?;
     let blocks = saved_blocks(program, rank);
     let mut whole = Vec::new();

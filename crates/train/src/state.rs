@@ -8,9 +8,13 @@ use units::Rank;
 
 use crate::Worker;
 
-/// The blocks that a rank saves and exports: those it holds, a tied embedding once.
+/// The blocks that a rank saves and exports: those it holds, a tied embedding once, and of several
+/// replicas those of the first.
 #[must_use]
 pub fn saved_blocks(program: &Program, rank: Rank) -> Vec<Block> {
+    if program.mesh.coordinate(rank, Axis::Replica) > 0 {
+        return vec![];
+    }
     let mut blocks = program.held_blocks(rank);
     if program.mesh.coordinate(rank, Axis::Pipeline) > 0 {
         blocks.retain(|block| *block != Block::Embedding);

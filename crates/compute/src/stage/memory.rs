@@ -93,7 +93,7 @@ impl<O: Operators> Stage<O> {
     }
 
     fn take_statistics(&mut self) -> Vec<f32> {
-        let mut shares = vec![0.0; 2 * self.program.ranks as usize];
+        let mut shares = vec![0.0; 2 * self.program.mesh.ranks() as usize];
         let own = 2 * self.program.rank.index();
         shares[own] = self.share[0] as f32;
         shares[own + 1] = self.share[1] as f32;

@@ -76,13 +76,14 @@ fn resumed(job: &Job, layout: &Layout, store: &Arc<dyn Store>) -> Trained {
     train_keeping(job, layout, in_process(layout.mesh.ranks()), &keeping)
 }
 
-fn layouts() -> [Layout; 5] {
+fn layouts() -> [Layout; 6] {
     [
         layout(1, 1, 4, Shard::None),
         layout(2, 1, 2, Shard::None),
         layout(3, 2, 1, Shard::Optimizer),
         layout(2, 2, 1, Shard::Gradients),
         layout(2, 2, 1, Shard::Parameters),
+        hybrid::layout(4, 2, Shard::Optimizer),
     ]
 }
 
