@@ -12,14 +12,14 @@ import pathlib
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "tiny-llama" / "golden.safetensors"
 
 
 def load(folder):
     """The model in fp32; a tensor that is missing, unexpected or misshapen is an error."""
-    model, found = LlamaForCausalLM.from_pretrained(
+    model, found = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     problems = {key: sorted(map(str, names)) for key, names in found.items() if names}

@@ -1,7 +1,7 @@
-"""Records what Hugging Face transformers computes for a tiny Llama, for the parity tests.
+"""Records what Hugging Face transformers computes for tiny models, for the parity tests.
 
-Writes, beside this file, `tiny-llama/`, `tiny-llama-tied/` (README.md says what is in them) and
-`rotary.json`. The same versions on the same kind of processor write the same files.
+Writes, beside this file, `tiny-llama/`, `tiny-llama-tied/`, `tiny-mixtral/`, `tiny-glm4-moe/`
+(README.md says what is in them) and `rotary.json`. The same versions on the same kind of processor write the same files.
 """
 
 import json
@@ -9,7 +9,14 @@ import pathlib
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 HERE = pathlib.Path(__file__).parent
@@ -17,20 +24,30 @@ HERE = pathlib.Path(__file__).parent
 # is so near zero that rounding decides its sign: the same run in fp64 ends within 3e-6 (norm-wise).
 SEED = 10
 STEPS = 10
+# How far the bias of an expert moves in a step (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+BALANCE_RATE = 1e-3
+
+# What the tiny models have in common.
+COMMON = dict(
+    num_hidden_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=128,
+    bos_token_id=None,
+    eos_token_id=None,
+    attn_implementation="eager",
+)
 
 
-def tiny_config(tied):
+def tiny_llama(tied):
     """Grouped queries, and an original context of 16 so that the rotary scaling matters."""
-    return LlamaConfig(
-        num_hidden_layers=2,
-        hidden_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+    config = LlamaConfig(
+        **COMMON,
         intermediate_size=96,
-        vocab_size=128,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=128,
         tie_word_embeddings=tied,
         rope_parameters={
             "rope_type": "llama3",
@@ -40,21 +57,110 @@ def tiny_config(tied):
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16,
         },
-        bos_token_id=None,
-        eos_token_id=None,
-        attn_implementation="eager",
     )
+    return filled(LlamaForCausalLM(config), SEED)
 
 
-def tiny_model(tied):
+def tiny_mixtral():
+    """Two of five experts for each token."""
+    config = MixtralConfig(
+        **COMMON,
+        intermediate_size=48,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        experts_implementation="eager",
+    )
+    return filled(MixtralForCausalLM(config), SEED)
+
+
+def tiny_glm4_moe():
+    """DeepSeek-V3's experts: three of eight, out of two of four groups, and a shared one; the first
+    layer is dense."""
+    config = Glm4MoeConfig(
+        **COMMON,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+        use_qk_norm=False,
+        attention_bias=False,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        },
+        experts_implementation="eager",
+    )
+    model = filled(Glm4MoeForCausalLM(config), SEED)
+    generator = torch.Generator().manual_seed(SEED + 2)
+    for bias in biases(model).values():
+        bias.copy_(0.05 * torch.randn(bias.shape, generator=generator))
+    return model
+
+
+def filled(model, seed):
     """Matrices of deviation 0.1, norm scales around 1 but not at it, so every gradient counts."""
-    model = LlamaForCausalLM(tiny_config(tied)).float()
-    generator = torch.Generator().manual_seed(SEED)
+    model = model.float()
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
             noise = 0.1 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise if parameter.dim() > 1 else 1.0 + noise)
     return model
+
+
+def biases(model):
+    """What is added to the scores of experts before the choice, by name."""
+    return {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+
+
+def balance(model, loads):
+    """Moves biases down where an expert's load is above the mean, up where it is below."""
+    for name, bias in biases(model).items():
+        load = loads[name.removesuffix(".e_score_correction_bias")]
+        bias.add_(BALANCE_RATE * torch.sign(load.mean() - load))
+
+
+def watch_loads(model):
+    """The tokens that each expert gets in a forward pass, by the name of the gate; kept current."""
+    loads = {}
+    for name, gate in model.named_modules():
+        if hasattr(gate, "e_score_correction_bias"):
+
+            def note(gate, _, output, name=name):
+                counts = torch.bincount(output[2].flatten(), minlength=gate.num_experts)
+                loads[name] = counts.to(gate.weight.dtype)
+
+            gate.register_forward_hook(note)
+    return loads
+
+
+def stored(model, named):
+    """Tensors by their names in a checkpoint, where each expert's matrices have one of their own."""
+    mixtral = model.config.model_type == "mixtral"
+    parts = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    for name, tensor in named:
+        if mixtral:
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        if name.endswith("experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            for expert, (gate, up) in enumerate(matrix.chunk(2) for matrix in tensor):
+                yield f"{prefix}{expert}.{parts[0]}.weight", gate
+                yield f"{prefix}{expert}.{parts[1]}.weight", up
+        elif name.endswith("experts.down_proj"):
+            prefix = name.removesuffix("down_proj")
+            for expert, down in enumerate(tensor):
+                yield f"{prefix}{expert}.{parts[2]}.weight", down
+        else:
+            yield name, tensor
 
 
 def adamw(model):
@@ -76,14 +182,15 @@ def forward(model, tokens):
     return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
 
 
-def snapshot(prefix, tensors):
+def snapshot(prefix, model, tensors):
     """Copies that later steps cannot change, named `prefix.<Hugging Face name>`."""
-    return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in tensors}
+    named = stored(model, tensors)
+    return {f"{prefix}.{name}": tensor.detach().clone() for name, tensor in named}
 
 
-def record(folder, tied):
+def record(folder, model):
     """Writes one model with its logits, loss, gradients and parameters after AdamW steps."""
-    model = tiny_model(tied)
+    loads = watch_loads(model)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink()  # how to sample text, which no test does
     tokens = torch.randint(0, 128, (3, 25), generator=torch.Generator().manual_seed(SEED + 1))
@@ -97,10 +204,13 @@ def record(folder, tied):
         losses.append(loss.detach())
         if step == 0:
             golden |= {"logits": logits.detach().clone(), "loss": loss.detach().reshape(1)}
-            golden |= snapshot("gradient", ((n, p.grad) for n, p in model.named_parameters()))
+            gradients = ((n, p.grad) for n, p in model.named_parameters())
+            golden |= snapshot("gradient", model, gradients)
         optimizer.step()
+        balance(model, loads)
         if step + 1 in (1, STEPS):
-            golden |= snapshot(f"after{step + 1}", model.named_parameters())
+            state = [*model.named_parameters(), *biases(model).items()]
+            golden |= snapshot(f"after{step + 1}", model, state)
     losses.append(forward(model, tokens)[1].detach())
     golden["losses"] = torch.stack(losses)
     save_file(golden, folder / "golden.safetensors")
@@ -130,8 +240,10 @@ def record_rotary(path):
 def main():
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
-    record(HERE / "tiny-llama", tied=False)
-    record(HERE / "tiny-llama-tied", tied=True)
+    record(HERE / "tiny-llama", tiny_llama(tied=False))
+    record(HERE / "tiny-llama-tied", tiny_llama(tied=True))
+    record(HERE / "tiny-mixtral", tiny_mixtral())
+    record(HERE / "tiny-glm4-moe", tiny_glm4_moe())
     record_rotary(HERE / "rotary.json")
 
 

@@ -50,6 +50,11 @@ impl Burn {
         Self { device: Device::metal(burn_tensor::DeviceKind::DefaultDevice) }
     }
 
+    /// Rows of several groups in one tensor of so many elements.
+    fn joined(&self, groups: Vec<Tensor<2>>, elements: usize) -> Tensor<1> {
+        if groups.is_empty() { self.zeros(elements) } else { flat(Tensor::cat(groups, 0)) }
+    }
+
     fn words(&self, words: &[u32]) -> Tensor<1, Int> {
         let words: Vec<i64> = words.iter().copied().map(i64::from).collect();
         let count = words.len();
@@ -81,6 +86,15 @@ fn update<const D: usize>(
 fn rows(flat: &Tensor<1>, width: usize) -> Tensor<2> {
     let elements = flat.dims()[0];
     flat.clone().reshape([elements / width, width])
+}
+
+/// The groups that have rows, and where these are.
+fn filled(groups: &[usize]) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let ranges = groups.iter().scan(0, |next, rows| {
+        *next += rows;
+        Some(*next - rows..*next)
+    });
+    ranges.enumerate().filter(|(_, range)| !range.is_empty())
 }
 
 /// The first `rows * columns` of a window as a matrix.
@@ -172,6 +186,67 @@ impl Operators for Burn {
     ) {
         let added = rows(dy, dims.n).transpose().matmul(rows(x, dims.k));
         update(dw, [dims.n, dims.k], |dw| dw + added);
+    }
+
+    fn grouped_product(
+        &self,
+        x: &Tensor<1>,
+        w: Window<'_, Tensor<1>>,
+        dims: ProductDims,
+        groups: &[usize],
+    ) -> Tensor<1> {
+        let ProductDims { r, k, n } = dims;
+        let x = rows(x, k);
+        let of_group = |(group, range): (usize, Range<usize>)| {
+            let w = Window { start: w.start + group * n * k, ..w };
+            x.clone().slice([range]).matmul(matrix(&w, n, k).transpose())
+        };
+        self.joined(filled(groups).map(of_group).collect(), r * n)
+    }
+
+    fn grouped_product_input_gradient(
+        &self,
+        dy: &Tensor<1>,
+        w: Window<'_, Tensor<1>>,
+        dims: ProductDims,
+        groups: &[usize],
+    ) -> Tensor<1> {
+        let ProductDims { r, k, n } = dims;
+        let dy = rows(dy, n);
+        let of_group = |(group, range): (usize, Range<usize>)| {
+            let w = Window { start: w.start + group * n * k, ..w };
+            dy.clone().slice([range]).matmul(matrix(&w, n, k))
+        };
+        self.joined(filled(groups).map(of_group).collect(), r * k)
+    }
+
+    fn grouped_product_weight_gradient(
+        &self,
+        dy: &Tensor<1>,
+        x: &Tensor<1>,
+        dims: ProductDims,
+        groups: &[usize],
+        dw: WindowMut<'_, Tensor<1>>,
+    ) {
+        let ProductDims { k, n, .. } = dims;
+        let (dy, x) = (rows(dy, n), rows(x, k));
+        update(dw, [groups.len(), n, k], |mut dw| {
+            for (group, range) in filled(groups) {
+                let dy = dy.clone().slice([range.clone()]);
+                let added = dy.transpose().matmul(x.clone().slice([range]));
+                let before = dw.clone().slice([group..group + 1]);
+                dw = dw.slice_assign([group..group + 1], before + added.reshape([1, n, k]));
+            }
+            dw
+        });
+    }
+
+    fn scale_rows(&self, x: &Tensor<1>, factors: &Tensor<1>, width: usize) -> Tensor<1> {
+        flat(rows(x, width) * rows(factors, 1))
+    }
+
+    fn row_dots(&self, a: &Tensor<1>, b: &Tensor<1>, width: usize) -> Tensor<1> {
+        flat((rows(a, width) * rows(b, width)).sum_dim(1))
     }
 
     fn rms_norm(
@@ -301,6 +376,19 @@ impl Operators for Burn {
 
     fn accumulate(&self, into: &mut Tensor<1>, other: &Tensor<1>) {
         self.add(into, other);
+    }
+
+    fn balance(
+        &self,
+        biases: &mut Tensor<1>,
+        loads: Window<'_, Tensor<1>>,
+        range: Range<usize>,
+        mean: f32,
+        rate: f32,
+    ) {
+        let moved = (part(&loads, range.len()) - mean).sign() * rate;
+        let window = WindowMut { flat: biases, start: range.start, fresh: false };
+        update(window, [range.len()], |biases| biases - moved);
     }
 
     fn square_sum(&self, tensor: &Tensor<1>, range: Range<usize>) -> f64 {

@@ -25,6 +25,10 @@ macro_rules! conforms {
             clones_share_until_one_is_written
             products
             product_gradients
+            grouped_products
+            grouped_product_gradients
+            rows_scaled_and_multiplied
+            biases_follow_loads
             rms_norm
             rms_norm_gradients
             rotary
@@ -232,6 +236,90 @@ fn product_gradients<O: Operators>(suite: &Suite<O>) {
             suite.operators.product_weight_gradient(&dy_on, &x_on, dims, dw);
         });
     }
+}
+
+/// Groups of rows, some of them empty.
+const GROUPS: [&[usize]; 5] = [&[3], &[0, 2, 1], &[5, 0, 0, 4], &[0], &[17, 1]];
+
+/// The parts of `x[r, k]`, `w[group, n, k]` and `y[r, n]` of a group, and its dimensions.
+type Group = ([std::ops::Range<usize>; 3], ProductDims);
+
+/// Every group.
+fn each_group(groups: &[usize], dims: ProductDims) -> impl Iterator<Item = Group> {
+    let mut next = 0;
+    groups.iter().enumerate().map(move |(group, rows)| {
+        let (first, ProductDims { k, n, .. }) = (next, dims);
+        next += rows;
+        let of = |width: usize| first * width..next * width;
+        let w = group * n * k..(group + 1) * n * k;
+        ([of(k), w, of(n)], ProductDims { r: *rows, ..dims })
+    })
+}
+
+fn grouped_products<O: Operators>(suite: &Suite<O>) {
+    for (groups, (k, n)) in GROUPS.into_iter().zip([(1, 1), (7, 3), (16, 5), (4, 4), (33, 18)]) {
+        let dims = ProductDims { r: groups.iter().sum(), k, n };
+        let (x, w) = (normals("x", dims.r * k), normals("w", groups.len() * n * k));
+        let flat = suite.framed(&w);
+        let y = suite.operators.grouped_product(&suite.tensor(&x), window(&flat), dims, groups);
+        let of_group =
+            |([at_x, at_w, _], dims): Group| reference::product(&x[at_x], &w[at_w], dims);
+        let expected: Vec<f64> = each_group(groups, dims).flat_map(of_group).collect();
+        suite.check(&format!("{groups:?} {dims:?}"), &y, &expected);
+    }
+}
+
+fn grouped_product_gradients<O: Operators>(suite: &Suite<O>) {
+    for (groups, (k, n)) in GROUPS.into_iter().zip([(1, 1), (7, 3), (16, 5), (4, 4), (33, 18)]) {
+        let dims = ProductDims { r: groups.iter().sum(), k, n };
+        let (x, w) = (normals("x", dims.r * k), normals("w", groups.len() * n * k));
+        let dy = normals("dy", dims.r * n);
+        let (x_on, dy_on, flat) = (suite.tensor(&x), suite.tensor(&dy), suite.framed(&w));
+        let what = format!("{groups:?} {dims:?}");
+        let of_group = |([_, at_w, at_y], dims): Group| {
+            reference::product_input_gradient(&dy[at_y], &w[at_w], dims)
+        };
+        let expected: Vec<f64> = each_group(groups, dims).flat_map(of_group).collect();
+        let operators = &suite.operators;
+        let dx = operators.grouped_product_input_gradient(&dy_on, window(&flat), dims, groups);
+        suite.check(&what, &dx, &expected);
+        let of_group = |([at_x, _, at_y], dims): Group| {
+            reference::product_weight_gradient(&dy[at_y], &x[at_x], dims)
+        };
+        let expected: Vec<f64> = each_group(groups, dims).flat_map(of_group).collect();
+        suite.check_added(&what, &expected, |dw| {
+            operators.grouped_product_weight_gradient(&dy_on, &x_on, dims, groups, dw);
+        });
+        suite.check_fresh(&what, &expected, |dw| {
+            operators.grouped_product_weight_gradient(&dy_on, &x_on, dims, groups, dw);
+        });
+    }
+}
+
+fn rows_scaled_and_multiplied<O: Operators>(suite: &Suite<O>) {
+    for (rows, width) in ROWS_AND_WIDTHS {
+        let (a, b) = (normals("a", rows * width), normals("b", rows * width));
+        let factors = normals("factors", rows);
+        let (a_on, what) = (suite.tensor(&a), format!("{rows} rows of {width}"));
+        let scaled = suite.operators.scale_rows(&a_on, &suite.tensor(&factors), width);
+        let row = |index: usize| index * width..(index + 1) * width;
+        let expected = (0..rows).flat_map(|r| a[row(r)].iter().map(move |a| (r, a)));
+        let expected: Vec<f64> = expected.map(|(r, a)| a * factors[r]).collect();
+        suite.check(&what, &scaled, &expected);
+        let dots = suite.operators.row_dots(&a_on, &suite.tensor(&b), width);
+        let expected: Vec<f64> =
+            (0..rows).map(|r| reference::dot(&a[row(r)], &b[row(r)])).collect();
+        suite.check_fp32(&what, &dots, &expected);
+    }
+}
+
+fn biases_follow_loads<O: Operators>(suite: &Suite<O>) {
+    let biases = [0.5, -1.0, 0.25, 0.0, 8.0];
+    let loads = suite.tensor(&[9.0, 3.0, 4.0, 5.0]);
+    let mut on_device = suite.tensor(&biases);
+    let loads = Window { flat: &loads, start: 1 };
+    suite.operators.balance(&mut on_device, loads, 1..4, 4.0, 0.125);
+    suite.check_fp32("biases", &on_device, &[0.5, -0.875, 0.25, -0.125, 8.0]);
 }
 
 const ROWS_AND_WIDTHS: [(usize, usize); 6] = [(1, 1), (3, 1), (1, 16), (4, 7), (5, 33), (2, 131)];

@@ -161,6 +161,38 @@ pub trait Operators: Clone {
         dw: WindowMut<'_, Self::Tensor>,
     );
 
+    /// As [`Operators::product`], group by group: the next `rows[g]` rows of `x` with the `g`-th matrix
+    /// `[n, k]` of `w`. `dims.r` is the sum of all rows.
+    fn grouped_product(
+        &self,
+        x: &Self::Tensor,
+        w: Window<'_, Self::Tensor>,
+        dims: ProductDims,
+        rows: &[usize],
+    ) -> Self::Tensor;
+    /// As [`Operators::product_input_gradient`], group by group.
+    fn grouped_product_input_gradient(
+        &self,
+        dy: &Self::Tensor,
+        w: Window<'_, Self::Tensor>,
+        dims: ProductDims,
+        rows: &[usize],
+    ) -> Self::Tensor;
+    /// As [`Operators::product_weight_gradient`], group by group.
+    fn grouped_product_weight_gradient(
+        &self,
+        dy: &Self::Tensor,
+        x: &Self::Tensor,
+        dims: ProductDims,
+        rows: &[usize],
+        dw: WindowMut<'_, Self::Tensor>,
+    );
+
+    /// Rows of `width`, each times its own factor.
+    fn scale_rows(&self, x: &Self::Tensor, factors: &Self::Tensor, width: usize) -> Self::Tensor;
+    /// The product of each row of `a` with the same row of `b`, in fp32.
+    fn row_dots(&self, a: &Self::Tensor, b: &Self::Tensor, width: usize) -> Self::Tensor;
+
     /// `y = x / rms(x) * scale` by rows of `width`; also the inverse root mean squares, `[r]`.
     fn rms_norm(
         &self,
@@ -240,6 +272,16 @@ pub trait Operators: Clone {
     fn add(&self, into: &mut Self::Tensor, other: &Self::Tensor);
     /// `into += other` in fp32 whatever the precision, for sums of gradients.
     fn accumulate(&self, into: &mut Self::Tensor, other: &Self::Tensor);
+    /// Moves the biases of part of a tensor by `rate`: down where the load is above `mean`, up where it
+    /// is below (DeepSeek-V3, arXiv:2412.19437, section 2.1.2); `loads` begins with that part's.
+    fn balance(
+        &self,
+        biases: &mut Self::Tensor,
+        loads: Window<'_, Self::Tensor>,
+        range: Range<usize>,
+        mean: f32,
+        rate: f32,
+    );
     /// Sum of squares of part of a tensor.
     fn square_sum(&self, tensor: &Self::Tensor, range: Range<usize>) -> f64;
     /// Updates part of the parameters and their two moments; `gradient` begins with that part's.

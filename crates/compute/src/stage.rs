@@ -1,6 +1,8 @@
 //! What one rank holds, and how it carries out the instructions of its program.
 
+mod experts;
 mod memory;
+mod routing;
 mod segments;
 mod state;
 
@@ -14,6 +16,7 @@ use units::Rank;
 
 use crate::operators::{AdamW, AttentionDims, Operators, Window};
 use crate::random;
+use routing::Routing;
 
 /// The number format of values and of the parameters they meet. Master parameters, gradients of
 /// parameters, reductions and optimizer state are fp32 in either.
@@ -56,6 +59,8 @@ pub struct Microbatch {
 struct BlockState<T> {
     parameters: Vec<Parameter>,
     elements: usize,
+    /// The elements whose gradients are such, and count in their norm.
+    counted: Vec<Range<usize>>,
     /// This rank's chunk among the ranks of the data axis.
     own: Range<usize>,
     /// The elements this rank updates: the own chunk when the optimizer is sharded, else all.
@@ -92,6 +97,8 @@ pub struct Stage<O: Operators> {
     values: BTreeMap<(u32, Value), O::Tensor>,
     saved: BTreeMap<(u32, Value), O::Tensor>,
     gradients: BTreeMap<(u32, Value), O::Tensor>,
+    /// Which experts the tokens of a microbatch visit, by microbatch and layer.
+    routings: BTreeMap<(u32, u32), Routing>,
     /// The loss is a mean over this many tokens.
     global_tokens: f64,
     optimizer: Optimizer,
@@ -154,7 +161,7 @@ impl<O: Operators> Stage<O> {
     /// What `initial` returns.
     ///
     /// # Panics
-    /// If the model is no Llama ([`Config::require_llama`]).
+    /// If the model is none that is carried out ([`Config::architecture`]).
     pub fn new<E>(
         operators: O,
         config: Config,
@@ -162,7 +169,7 @@ impl<O: Operators> Stage<O> {
         optimizer: Optimizer,
         mut initial: impl FnMut(Block, &mut [f32]) -> Result<(), E>,
     ) -> Result<Self, E> {
-        assert_eq!(config.require_llama(), Ok(()), "only Llamas are carried out yet");
+        config.architecture().unwrap_or_else(|error| panic!("{error}"));
         let mut blocks = BTreeMap::new();
         for block in &spec.blocks {
             let mut values = vec![0.0; config.block_elements(*block) as usize];
@@ -182,6 +189,7 @@ impl<O: Operators> Stage<O> {
             values: BTreeMap::new(),
             saved: BTreeMap::new(),
             gradients: BTreeMap::new(),
+            routings: BTreeMap::new(),
             global_tokens: 1.0,
             optimizer,
             updates: 0,
@@ -190,7 +198,7 @@ impl<O: Operators> Stage<O> {
         })
     }
 
-    /// Fills a block as a fresh model has it: matrices normal, norms one.
+    /// Fills a block as a fresh model has it: matrices normal, norms one, biases zero.
     pub fn fresh(config: &Config, seed: u64, block: Block, values: &mut [f32]) {
         for parameter in config.parameters(block) {
             let values = &mut values[parameter.range()];
@@ -200,7 +208,7 @@ impl<O: Operators> Stage<O> {
                     *value = INITIAL_DEVIATION * random::normal(stream, index as u64);
                 }
             } else {
-                values.fill(1.0);
+                values.fill(if parameter.role == Role::RouterBias { 0.0 } else { 1.0 });
             }
         }
     }
@@ -213,6 +221,7 @@ impl<O: Operators> Stage<O> {
         self.values.clear();
         self.saved.clear();
         self.gradients.clear();
+        self.routings.clear();
         self.share = [0.0; 2];
         self.statistics.clear();
     }
@@ -286,9 +295,16 @@ impl<O: Operators> Stage<O> {
         let state = &self.blocks[&block];
         let Reduced { tensor, start } = state.reduced.as_ref().expect("gradients are reduced");
         // Without sharding every rank holds all; each counts the chunk it would own.
-        let own = if sharded { *start..start + state.own.len() } else { state.own.clone() };
-        if self.program.is_first_replica() {
-            self.share[0] += self.operators.square_sum(tensor, own);
+        let first = if sharded { *start } else { state.own.start };
+        if !self.program.is_first_replica() {
+            return;
+        }
+        for counted in &state.counted {
+            let (from, to) = (counted.start.max(state.own.start), counted.end.min(state.own.end));
+            if from < to {
+                let range = first + from - state.own.start..first + to - state.own.start;
+                self.share[0] += self.operators.square_sum(tensor, range);
+            }
         }
     }
 
@@ -296,6 +312,7 @@ impl<O: Operators> Stage<O> {
         let first = self.program.blocks.first() == Some(&block);
         self.updates += u64::from(first);
         let settings = self.settings();
+        let balance = self.balance();
         let operators = self.operators.clone();
         let sharded = self.program.sharded;
         let state = self.state(block);
@@ -307,7 +324,12 @@ impl<O: Operators> Stage<O> {
         for parameter in &state.parameters {
             let range = parameter.range();
             let (start, end) = (range.start.max(held.start), range.end.min(held.end));
-            if start < end {
+            if start < end && parameter.role == Role::RouterBias {
+                let (mean, rate) = balance;
+                let range = start - held.start..end - held.start;
+                let loads = Window { flat: &tensor, start: first_of_held + range.start };
+                operators.balance(&mut state.master, loads, range, mean, rate);
+            } else if start < end {
                 let weight_decay = if parameter.decays() { settings.weight_decay } else { 0.0 };
                 let settings = AdamW { weight_decay, ..settings };
                 let [mean, square] = &mut state.moments;
@@ -317,6 +339,14 @@ impl<O: Operators> Stage<O> {
             }
         }
         state.gathered = (!sharded).then(|| operators.cast(&state.master));
+    }
+
+    /// The mean load of a routed expert, and how far biases move against the loads.
+    fn balance(&self) -> (f32, f32) {
+        self.config.experts.map_or((0.0, 0.0), |experts| {
+            let copies = self.global_tokens * experts.per_token as f64;
+            ((copies / experts.count as f64) as f32, experts.balance_rate)
+        })
     }
 
     fn settings(&self) -> AdamW {
@@ -350,6 +380,7 @@ impl<T> BlockState<T> {
         let master = if spec.sharded { operators.slice(&whole, own.clone()) } else { whole };
         let moments = [operators.zeros(held.len()), operators.zeros(held.len())];
         Self {
+            counted: counted(&parameters),
             parameters,
             elements,
             own,
@@ -376,6 +407,19 @@ impl<T> BlockState<T> {
         let parameter = self.parameters.iter().find(|parameter| parameter.role == role);
         parameter.expect("the block has this parameter").offset as usize
     }
+}
+
+/// The elements of all parameters but the biases of routers, in runs.
+fn counted(parameters: &[Parameter]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for parameter in parameters.iter().filter(|parameter| parameter.role != Role::RouterBias) {
+        let range = parameter.range();
+        match runs.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => runs.push(range),
+        }
+    }
+    runs
 }
 
 /// Cosines and sines of every position, `[length, head_dim / 2]`.

@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::{Activation, Experts, LatentAttention, Norm, Positions, Rotary, SlidingWindow};
+use crate::{
+    Activation, Experts, LatentAttention, Norm, Positions, Rotary, Scoring, SlidingWindow,
+};
 
 /// The dimensions of a Llama-class model, in the words of the job file.
 ///
@@ -127,11 +129,19 @@ pub enum ConfigError {
         /// Experts there are.
         count: u64,
     },
-    /// Something no Llama has, where only a Llama will do.
+    /// Groups that experts do not divide into, or more of them chosen than there are.
     #[error(
-        "`{0}` is not a Llama's; such a model is planned and simulated, but cannot be trained or stored yet"
+        "`experts.groups` = {groups} with `experts.groups_per_token` = {per_token}: groups must divide `experts.count`, hold two experts at least and together as many as a token visits, and need scoring = \"sigmoid\""
     )]
-    NotLlama(&'static str),
+    ExpertGroups {
+        /// Groups there are.
+        groups: u64,
+        /// Groups that a token's experts are chosen from.
+        per_token: u64,
+    },
+    /// Something that is not carried out yet.
+    #[error("`{0}`: such a model is planned and simulated, but cannot be trained or stored yet")]
+    Unsupported(&'static str),
     /// Rotary embedding turns pairs.
     #[error("`head_dim` = {0} is odd; rotary embedding turns pairs of components")]
     OddHead(u64),
@@ -152,12 +162,7 @@ impl Config {
         if self.positions == Positions::Rotary && !self.head_dim.is_multiple_of(2) {
             return Err(ConfigError::OddHead(self.head_dim));
         }
-        match self.experts {
-            Some(Experts { per_token, count, .. }) if per_token > count => {
-                Err(ConfigError::ExpertsPerToken { per_token, count })
-            }
-            _ => Ok(()),
-        }
+        self.experts.map_or(Ok(()), |experts| experts.check())
     }
 
     /// What must not be zero, by the key that gives it.
@@ -194,32 +199,11 @@ impl Config {
                 ("experts.per_token", experts.per_token),
                 ("experts.width", experts.width),
                 ("experts.every", u64::from(experts.every)),
+                ("experts.groups", experts.groups),
+                ("experts.groups_per_token", experts.groups_per_token),
             ]);
         }
         dimensions
-    }
-
-    /// Refuses every model but a Llama, where nothing else can be carried out yet.
-    ///
-    /// # Errors
-    /// [`ConfigError::NotLlama`] with the key that no Llama has.
-    pub fn require_llama(&self) -> Result<(), ConfigError> {
-        let differences = [
-            ("activation", self.activation != Activation::SwiGlu),
-            ("norm", self.norm != Norm::Rms),
-            ("positions", self.positions != Positions::Rotary),
-            ("biases", self.biases),
-            ("query_key_norm", self.query_key_norm),
-            ("dropout", self.dropout),
-            ("sliding_window", self.sliding_window.is_some()),
-            ("latent_attention", self.latent_attention.is_some()),
-            ("experts", self.experts.is_some()),
-            ("prediction_layers", self.prediction_layers > 0),
-        ];
-        match differences.into_iter().find(|(_, differs)| *differs) {
-            Some((key, _)) => Err(ConfigError::NotLlama(key)),
-            None => Ok(()),
-        }
     }
 
     /// The experts of `layer`; `None` where its feed-forward block is dense. The prediction layers
@@ -264,5 +248,24 @@ impl Config {
     #[must_use]
     pub fn qkv_width(&self) -> u64 {
         self.query_width() + 2 * self.kv_width()
+    }
+}
+
+impl Experts {
+    fn check(&self) -> Result<(), ConfigError> {
+        let Self { count, per_token, groups, groups_per_token, scoring, .. } = *self;
+        if per_token > count {
+            return Err(ConfigError::ExpertsPerToken { per_token, count });
+        }
+        let each = count / groups;
+        let fits = count.is_multiple_of(groups)
+            && groups_per_token <= groups
+            && per_token <= groups_per_token * each
+            && each >= 2
+            && scoring == Scoring::Sigmoid;
+        if groups > 1 && !fits {
+            return Err(ConfigError::ExpertGroups { groups, per_token: groups_per_token });
+        }
+        Ok(())
     }
 }

@@ -1,22 +1,22 @@
-//! A model's dimensions as Hugging Face transformers writes them: `config.json` of a
-//! `LlamaForCausalLM`.
+//! A model's dimensions as Hugging Face transformers writes them: `config.json` of each
+//! [`Architecture`].
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{Config, Error, Llama3Scaling, Rotary};
+use crate::{Architecture, Config, Error, Experts, Llama3Scaling, Rotary, Scoring};
 
 /// Reads the text of a `config.json`. Keys that may be left out have the defaults of transformers.
 ///
 /// # Errors
 /// [`Error::Json`] if `text` is not a JSON object; [`Error::Key`] names a key that is missing,
-/// malformed, or asks for something that is not part of a Llama; [`Error::Config`] if the
-/// dimensions contradict each other.
+/// malformed, or asks for something that is not part of the architecture here; [`Error::Config`] if
+/// the dimensions contradict each other.
 pub fn from_json(text: &str) -> Result<Config, Error> {
     let object = serde_json::from_str(text).map_err(|error| Error::Json(error.to_string()))?;
     let json = Object { name: "", object };
-    refuse_other_models(&json)?;
+    let architecture = architecture(&json)?;
     let hidden = json.required("hidden_size")?;
     let heads = json.required("num_attention_heads")?;
     let context = json.or("max_position_embeddings", 2048)?;
@@ -30,21 +30,26 @@ pub fn from_json(text: &str) -> Result<Config, Error> {
         vocabulary: json.required("vocab_size")?,
         tied_embeddings: json.or("tie_word_embeddings", false)?,
         norm_epsilon: json.or("rms_norm_eps", 1e-6)?,
-        rotary: rotary(&json)?,
+        rotary: rotary(&json, architecture)?,
         context,
+        experts: experts(&json, architecture)?,
         ..Config::default()
     };
     config.check()?;
     Ok(config)
 }
 
-/// The text of a `config.json` that transformers opens as a `LlamaForCausalLM`, which `config`
-/// must describe ([`Config::require_llama`]).
+/// The text of a `config.json` that transformers opens.
+///
+/// # Panics
+/// When the model is none that is stored ([`Config::architecture`]).
 #[must_use]
 pub fn to_json(config: &Config) -> String {
+    let architecture = config.architecture().unwrap_or_else(|error| panic!("{error}"));
+    let [class, model_type] = architecture.names();
     let json = ConfigJson {
-        architectures: ["LlamaForCausalLM"],
-        model_type: "llama",
+        architectures: [class],
+        model_type,
         hidden_act: "silu",
         attention_bias: false,
         mlp_bias: false,
@@ -62,6 +67,8 @@ pub fn to_json(config: &Config) -> String {
         rope_scaling: config.rotary.scaling.map(RopeScaling::from),
         bos_token_id: None,
         eos_token_id: None,
+        mixtral: config.experts.filter(|_| architecture == Architecture::Mixtral).map(Into::into),
+        glm4_moe: config.experts.filter(|_| architecture == Architecture::Glm4Moe).map(Into::into),
     };
     let text = serde_json::to_string_pretty(&json);
     text.unwrap_or_else(|error| panic!("numbers and fixed text always serialize: {error}")) + "\n"
@@ -91,6 +98,62 @@ struct ConfigJson {
     /// Null, since a key that is left out would mean words 1 and 2 of Llama 2's vocabulary.
     bos_token_id: Option<u64>,
     eos_token_id: Option<u64>,
+    #[serde(flatten)]
+    mixtral: Option<MixtralJson>,
+    #[serde(flatten)]
+    glm4_moe: Option<Glm4MoeJson>,
+}
+
+/// What a Mixtral has besides; its experts have the width `intermediate_size`.
+#[derive(Serialize)]
+struct MixtralJson {
+    num_local_experts: u64,
+    num_experts_per_tok: u64,
+    sliding_window: Option<u64>,
+}
+
+/// What a GLM-4 mixture of experts has besides.
+#[derive(Serialize)]
+struct Glm4MoeJson {
+    n_routed_experts: u64,
+    num_experts_per_tok: u64,
+    moe_intermediate_size: u64,
+    n_shared_experts: u64,
+    first_k_dense_replace: u32,
+    n_group: u64,
+    topk_group: u64,
+    routed_scaling_factor: f32,
+    norm_topk_prob: bool,
+    use_qk_norm: bool,
+    partial_rotary_factor: f64,
+}
+
+impl From<Experts> for MixtralJson {
+    fn from(experts: Experts) -> Self {
+        Self {
+            num_local_experts: experts.count,
+            num_experts_per_tok: experts.per_token,
+            sliding_window: None,
+        }
+    }
+}
+
+impl From<Experts> for Glm4MoeJson {
+    fn from(experts: Experts) -> Self {
+        Self {
+            n_routed_experts: experts.count,
+            num_experts_per_tok: experts.per_token,
+            moe_intermediate_size: experts.width,
+            n_shared_experts: experts.shared_width / experts.width,
+            first_k_dense_replace: experts.dense_layers,
+            n_group: experts.groups,
+            topk_group: experts.groups_per_token,
+            routed_scaling_factor: experts.scale,
+            norm_topk_prob: true,
+            use_qk_norm: false,
+            partial_rotary_factor: 1.0,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -155,12 +218,48 @@ impl Object {
     }
 }
 
-fn refuse_other_models(json: &Object) -> Result<(), Error> {
-    json.required::<String>("model_type")?;
-    json.only("model_type", "llama".to_owned())?;
+fn architecture(json: &Object) -> Result<Architecture, Error> {
+    let name = json.required::<String>("model_type")?;
+    let all = [Architecture::Llama, Architecture::Mixtral, Architecture::Glm4Moe];
+    let found = all.into_iter().find(|architecture| architecture.names()[1] == name);
     json.only("hidden_act", "silu".to_owned())?;
     json.only("attention_bias", false)?;
-    json.only("mlp_bias", false)
+    json.only("mlp_bias", false)?;
+    found.ok_or_else(|| {
+        let known: Vec<_> = all.iter().map(|architecture| architecture.names()[1]).collect();
+        json.error("model_type", format!("is {name:?}; only {} are read", known.join(", ")))
+    })
+}
+
+fn experts(json: &Object, architecture: Architecture) -> Result<Option<Experts>, Error> {
+    match architecture {
+        Architecture::Llama => Ok(None),
+        Architecture::Mixtral => {
+            if json.optional::<u64>("sliding_window")?.is_some() {
+                return Err(json.error("sliding_window", "is not carried out"));
+            }
+            Ok(Some(Experts::new(
+                json.or("num_local_experts", 8)?,
+                json.or("num_experts_per_tok", 2)?,
+                json.required("intermediate_size")?,
+            )))
+        }
+        Architecture::Glm4Moe => {
+            json.only("norm_topk_prob", true)?;
+            json.only("use_qk_norm", false)?;
+            let width = json.required("moe_intermediate_size")?;
+            let (count, visited) = ("n_routed_experts", "num_experts_per_tok");
+            Ok(Some(Experts {
+                shared_width: json.required::<u64>("n_shared_experts")? * width,
+                dense_layers: json.required("first_k_dense_replace")?,
+                scoring: Scoring::Sigmoid,
+                groups: json.or("n_group", 1)?,
+                groups_per_token: json.or("topk_group", 1)?,
+                scale: json.or("routed_scaling_factor", 1.0)?,
+                ..Experts::new(json.required(count)?, json.required(visited)?, width)
+            }))
+        }
+    }
 }
 
 fn head_dim(json: &Object, hidden: u64, heads: u64) -> Result<u64, Error> {
@@ -179,7 +278,7 @@ fn head_dim(json: &Object, hidden: u64, heads: u64) -> Result<u64, Error> {
 
 /// Version 5 of transformers writes one object `rope_parameters`; before, `rope_theta` stood at the
 /// top and the rest in `rope_scaling`, whose `rope_type` was once called `type`.
-fn rotary(json: &Object) -> Result<Rotary, Error> {
+fn rotary(json: &Object, architecture: Architecture) -> Result<Rotary, Error> {
     let (name, object) = match json.optional("rope_parameters")? {
         Some(object) => ("rope_parameters.", object),
         None => ("rope_scaling.", json.or("rope_scaling", Map::new())?),
@@ -190,6 +289,13 @@ fn rotary(json: &Object) -> Result<Rotary, Error> {
         None => json.or("rope_theta", 10_000.0)?,
     };
     rope.only("partial_rotary_factor", 1.0)?;
+    json.only("partial_rotary_factor", 1.0)?;
+    let stated = [&rope, json].iter().any(|of| of.object.contains_key("partial_rotary_factor"));
+    if architecture == Architecture::Glm4Moe && !stated {
+        return Err(
+            json.error("partial_rotary_factor", "is missing, which means 0.5; only 1 is supported")
+        );
+    }
     Ok(Rotary { theta, scaling: scaling(&rope)? })
 }
 
@@ -261,8 +367,8 @@ mod tests {
     #[test]
     fn what_is_written_reads_back_the_same() {
         let catalogue = catalogue::names().map(|name| catalogue::find(name).unwrap().clone());
-        let llamas = catalogue.filter(|config| config.require_llama().is_ok());
-        for config in llamas.chain([from_json(GOLDEN).unwrap()]) {
+        let stored = catalogue.filter(|config| config.architecture().is_ok());
+        for config in stored.chain([from_json(GOLDEN).unwrap()]) {
             assert_eq!(from_json(&to_json(&config)), Ok(config));
         }
     }
@@ -277,6 +383,33 @@ mod tests {
         assert_eq!(rotary, theirs["rope_parameters"]);
         for (key, value) in ours {
             assert_eq!(value, theirs[&key], "{key}");
+        }
+    }
+
+    #[test]
+    fn mixtures_of_experts_are_read_and_written_as_transformers_does() {
+        for theirs in [
+            include_str!("../../../golden/tiny-mixtral/config.json"),
+            include_str!("../../../golden/tiny-glm4-moe/config.json"),
+        ] {
+            let config = from_json(theirs).unwrap();
+            let experts = config.experts.unwrap();
+            assert_eq!(experts.dense_layers > 0, experts.scoring == Scoring::Sigmoid);
+            let mut ours: Map<String, Value> = serde_json::from_str(&to_json(&config)).unwrap();
+            assert_eq!(from_json(&Value::Object(ours.clone()).to_string()), Ok(config));
+            let theirs: Map<String, Value> = serde_json::from_str(theirs).unwrap();
+            let theta = ours.remove("rope_theta").unwrap();
+            assert_eq!(theta, theirs["rope_parameters"]["rope_theta"]);
+            let partial = ours.remove("partial_rotary_factor");
+            assert_eq!(partial.as_ref(), theirs["rope_parameters"].get("partial_rotary_factor"));
+            let missing: Vec<_> = ours
+                .iter()
+                .filter(|(key, value)| theirs.get(*key).unwrap_or(&Value::Null) != *value)
+                .map(|(key, _)| key.as_str())
+                .collect();
+            // Biases, which these architectures have no key for.
+            let allowed = ["attention_bias", "mlp_bias"];
+            assert!(missing.iter().all(|key| allowed.contains(key)), "{missing:?}");
         }
     }
 

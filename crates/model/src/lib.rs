@@ -14,6 +14,7 @@ mod parameters;
 mod rotary;
 mod segment;
 mod shape;
+mod stored;
 mod variants;
 mod work;
 
@@ -24,5 +25,6 @@ pub use parameters::{Block, Parameter, Role, Split};
 pub use rotary::{Llama3Scaling, Rotary};
 pub use segment::{Pass, Segment};
 pub use shape::{AttentionKernel, Shape};
-pub use variants::{Activation, Experts, LatentAttention, Norm, Positions, SlidingWindow};
+pub use stored::Architecture;
+pub use variants::{Activation, Experts, LatentAttention, Norm, Positions, Scoring, SlidingWindow};
 pub use work::Counting;

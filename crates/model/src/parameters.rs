@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Activation, Config, Experts, LatentAttention, Norm, Positions, Shape};
+use crate::{Activation, Config, Experts, LatentAttention, Norm, Positions, Scoring, Shape};
 
 /// Parameters that live in one flat buffer: the unit of sharding, gathering and reduction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -56,6 +56,9 @@ pub enum Role {
     Latent,
     /// Scores of the experts, `[experts, hidden]`.
     Router,
+    /// What is added to sigmoid scores before the choice, `[experts]`: no gradient moves it, but the
+    /// loads of the experts do.
+    RouterBias,
     /// Gate and up projections of the routed experts, `[experts, 2 width, hidden]`.
     ExpertsUp,
     /// Down projections of the routed experts, `[experts, hidden, width]`.
@@ -331,6 +334,10 @@ impl Config {
         };
         let router = [experts.count, hidden];
         entries.extend(matrix(Role::Router, "mlp.gate", router, Split::Whole, false));
+        if experts.scoring == Scoring::Sigmoid {
+            let name = "mlp.gate.e_score_correction_bias".to_owned();
+            entries.push((Role::RouterBias, name, vec![experts.count], Split::Whole));
+        }
         if experts.shared_width > 0 {
             let roles = [Role::SharedUp, Role::SharedUp, Role::SharedDown];
             let name = "mlp.shared_experts";
@@ -422,7 +429,7 @@ impl Config {
 }
 
 impl Block {
-    fn prefix(self) -> String {
+    pub(crate) fn prefix(self) -> String {
         match self {
             Self::Embedding => "model.".to_owned(),
             Self::Layer(layer) | Self::Experts(layer) => format!("model.layers.{layer}."),

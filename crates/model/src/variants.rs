@@ -54,8 +54,22 @@ pub enum Positions {
     None,
 }
 
+/// How the scores of the experts become choices and weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scoring {
+    /// The highest scores are chosen, and weighted by their softmax (Mixtral: Jiang et al. 2024,
+    /// arXiv:2401.04088, section 2.1).
+    #[default]
+    Softmax,
+    /// The highest sigmoids are chosen, each after a bias that keeps the loads of the experts even,
+    /// and weighted by their share of the sum without it (DeepSeek-V3: arXiv:2412.19437, section
+    /// 2.1.2).
+    Sigmoid,
+}
+
 /// A mixture of experts in place of the feed-forward block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Experts {
     /// Routed experts in a layer.
@@ -73,10 +87,76 @@ pub struct Experts {
     /// Of the layers after those, every how many-th has experts; 1 is all.
     #[serde(default = "one")]
     pub every: u32,
+    /// How scores become choices and weights.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub scoring: Scoring,
+    /// With sigmoids: the groups that experts are chosen from.
+    #[serde(default = "one_wide", skip_serializing_if = "is_one")]
+    pub groups: u64,
+    /// How many of the groups a token's experts are chosen from, those with the highest sums of
+    /// two scores (DeepSeek-V3's node-limited routing).
+    #[serde(default = "one_wide", skip_serializing_if = "is_one")]
+    pub groups_per_token: u64,
+    /// With sigmoids: what weights are multiplied by.
+    #[serde(default = "unscaled", skip_serializing_if = "is_unscaled")]
+    pub scale: f32,
+    /// With sigmoids: how far a bias moves in a step, down when its expert's load is above the mean
+    /// and up when it is below.
+    #[serde(default = "balance_rate", skip_serializing_if = "is_balance_rate")]
+    pub balance_rate: f32,
+}
+
+impl Experts {
+    /// So many experts of a width, of which a token visits some: Mixtral's way, in every layer.
+    #[must_use]
+    pub fn new(count: u64, per_token: u64, width: u64) -> Self {
+        Self {
+            count,
+            per_token,
+            width,
+            shared_width: 0,
+            dense_layers: 0,
+            every: 1,
+            scoring: Scoring::default(),
+            groups: 1,
+            groups_per_token: 1,
+            scale: unscaled(),
+            balance_rate: balance_rate(),
+        }
+    }
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn one() -> u32 {
     1
+}
+
+fn one_wide() -> u64 {
+    1
+}
+
+fn is_one(groups: &u64) -> bool {
+    *groups == one_wide()
+}
+
+fn unscaled() -> f32 {
+    1.0
+}
+
+fn is_unscaled(scale: &f32) -> bool {
+    *scale == unscaled()
+}
+
+/// DeepSeek-V3 (arXiv:2412.19437), section 4.2.
+fn balance_rate() -> f32 {
+    1e-3
+}
+
+fn is_balance_rate(rate: &f32) -> bool {
+    *rate == balance_rate()
 }
 
 /// Multi-head latent attention: keys and values are expanded from one narrow vector a token.

@@ -80,7 +80,7 @@ fn checked(args: &JobArgs) -> Result<Job> {
     let job = Job::read(&args.job, &args.set)?;
     job.cluster.require_local()?;
     job.cluster.device.check(job.local_precision()?)?;
-    job.model.require_llama().context("[model]")?;
+    job.model.architecture().context("[model]")?;
     job.layout.require_runnable()?;
     Ok(job)
 }

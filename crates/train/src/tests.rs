@@ -22,6 +22,7 @@ use units::Rank;
 
 use crate::*;
 
+mod experts;
 mod hybrid;
 mod recomputing;
 mod resuming;

@@ -90,7 +90,7 @@ impl Weights {
     pub fn check(&self, config: &Config) -> Result<(), Error> {
         let mut left: BTreeSet<_> = self.tensors.keys().collect();
         for block in config.blocks() {
-            for parameter in config.parameters(block) {
+            for parameter in config.stored_parameters(block) {
                 self.find(&parameter)?;
                 left.remove(&parameter.name);
             }
@@ -117,7 +117,7 @@ impl Weights {
         values: &mut [f32],
     ) -> Result<(), Error> {
         assert_eq!(values.len() as u64, config.block_elements(block), "{block}");
-        for parameter in config.parameters(block) {
+        for parameter in config.stored_parameters(block) {
             let (file, tensor) = self.find(&parameter)?;
             file.read(tensor, &mut values[parameter.range()])?;
         }

@@ -87,7 +87,7 @@ impl<'a> Writer<'a> {
         for (block, values) in blocks {
             let expected = self.config.block_elements(*block);
             assert_eq!(values.len() as u64, expected, "{block}");
-            for parameter in self.config.parameters(*block) {
+            for parameter in self.config.stored_parameters(*block) {
                 let values = &values[parameter.range()];
                 parameters.push((parameter, values));
             }
@@ -114,8 +114,10 @@ impl<'a> Writer<'a> {
     /// If the shards do not hold every block of the model exactly once.
     pub fn write_index(&self, shards: &[Vec<Block>]) -> Result<(), Error> {
         let mut blocks = shards.concat();
+        let mut expected: Vec<Block> = self.config.blocks().collect();
         blocks.sort();
-        assert!(self.config.blocks().eq(blocks), "{shards:?}");
+        expected.sort();
+        assert_eq!(blocks, expected, "{shards:?}");
         let index = self.index(shards);
         let path = self.folder.join(INDEX);
         atomic::write(&path, |file| Ok(serde_json::to_writer_pretty(file, &index)?))?;
@@ -140,7 +142,7 @@ impl<'a> Writer<'a> {
     fn index(&self, shards: &[Vec<Block>]) -> Index {
         let mut weight_map = BTreeMap::new();
         for (shard, blocks) in shards.iter().enumerate() {
-            for parameter in blocks.iter().flat_map(|block| self.config.parameters(*block)) {
+            for parameter in blocks.iter().flat_map(|block| self.config.stored_parameters(*block)) {
                 weight_map.insert(parameter.name, shard_name(shard, shards.len()));
             }
         }

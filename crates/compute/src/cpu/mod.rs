@@ -62,6 +62,14 @@ fn at_mut(window: WindowMut<'_, Tensor>, elements: usize) -> &mut [f32] {
     &mut window.flat.values_mut()[window.start..window.start + elements]
 }
 
+/// Where each group's rows are, one group after the other.
+fn ranges(rows: &[usize]) -> impl Iterator<Item = Range<usize>> {
+    rows.iter().scan(0, |next, rows| {
+        *next += rows;
+        Some(*next - rows..*next)
+    })
+}
+
 impl Operators for Cpu {
     type Tensor = Tensor;
 
@@ -151,6 +159,87 @@ impl Operators for Cpu {
         let accumulate = !dw.fresh;
         let dw = MatrixMut::rows(at_mut(dw, n * k), n, k);
         multiply(dy, Matrix::rows(x.values(), r, k), 1.0, dw, accumulate, self.threads);
+    }
+
+    fn grouped_product(
+        &self,
+        x: &Tensor,
+        w: Window<'_, Tensor>,
+        dims: ProductDims,
+        rows: &[usize],
+    ) -> Tensor {
+        let ProductDims { r, k, n } = dims;
+        let (x, w) = (x.values(), at(&w, rows.len() * n * k));
+        self.written(r * n, |y| {
+            for (group, range) in ranges(rows).enumerate() {
+                let x = Matrix::rows(&x[range.start * k..range.end * k], range.len(), k);
+                let w = Matrix::rows(&w[group * n * k..], n, k).transposed();
+                let y = &mut y[range.start * n..range.end * n];
+                multiply(x, w, 1.0, MatrixMut::rows(y, range.len(), n), false, self.threads);
+            }
+        })
+    }
+
+    fn grouped_product_input_gradient(
+        &self,
+        dy: &Tensor,
+        w: Window<'_, Tensor>,
+        dims: ProductDims,
+        rows: &[usize],
+    ) -> Tensor {
+        let ProductDims { r, k, n } = dims;
+        let (dy, w) = (dy.values(), at(&w, rows.len() * n * k));
+        self.written(r * k, |dx| {
+            for (group, range) in ranges(rows).enumerate() {
+                let dy = Matrix::rows(&dy[range.start * n..range.end * n], range.len(), n);
+                let w = Matrix::rows(&w[group * n * k..], n, k);
+                let dx = &mut dx[range.start * k..range.end * k];
+                multiply(dy, w, 1.0, MatrixMut::rows(dx, range.len(), k), false, self.threads);
+            }
+        })
+    }
+
+    fn grouped_product_weight_gradient(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        dims: ProductDims,
+        rows: &[usize],
+        dw: WindowMut<'_, Tensor>,
+    ) {
+        let ProductDims { k, n, .. } = dims;
+        let (dy, x, accumulate) = (dy.values(), x.values(), !dw.fresh);
+        let dw = at_mut(dw, rows.len() * n * k).chunks_exact_mut(n * k);
+        for (dw, range) in dw.zip(ranges(rows)) {
+            if range.is_empty() {
+                // The product of nothing leaves what is there.
+                if !accumulate {
+                    dw.fill(0.0);
+                }
+                continue;
+            }
+            let dy = Matrix::rows(&dy[range.start * n..range.end * n], range.len(), n).transposed();
+            let x = Matrix::rows(&x[range.start * k..range.end * k], range.len(), k);
+            multiply(dy, x, 1.0, MatrixMut::rows(dw, n, k), accumulate, self.threads);
+        }
+    }
+
+    fn scale_rows(&self, x: &Tensor, factors: &Tensor, width: usize) -> Tensor {
+        let rows = x.values().chunks_exact(width).zip(factors.values());
+        self.written(x.values().len(), |y| {
+            for ((x, factor), y) in rows.zip(y.chunks_exact_mut(width)) {
+                y.iter_mut().zip(x).for_each(|(y, x)| *y = factor * x);
+            }
+        })
+    }
+
+    fn row_dots(&self, a: &Tensor, b: &Tensor, width: usize) -> Tensor {
+        let rows = a.values().chunks_exact(width).zip(b.values().chunks_exact(width));
+        let mut dots = self.uninitialised(rows.len());
+        for ((a, b), dot) in rows.zip(dots.values_mut()) {
+            *dot = kernels::dot(a, b);
+        }
+        dots
     }
 
     fn rms_norm(
@@ -288,6 +377,22 @@ impl Operators for Cpu {
 
     fn accumulate(&self, into: &mut Tensor, other: &Tensor) {
         kernels::add(into.values_mut(), other.values());
+    }
+
+    fn balance(
+        &self,
+        biases: &mut Tensor,
+        loads: Window<'_, Tensor>,
+        range: Range<usize>,
+        mean: f32,
+        rate: f32,
+    ) {
+        let loads = at(&loads, range.len());
+        for (bias, load) in biases.values_mut()[range].iter_mut().zip(loads) {
+            if *load != mean {
+                *bias += rate * (mean - load).signum();
+            }
+        }
     }
 
     fn square_sum(&self, tensor: &Tensor, range: Range<usize>) -> f64 {

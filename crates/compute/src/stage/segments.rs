@@ -1,4 +1,4 @@
-//! The segments of a Llama in terms of operators, forward and backward.
+//! The segments of a model in terms of operators, forward and backward.
 //!
 //! Forward leaves in `values` what the next segment or the backward pass reads, and in `saved`
 //! what only the segment's own backward needs. Backward takes the gradient of the segment's
@@ -14,8 +14,8 @@ impl<O: Operators> Stage<O> {
     pub(super) fn compute(&mut self, segment: Segment, pass: Pass, layer: u32, microbatch: u32) {
         match pass {
             Pass::Forward => self.forward(segment, layer, microbatch),
-            Pass::Recompute if segment == Segment::FeedForward => {
-                self.feed_forward_again(layer, microbatch);
+            Pass::Recompute if is_feed_forward(segment) => {
+                self.feed_forward_again(segment, layer, microbatch);
             }
             Pass::Recompute => self.forward(segment, layer, microbatch),
             Pass::Backward => self.backward(segment, layer, microbatch),
@@ -58,7 +58,12 @@ impl<O: Operators> Stage<O> {
                 self.operators.add(&mut delta, &self.values[&(mb, stream)]);
                 self.values.insert((mb, sum), delta);
             }
-            Segment::FeedForward => self.feed_forward(layer, mb),
+            Segment::FeedForward | Segment::SharedExperts => {
+                self.feed_forward(segment, layer, mb);
+            }
+            Segment::Route | Segment::Dispatch | Segment::Experts | Segment::Combine => {
+                self.experts_forward(segment, layer, mb);
+            }
             Segment::Logits => {
                 let logits = self.product((mb, Value::FinalNormed(layer)), segment, layer);
                 self.values.insert((mb, Value::Logits(layer)), logits);
@@ -80,23 +85,23 @@ impl<O: Operators> Stage<O> {
         self.saved.insert((mb, output), inverse);
     }
 
-    fn feed_forward(&mut self, layer: u32, mb: u32) {
+    fn feed_forward(&mut self, segment: Segment, layer: u32, mb: u32) {
         let input = (mb, Value::FeedForwardNormed(layer));
-        let gate_up = self.product(input, Segment::FeedForward, layer);
-        let width = self.config.feed_forward as usize;
-        let inner = self.operators.swiglu(&gate_up, width);
-        let w = self.window(Block::Layer(layer), Role::Down);
-        let delta = self.operators.product(&inner, w, self.down_dims());
-        let output = (mb, Value::FeedForwardDelta(layer));
+        let gate_up = self.product(input, segment, layer);
+        let dims = self.down_dims(segment);
+        let inner = self.operators.swiglu(&gate_up, dims.k);
+        let w = self.window(Block::Layer(layer), down(segment));
+        let delta = self.operators.product(&inner, w, dims);
+        let output = (mb, Value::of(segment, layer).1);
         self.values.insert(output, delta);
         self.saved.insert(output, gate_up);
     }
 
     /// Nothing reads the delta a second time; the gate and up products are all that is missed.
-    fn feed_forward_again(&mut self, layer: u32, mb: u32) {
+    fn feed_forward_again(&mut self, segment: Segment, layer: u32, mb: u32) {
         let input = (mb, Value::FeedForwardNormed(layer));
-        let gate_up = self.product(input, Segment::FeedForward, layer);
-        self.saved.insert((mb, Value::FeedForwardDelta(layer)), gate_up);
+        let gate_up = self.product(input, segment, layer);
+        self.saved.insert((mb, Value::of(segment, layer).1), gate_up);
     }
 
     fn loss_forward(&mut self, layer: u32, mb: u32) {
@@ -127,7 +132,12 @@ impl<O: Operators> Stage<O> {
                 self.gradients.insert((mb, stream), gradient.clone());
                 self.gradients.insert((mb, delta), gradient);
             }
-            Segment::FeedForward => self.feed_forward_backward(layer, mb),
+            Segment::FeedForward | Segment::SharedExperts => {
+                self.feed_forward_backward(segment, layer, mb);
+            }
+            Segment::Route | Segment::Dispatch | Segment::Experts | Segment::Combine => {
+                self.experts_backward(segment, layer, mb);
+            }
             Segment::Project => {
                 let dy = take(&mut self.gradients, (mb, Value::AttentionDelta(layer)));
                 // The weighted values stay: the attention's own backward needs them.
@@ -176,19 +186,23 @@ impl<O: Operators> Stage<O> {
         self.gradients.insert((mb, input), dx);
     }
 
-    fn feed_forward_backward(&mut self, layer: u32, mb: u32) {
-        let dy = take(&mut self.gradients, (mb, Value::FeedForwardDelta(layer)));
-        let gate_up = take(&mut self.saved, (mb, Value::FeedForwardDelta(layer)));
-        let (width, dims) = (self.config.feed_forward as usize, self.down_dims());
-        let w = self.window(Block::Layer(layer), Role::Down);
+    fn feed_forward_backward(&mut self, segment: Segment, layer: u32, mb: u32) {
+        let output = (mb, Value::of(segment, layer).1);
+        let dy = take(&mut self.gradients, output);
+        let gate_up = take(&mut self.saved, output);
+        let dims = self.down_dims(segment);
+        let w = self.window(Block::Layer(layer), down(segment));
         let dinner = self.operators.product_input_gradient(&dy, w, dims);
-        let inner = self.operators.swiglu(&gate_up, width);
-        let (operators, dw) = self.gradient(Block::Layer(layer), Role::Down);
+        let inner = self.operators.swiglu(&gate_up, dims.k);
+        let (operators, dw) = self.gradient(Block::Layer(layer), down(segment));
         operators.product_weight_gradient(&dy, &inner, dims, dw);
         drop(inner);
-        let dgate_up = self.operators.swiglu_backward(&dinner, &gate_up, width);
+        let dgate_up = self.operators.swiglu_backward(&dinner, &gate_up, dims.k);
         let input = (mb, Value::FeedForwardNormed(layer));
-        self.product_backward(&dgate_up, input, Segment::FeedForward, layer);
+        // Routed experts read the same input, and come after.
+        let x = (segment == Segment::SharedExperts).then(|| self.values[&input].clone());
+        self.product_backward(&dgate_up, input, segment, layer);
+        self.values.extend(x.map(|x| (input, x)));
     }
 
     /// The product at the start of `segment`: of the value at `input` with the segment's weights.
@@ -225,6 +239,9 @@ impl<O: Operators> Stage<O> {
                 (block, Role::Output, dims(self.config.query_width() as usize, self.config.hidden))
             }
             Segment::FeedForward => (block, Role::Gate, dims(hidden, 2 * self.config.feed_forward)),
+            Segment::SharedExperts => {
+                (block, Role::SharedUp, dims(hidden, 2 * self.feed_forward_width(segment)))
+            }
             Segment::Logits if self.config.tied_embeddings => {
                 (Block::Embedding, Role::Embedding, dims(hidden, self.config.vocabulary))
             }
@@ -233,9 +250,16 @@ impl<O: Operators> Stage<O> {
         }
     }
 
-    fn down_dims(&self) -> ProductDims {
-        let (k, n) = (self.config.feed_forward as usize, self.config.hidden as usize);
+    fn down_dims(&self, segment: Segment) -> ProductDims {
+        let (k, n) = (self.feed_forward_width(segment) as usize, self.config.hidden as usize);
         ProductDims { r: self.program.tokens, k, n }
+    }
+
+    fn feed_forward_width(&self, segment: Segment) -> u64 {
+        match self.config.experts {
+            Some(experts) if segment == Segment::SharedExperts => experts.shared_width,
+            _ => self.config.feed_forward,
+        }
     }
 
     fn rotate(&self, qkv: &mut O::Tensor, inverse: bool) {
@@ -249,13 +273,13 @@ impl<O: Operators> Stage<O> {
         gathered.expect("the program gathers a block before it is used")
     }
 
-    fn window(&self, block: Block, role: Role) -> Window<'_, O::Tensor> {
+    pub(super) fn window(&self, block: Block, role: Role) -> Window<'_, O::Tensor> {
         let start = self.blocks[&block].offset(role);
         Window { flat: self.weights(block), start }
     }
 
     /// Where the gradient of a parameter is summed; fresh before the first microbatch.
-    fn gradient(&mut self, block: Block, role: Role) -> (O, WindowMut<'_, O::Tensor>) {
+    pub(super) fn gradient(&mut self, block: Block, role: Role) -> (O, WindowMut<'_, O::Tensor>) {
         let operators = self.operators.clone();
         let state: &mut BlockState<O::Tensor> = self.state(block);
         let start = state.offset(role);
@@ -272,8 +296,17 @@ impl<O: Operators> Stage<O> {
     }
 }
 
-fn take<K: Ord, T>(from: &mut std::collections::BTreeMap<K, T>, key: K) -> T {
+pub(super) fn take<K: Ord, T>(from: &mut std::collections::BTreeMap<K, T>, key: K) -> T {
     from.remove(&key).expect("the verifier has seen this value written")
+}
+
+fn is_feed_forward(segment: Segment) -> bool {
+    matches!(segment, Segment::FeedForward | Segment::SharedExperts)
+}
+
+/// The second product of a feed-forward block.
+fn down(segment: Segment) -> Role {
+    if segment == Segment::SharedExperts { Role::SharedDown } else { Role::Down }
 }
 
 /// A norm's input, output and scale.

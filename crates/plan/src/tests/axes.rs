@@ -124,12 +124,9 @@ fn state_is_shared_out_within_replicas() {
 #[test]
 fn experts_go_where_their_tokens_are_sent() {
     let experts = |shared_width, dense_layers| Experts {
-        count: 8,
-        per_token: 2,
-        width: 8,
         shared_width,
         dense_layers,
-        every: 1,
+        ..Experts::new(8, 2, 8)
     };
     product!(tensor in [1, 2], expert_tensor in [1, 2], context in [1, 2], data in [1, 2],
         expert in [1, 2, 4], shared_width in [0, 16], prediction_layers in [0, 2],
