@@ -10,7 +10,6 @@ every parameter held near the group's starting value (a ridge), so that what the
 where physics and the neighbouring generation put it.
 """
 import csv, json, math, pathlib, subprocess, sys, tempfile, tomllib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -46,43 +45,69 @@ def fit_rows(group):
             if row["set"] == "fit" and row["software"] in group["software"] and row["accelerator"] in group["accelerators"]]
 
 
-def thinned(group):
-    """Of rows that differ in size alone, the smallest and the largest: a curve's ends say what its middle
-    would, in a fraction of the time."""
-    rows = fit_rows(group)
-    curves = {}
+RESULTS = ("id", "table", "software", "step_time_s", "mfu_percent", "memory_gib", "note")
+
+
+def distinct(rows):
+    """One row for each configuration, and how often and with what mean logarithm it was measured."""
+    same = {}
     for row in rows:
-        same = ("software", "accelerator", "model", "layers", "hidden", "heads", "precision", "micro_batch", "tensor",
-                "context", "pipeline", "virtual_stages", "expert", "shard", "recompute", "sequence", "options")
-        curves.setdefault(tuple(row[key] for key in same), []).append(row)
-    chosen = []
-    for curve in curves.values():
-        curve.sort(key=lambda row: (int(row["accelerators"]), int(row["global_batch"] or 0)))
-        chosen += [curve[0]] if len(curve) == 1 else [curve[0], curve[-1]]
-    return chosen
+        same.setdefault(tuple(value for key, value in row.items() if key not in RESULTS), []).append(row)
+    return [(repeats[0], math.sqrt(len(repeats)), np.mean([measured(row) for row in repeats])) for repeats in same.values()]
 
 
-def evaluate(group, which="fit", rows=None):
-    """Predicted over measured of the group's rows."""
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+def measured(row):
+    """The logarithm of the step time, or of what is inverse to it."""
+    return math.log(float(row["step_time_s"])) if row["step_time_s"] else -math.log(float(row["mfu_percent"]))
+
+
+def shortened(row):
+    """Two rows with few microbatches, and the weights that make their step times the row's: once a
+    pipeline is full, each further microbatch takes as long as the one before."""
+    ranks = math.prod(int(row[key] or 1) for key in ("tensor", "context", "pipeline"))
+    data = int(row["accelerators"]) // ranks
+    each = data * int(row["micro_batch"] or 1)
+    count, stages = int(row["global_batch"] or 0) // each, int(row["pipeline"] or 1)
+    few, more = 2 * stages, 4 * stages
+    if not row["step_time_s"] or count <= few + more:
+        return [(row, 1.0)]
+    share = (count - few) / (more - few)
+    short = lambda microbatches: {**row, "id": f"{row['id']}-{microbatches}", "global_batch": microbatches * each}
+    return [(short(few), 1 - share), (short(more), share)]
+
+
+def evaluate(groups, which="fit", rows=None):
+    """For each of the groups, which differ in parameters alone, the answers by row."""
+    files = [tempfile.NamedTemporaryFile("w", suffix=".toml") for _ in groups]
+    command = [BINARY, "validate", "--json", "--set", which]
+    for file, group in zip(files, groups):
         file.write(entry(group))
         file.flush()
-        command = [BINARY, "validate", "--calibration", file.name, "--json", "--set", which]
-        command += ["--rows", rows] if rows else []
-        for name in group["software"]:
-            command += ["--software", name]
-        for name in group["accelerators"]:
-            command += ["--accelerator", name]
-        out = subprocess.run(command, capture_output=True, text=True)
+        command += ["--calibration", file.name]
+    command += ["--rows", rows] if rows else []
+    for name in groups[0]["software"]:
+        command += ["--software", name]
+    for name in groups[0]["accelerators"]:
+        command += ["--accelerator", name]
+    out = subprocess.run(command, capture_output=True, text=True)
     if out.returncode not in (0, 1) or not out.stdout:
         sys.exit(out.stderr)
-    rows = json.loads(out.stdout)["rows"]
-    return [row for row in rows if row.get("quantity") in ("step_time", "mfu") and row.get("predicted")]
+    decoder, text, reports = json.JSONDecoder(), out.stdout, []
+    while text.strip():
+        report, end = decoder.raw_decode(text)
+        reports.append({row["id"]: row for row in report["rows"] if row.get("predicted")})
+        text = text[end:].lstrip()
+    return reports
 
 
 def ratio(row):
     r = row["predicted"] / row["measured"]
     return 1 / r if row["quantity"] == "mfu" else r
+
+
+def time_of(row):
+    """As `measured`, of an answer."""
+    return row["predicted"] if row["quantity"] == "step_time" else 1 / row["predicted"]
 
 
 def place(group, key):
@@ -92,12 +117,12 @@ def place(group, key):
 def fit(group):
     free = group["free"]
     table = tempfile.NamedTemporaryFile("w", suffix=".csv")
-    chosen = thinned(group) if group.get("slow") else fit_rows(group)
-    if not chosen:
+    targets = [(shortened(row), weight, target) for row, weight, target in distinct(fit_rows(group))]
+    if not targets:
         return group
-    writer = csv.DictWriter(table, chosen[0].keys())
+    writer = csv.DictWriter(table, targets[0][0][0][0].keys())
     writer.writeheader()
-    writer.writerows(chosen)
+    writer.writerows(row for short, _, _ in targets for row, _ in short)
     table.flush()
     start = np.log([place(group, key)[key] for key in free])
 
@@ -107,28 +132,31 @@ def fit(group):
             place(trial, key)[key] = float(value)
         return trial
 
-    def residuals(x):
-        rows = evaluate(at(x), rows=table.name)
-        errors = [math.log(ratio(row)) for row in rows]
-        return np.concatenate([errors, ERROR / MOVES * (x - start)])
+    def residuals(xs):
+        reports = evaluate([at(x) for x in xs], rows=table.name)
+        return [np.concatenate([errors(report), ERROR / MOVES * (x - start)]) for x, report in zip(xs, reports)]
+
+    def errors(report):
+        known = [target for target in targets if all(row["id"] in report for row, _ in target[0])]
+        return [weight * (math.log(sum(share * time_of(report[row["id"]]) for row, share in short)) - target)
+                for short, weight, target in known]
 
     def jacobian(x):
-        base = residuals(x)
-        with ThreadPoolExecutor(2) as pool:
-            moved = list(pool.map(lambda i: residuals(x + 0.02 * np.eye(len(x))[i]), range(len(x))))
+        base, *moved = residuals([x] + [x + 0.02 * np.eye(len(x))[i] for i in range(len(x))])
         return np.stack([(m - base) / 0.02 for m in moved], axis=1)
 
     # Shares of what the hardware can do stay below it.
     above = np.array([math.log(LIMITS[key]) if key in LIMITS else 10.0 for key in free])
     start = np.minimum(start, above - 0.01)
-    found = least_squares(residuals, start, jacobian, bounds=(-30.0, above), loss="soft_l1",
+    found = least_squares(lambda x: residuals([x])[0], start, jacobian, bounds=(-30.0, above), loss="soft_l1",
                           f_scale=0.05, max_nfev=int(group.get("rounds", 30)), xtol=1e-3, ftol=3e-4)
     group = at(found.x)
     for which in ("fit", "held-out"):
-        errors = sorted(abs(ratio(row) - 1) * 100 for row in evaluate(group, which))
-        if errors:
-            print(f"{'/'.join(group['software'])} on {'/'.join(group['accelerators'])}, {which}: {len(errors)} rows,"
-                  f" median {errors[len(errors) // 2]:.2f} %, mean {sum(errors) / len(errors):.2f} %, worst {errors[-1]:.1f} %")
+        errors_of = sorted(abs(ratio(row) - 1) * 100 for row in evaluate([group], which)[0].values())
+        if errors_of:
+            print(f"{'/'.join(group['software'])} on {'/'.join(group['accelerators'])}, {which}: {len(errors_of)} rows,"
+                  f" median {errors_of[len(errors_of) // 2]:.2f} %, mean {sum(errors_of) / len(errors_of):.2f} %,"
+                  f" worst {errors_of[-1]:.1f} %", flush=True)
     return group
 
 
@@ -139,6 +167,8 @@ def identity(group):
 def parameters(plan, group, known):
     """The group with the parameters it starts from: those fitted last, or the common ones."""
     tables = {table: dict(plan["start"][table]) for table in ("kernels", "traffic")}
+    for table in tables:
+        tables[table].update((key, value) for key, value in group.get("start", {}).items() if key in tables[table])
     for old in known:
         if identity(old) == identity(group):
             for table in tables:

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use program::{Program, Trace};
 use report::{Communicators, Summary, chakra, perfetto};
-use sim::device::{Calibrated, Calibration};
+use sim::device::{Calibrated, Calibration, Habits};
 use sim::step::Step;
 use sim::{Roofline, World, simulate as run};
 use units::{Rank, Seconds};
@@ -93,7 +93,7 @@ fn predict(
         Some(calibration) => {
             let Roofline { cluster, precision, .. } = roofline;
             let mut costs = Calibrated::new(program, cluster, *precision, calibration)?;
-            costs.tensor_overlap = true;
+            costs.habits = Habits { tensor_overlap: true, ..Habits::default() };
             (Step::new(program, &costs)?, calibration.traffic.step)
         }
     };

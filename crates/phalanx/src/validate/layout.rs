@@ -22,6 +22,9 @@ pub fn layout(row: &Row, config: &Config, batch: &Batch) -> Answer<Layout> {
     if row.has("offload") {
         return because("activations are offloaded to the host");
     }
+    if row.has("regression") {
+        return because("the source calls it a regression of a library, mended in the next release");
+    }
     let is = |names: &[&str]| names.iter().any(|name| row.software.starts_with(name));
     let exposed = is(&EXPOSED) || row.has("no-overlap");
     let timing = if exposed { Timing::Exposed } else { Timing::Overlapped };
@@ -101,6 +104,13 @@ fn stage_layers(row: &Row, config: &Config) -> Option<Vec<u32>> {
     }
     if layers.is_multiple_of(stages) {
         return None;
+    }
+    // Recipes of DeepSeek-V3 and its kin: the head, and the prediction layer with its own head, in
+    // the place of three layers (Megatron-Bridge, recipes/deepseek/deepseek_v3.py, 2026-06).
+    if config.latent_attention.is_some() && (layers + 3).is_multiple_of(stages) {
+        let each = (layers + 3) / stages;
+        let last = |stage| if stage + 1 == stages { each.saturating_sub(3) } else { each };
+        return Some((0..stages).map(last).collect());
     }
     let (each, more) = (layers / stages, layers % stages);
     Some((0..stages).map(|stage| each + u32::from(stage < more)).collect())

@@ -10,6 +10,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
 use sim::device::Calibration;
 
 use row::{Row, Set};
@@ -22,9 +24,10 @@ pub struct ValidateArgs {
     /// Rows of published steps, in the form of measured/steps.csv; the built-in ones unless given
     #[arg(long, value_name = "FILE")]
     rows: Option<PathBuf>,
-    /// Calibrated parameters, in the form of measured/calibration.toml
+    /// Calibrated parameters, in the form of measured/calibration.toml; of several files, each has
+    /// its own report
     #[arg(long, value_name = "FILE")]
-    calibration: Option<PathBuf>,
+    calibration: Vec<PathBuf>,
     /// Only rows of this software; may be repeated
     #[arg(long)]
     software: Vec<String>,
@@ -47,38 +50,59 @@ pub struct ValidateArgs {
 
 /// Prints the error by source, family and quantity; fails when an error has grown.
 pub fn validate(args: &ValidateArgs) -> Result<()> {
-    let calibrations = match &args.calibration {
-        None => Calibration::built_in(),
-        Some(path) => {
-            let text = std::fs::read_to_string(path)
-                .with_context(|| format!("cannot read {}", path.display()))?;
-            Calibration::parse(&text).with_context(|| path.display().to_string())?
-        }
-    };
+    let files = args.calibrations()?;
     let rows = row::rows(args.rows.as_deref())?;
-    let chosen = rows.iter().filter(|row| args.chooses(row));
-    let answers: Vec<Answer> =
-        chosen.map(|row| Answer::new(row, &predict::predict(row, &calibrations))).collect();
-    let report = Report::new(answers);
-    if args.record {
-        std::fs::write(ACCURACY, report.accuracy()?)
-            .with_context(|| format!("cannot write {ACCURACY}"))?;
-    }
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{}", report.text(args.each));
-    }
-    if args.is_whole() && !args.record { report.hold() } else { Ok(()) }
+    let chosen: Vec<&Row> = rows.iter().filter(|row| args.chooses(row)).collect();
+    let bar = ProgressBar::new(chosen.len() as u64).with_style(style()?);
+    let predict = |row: &&Row| {
+        let predictions = predict::predict(row, &files);
+        bar.inc(1);
+        predictions.iter().map(|prediction| Answer::new(row, prediction)).collect()
+    };
+    let answers: Vec<Vec<Answer>> = chosen.par_iter().map(predict).collect();
+    bar.finish_and_clear();
+    let of_file = |file: usize| answers.iter().map(|each| each[file].clone()).collect();
+    let reports: Vec<Report> = (0..files.len()).map(|file| Report::new(of_file(file))).collect();
+    reports.iter().try_for_each(|report| args.show(report))
+}
+
+fn style() -> Result<ProgressStyle> {
+    Ok(ProgressStyle::with_template("{bar:30} {pos}/{len} rows, {eta} left")?)
 }
 
 /// Where errors are recorded, seen from the project's folder.
 const ACCURACY: &str = "measured/accuracy.json";
 
 impl ValidateArgs {
+    /// The calibrations of each file, or the built-in ones.
+    fn calibrations(&self) -> Result<Vec<Vec<Calibration>>> {
+        let read = |path: &PathBuf| {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("cannot read {}", path.display()))?;
+            Calibration::parse(&text).with_context(|| path.display().to_string())
+        };
+        if self.calibration.is_empty() {
+            return Ok(vec![Calibration::built_in()]);
+        }
+        self.calibration.iter().map(read).collect()
+    }
+
+    fn show(&self, report: &Report) -> Result<()> {
+        if self.record {
+            std::fs::write(ACCURACY, report.accuracy()?)
+                .with_context(|| format!("cannot write {ACCURACY}"))?;
+        }
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(report)?);
+        } else {
+            print!("{}", report.text(self.each));
+        }
+        if self.is_whole() && !self.record { report.hold() } else { Ok(()) }
+    }
+
     /// Whether all built-in rows are predicted with the built-in parameters.
     fn is_whole(&self) -> bool {
-        let chosen = self.rows.is_some() || self.calibration.is_some() || self.set.is_some();
+        let chosen = self.rows.is_some() || !self.calibration.is_empty() || self.set.is_some();
         !chosen && self.software.is_empty() && self.accelerator.is_empty()
     }
 

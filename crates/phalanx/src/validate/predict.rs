@@ -5,7 +5,7 @@ use model::{Config, Counting};
 use plan::{Batch, Layout, lower};
 use program::Program;
 use serde::Serialize;
-use sim::device::{Calibrated, Calibration};
+use sim::device::{Calibrated, Calibration, Graphs, Habits};
 use sim::step::Step;
 use units::Seconds;
 
@@ -41,19 +41,20 @@ pub fn stated<T>(value: Option<T>, what: &str) -> Answer<T> {
     value.map_or_else(|| because(format!("the source does not state the {what}")), Ok)
 }
 
-/// Predicts a row with the calibration of its software.
-pub fn predict(row: &Row, calibrations: &[Calibration]) -> Answer<Prediction> {
-    let job = Described::new(row)?;
-    let software = Some(row.software.as_str());
-    let calibration =
-        Calibration::find(calibrations, software, &row.accelerator).or_else(because)?;
-    let program = lower(&job.config, &job.layout, &job.batch).or_else(because)?;
-    let step_time = job.step_time(row, &program, calibration)?;
-    let memory_gib = peak_gib(row, &job.config, &job.layout, &job.batch);
-    Ok(Prediction { step_time, mfu_percent: job.mfu_percent(row, step_time), memory_gib })
+/// Predicts a row with the calibration of its software, found in each of `files`. The row is
+/// lowered once for all.
+pub fn predict(row: &Row, files: &[Vec<Calibration>]) -> Vec<Answer<Prediction>> {
+    let job = Described::new(row);
+    let program = job.clone().and_then(|job| job.lower());
+    let predict = |calibrations: &Vec<Calibration>| {
+        let (job, program) = (job.as_ref(), program.as_ref());
+        job.map_err(Clone::clone)?.predict(row, program.map_err(Clone::clone)?, calibrations)
+    };
+    files.iter().map(predict).collect()
 }
 
 /// The job that a row describes.
+#[derive(Debug, Clone)]
 struct Described {
     config: Config,
     cluster: Cluster,
@@ -74,10 +75,22 @@ impl Described {
         Ok(Self { config, cluster: cluster(row)?, layout, batch, precision })
     }
 
+    fn lower(&self) -> Answer<Program> {
+        lower(&self.config, &self.layout, &self.batch).or_else(because)
+    }
+
+    fn predict(&self, row: &Row, program: &Program, among: &[Calibration]) -> Answer<Prediction> {
+        let software = Some(row.software.as_str());
+        let calibration = Calibration::find(among, software, &row.accelerator).or_else(because)?;
+        let step_time = self.step_time(row, program, calibration)?;
+        let memory_gib = peak_gib(row, &self.config, &self.layout, &self.batch);
+        Ok(Prediction { step_time, mfu_percent: self.mfu_percent(row, step_time), memory_gib })
+    }
+
     fn step_time(&self, row: &Row, program: &Program, by: &Calibration) -> Answer<Seconds> {
         let mut costs =
             Calibrated::new(program, &self.cluster, self.precision, by).or_else(because)?;
-        costs.tensor_overlap = row.has("tensor-overlap");
+        costs.habits = habits(row);
         let times = Step::new(program, &costs).and_then(|step| step.run()).or_else(because)?;
         Ok(times.step_time + by.traffic.step)
     }
@@ -152,6 +165,23 @@ fn dense(config: &mut Config, row: &Row) {
     ];
     for (dimension, given) in dimensions {
         *dimension = given.unwrap_or(*dimension);
+    }
+}
+
+fn habits(row: &Row) -> Habits {
+    let graphs = match () {
+        () if row.has("graphs-whole") => Graphs::Whole,
+        () if row.has("graphs-layers") => Graphs::Layers,
+        () if row.has("graphs-router") => Graphs::Router,
+        () => Graphs::None,
+    };
+    Habits {
+        tensor_overlap: row.has("tensor-overlap"),
+        expert_overlap: row.has("expert-overlap"),
+        fused_dispatch: row.has("fused-dispatch"),
+        fused_experts: row.has("fused-experts"),
+        attention_eight: row.has("fp8-attention"),
+        graphs,
     }
 }
 

@@ -2,12 +2,12 @@
 
 use cluster::{Cluster, Precision};
 use collective::Kind;
-use model::{Pass, Segment};
+use model::{Operator, Pass, Segment};
 use program::{Axis, Buffer, Instruction, Program, Transfer};
 use units::{Bytes, Rank, Seconds};
 
-use super::kernels::Direction;
-use super::{Calibration, Device};
+use super::kernels::{Direction, Manner};
+use super::{Calibration, Device, Habits};
 use crate::Error;
 use crate::network::Network;
 use crate::step::{Costs, Resource, TransferCost};
@@ -18,8 +18,8 @@ pub struct Calibrated<'a> {
     device: Device,
     network: Network<'a>,
     calibration: &'a Calibration,
-    /// Whether tensor-parallel transfers are pipelined with the products beside them.
-    pub tensor_overlap: bool,
+    /// What the job switches on of what its software offers; nothing unless set.
+    pub habits: Habits,
     straggling: f64,
 }
 
@@ -39,7 +39,7 @@ impl<'a> Calibrated<'a> {
             device: Device { accelerator: cluster.accelerator.clone(), precision, kernels },
             network: Network::new(cluster, &program.mesh)?,
             straggling: calibration.straggling(program.mesh.ranks()),
-            tensor_overlap: false,
+            habits: Habits::default(),
             calibration,
         })
     }
@@ -58,18 +58,59 @@ impl<'a> Calibrated<'a> {
     }
 }
 
+impl Calibrated<'_> {
+    fn manner(&self, of: &Instruction) -> Manner {
+        let habits = &self.habits;
+        let attention =
+            if habits.attention_eight { self.device.precision } else { Precision::Bf16 };
+        let precision = self.device.precision;
+        let alone =
+            Manner { direction: Direction::Forward, precision, attention, captured: false, fused: false };
+        let Instruction::Compute { segment, pass, .. } = *of else { return alone };
+        let forward = matches!(pass, Pass::Forward | Pass::Recompute);
+        Manner {
+            direction: if forward { Direction::Forward } else { Direction::Backward },
+            precision: self.precision(segment),
+            captured: habits.graphs.capture(segment),
+            fused: habits.fused_experts && segment == Segment::Experts,
+            ..alone
+        }
+    }
+
+    /// Whether a transfer is cut up and hidden behind the computation beside it.
+    fn is_pipelined(&self, of: &Transfer) -> bool {
+        match of.axis {
+            Axis::Tensor => self.habits.tensor_overlap,
+            Axis::Expert => self.habits.expert_overlap,
+            _ => false,
+        }
+    }
+
+    /// What an exchange of tokens sends into the domain and into the fabric, of what it would if
+    /// each copy of a token travelled alone. A dispatcher that knows where copies go sends a token
+    /// once to each rank that holds any of its experts, and once to each domain: of `n` places that
+    /// `k` choices fall on alike, `n (1 - (1 - 1/n)^k)` are hit.
+    fn copies(&self, program: &Program, rank: Rank, of: &Transfer) -> [f64; 2] {
+        let exchanged = of.axis == Axis::Expert
+            && of.action == program::Action::Collective(Kind::AllToAll)
+            && self.habits.fused_dispatch;
+        let Some(chosen) = experts_per_token(program).filter(|_| exchanged) else {
+            return [1.0; 2];
+        };
+        let group = self.network.group(rank, of.axis);
+        let hit = |places: u32| {
+            let places = f64::from(places);
+            places * (1.0 - (1.0 - 1.0 / places).powf(chosen)) / chosen
+        };
+        [hit(group.ranks), hit(group.domains)]
+    }
+}
+
 impl Costs for Calibrated<'_> {
     fn compute(&self, program: &Program, _: usize, of: &Instruction) -> Result<Seconds, Error> {
-        let (precision, direction) = match *of {
-            Instruction::Compute { segment, pass, .. } => {
-                let forward = matches!(pass, Pass::Forward | Pass::Recompute);
-                let direction = if forward { Direction::Forward } else { Direction::Backward };
-                (self.precision(segment), direction)
-            }
-            _ => (self.device.precision, Direction::Forward),
-        };
+        let manner = self.manner(of);
         let operators = program.operators(of);
-        let times = operators.iter().map(|op| self.device.operator(op, precision, direction));
+        let times = operators.iter().map(|operator| self.device.operator(operator, manner));
         let total: Seconds = times.sum::<Result<Seconds, Error>>()?;
         Ok(total * self.straggling)
     }
@@ -91,18 +132,29 @@ impl Costs for Calibrated<'_> {
             _ => self.network.transfer(rank, of),
         };
         let traffic = &self.calibration.traffic;
-        let exposed = if of.axis == Axis::Tensor && self.tensor_overlap {
-            traffic.tensor_exposed
-        } else {
-            1.0
-        };
+        let exposed = if self.is_pipelined(of) { traffic.tensor_exposed } else { 1.0 };
+        let [inside, outside] = self.copies(program, rank, of);
         let mut cost = estimate.cost;
         cost.latency = cost.latency * exposed;
         cost.wire[Resource::Domain as usize] =
-            cost.wire[Resource::Domain as usize] * (exposed / traffic.domain);
+            cost.wire[Resource::Domain as usize] * (exposed * inside / traffic.domain);
         cost.wire[Resource::Nic as usize] =
-            cost.wire[Resource::Nic as usize] * (exposed / traffic.fabric);
+            cost.wire[Resource::Nic as usize] * (exposed * outside / traffic.fabric);
         cost.compute_slowdown = traffic.slowdown;
         Ok(cost)
     }
+}
+
+/// How many experts a token visits: rows that dispatching makes of those that are routed.
+fn experts_per_token(program: &Program) -> Option<f64> {
+    let rows = |wanted: Segment| {
+        let mut operators = program.segments.iter().filter_map(|((segment, pass, _), operators)| {
+            (*segment == wanted && *pass == Pass::Forward).then_some(operators)
+        });
+        operators.next()?.iter().find_map(|operator| match *operator {
+            Operator::Route { rows, .. } | Operator::Permute { rows, .. } => Some(rows as f64),
+            _ => None,
+        })
+    };
+    Some(rows(Segment::Dispatch)? / rows(Segment::Route)?)
 }

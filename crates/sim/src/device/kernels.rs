@@ -23,6 +23,10 @@ const ALIGNMENT: u64 = 16;
 /// head counts (13,824 / 128 heads = 108 components): attention takes about four times as long.
 const UNALIGNED: f64 = 4.0;
 
+/// Joules for each bf16 operation at the peak rate that a calibration's shares are stated at.
+/// B200 has 0.44e-12 of them, GB300 0.56e-12.
+const USUAL_BUDGET: f64 = 0.5e-12;
+
 /// How well a generation of kernels uses an accelerator. Shares are of what the hardware is said
 /// to do, above 0 and at most 1 unless the text says otherwise.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,6 +38,11 @@ pub struct Kernels {
     pub product_eight: f64,
     /// The same in nvfp4.
     pub product_four: f64,
+    /// How far power decides the rate of products and attention: 0 not at all; at 1 it is in
+    /// proportion to the watts there are for each operation, and the shares above and below are those
+    /// at [`USUAL_BUDGET`]. Only where accelerators of different power have parameters in common.
+    #[serde(default)]
+    pub power: f64,
     /// Share of a product's rate that the grouped products of experts reach.
     pub grouped: f64,
     /// Terms of a product's sum that filling and draining a tile's pipeline is worth.
@@ -63,6 +72,10 @@ pub struct Kernels {
     pub gap: Seconds,
     /// Least time that the host takes to start a kernel: what is faster waits for it.
     pub host: Seconds,
+    /// What it takes the host to quantize the operands of one expert's share of a grouped product
+    /// to block-scaled formats, expert by expert; none in a captured graph.
+    #[serde(default)]
+    pub split: Seconds,
 }
 
 /// An accelerator, the precision of its products, and the kernels that run on it.
@@ -74,6 +87,26 @@ pub struct Device {
     pub precision: Precision,
     /// How well it is used.
     pub kernels: Kernels,
+}
+
+/// Idle time between two kernels of a captured graph.
+///
+/// Source: NVIDIA developer blog, "Constant Time Launch for Straight-Line CUDA Graphs" (2024-09):
+/// about a microsecond from node to node on A100 and H100.
+const GRAPH_GAP: Seconds = Seconds(1.3e-6);
+
+/// How the operators of a segment are run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Manner {
+    pub(super) direction: Direction,
+    /// Of the products.
+    pub(super) precision: Precision,
+    /// Of attention.
+    pub(super) attention: Precision,
+    /// Kernels are nodes of a captured graph; else the host starts them one by one.
+    pub(super) captured: bool,
+    /// Casts and elementwise operators are part of the products beside them.
+    pub(super) fused: bool,
 }
 
 /// In which direction an operator is part of a segment.
@@ -93,41 +126,52 @@ struct Product {
 }
 
 impl Device {
-    /// Time of one operator whose products are computed in `precision`, gaps included.
+    /// Time of one operator, gaps included.
     ///
     /// Never less than its floating-point operations at the peak rate or its least bytes at the
     /// memory's.
     ///
     /// # Errors
     /// When the accelerator has no such precision.
-    pub(super) fn operator(
-        &self,
-        operator: &Operator,
-        precision: Precision,
-        direction: Direction,
-    ) -> Result<Seconds, Error> {
+    pub(super) fn operator(&self, operator: &Operator, manner: Manner) -> Result<Seconds, Error> {
         let kernels = &self.kernels;
-        let passes = match direction {
+        let passes = match manner.direction {
             Direction::Forward => 1.0,
             Direction::Backward => 1.5, // the gradient comes in besides what forward read
         };
         let moved = |times: f64| self.traffic(operator, times);
         let busy = match *operator {
             Operator::Product { m, n, k } => {
-                self.product(Product { groups: 1, m, n, k }, precision)?
+                self.product(Product { groups: 1, m, n, k }, manner)?
             }
             Operator::GroupedProduct { groups, m, n, k } => {
-                self.product(Product { groups, m, n, k }, precision)?
+                self.product(Product { groups, m, n, k }, manner)?
             }
-            Operator::Attention { .. } => self.attention(operator, direction)?,
+            Operator::Attention { .. } => self.attention(operator, manner)?,
             Operator::Softmax { .. } => moved(kernels.softmax * passes),
             Operator::CrossEntropy { .. } => moved(kernels.loss),
             Operator::AdamW { .. } => moved(kernels.optimizer),
             Operator::SquareSum { .. } => self.memory_time(operator.bytes(Bytes(4)).0 as f64),
             Operator::Permute { .. } => moved(kernels.permute),
+            _ if manner.fused => return Ok(Seconds::ZERO),
             _ => moved(kernels.elementwise * passes),
         };
-        Ok((busy + kernels.gap).max(kernels.host))
+        Ok(if manner.captured {
+            busy + Seconds(kernels.gap.0.min(GRAPH_GAP.0))
+        } else {
+            (busy + kernels.gap).max(self.started(operator, manner.precision))
+        })
+    }
+
+    /// When the host has started all of an operator's kernels.
+    fn started(&self, operator: &Operator, precision: Precision) -> Seconds {
+        let block_scaled = matches!(precision, Precision::Mxfp8 | Precision::Nvfp4);
+        match *operator {
+            Operator::GroupedProduct { groups, .. } if block_scaled => {
+                self.kernels.host.max(self.kernels.split * groups as f64)
+            }
+            _ => self.kernels.host,
+        }
     }
 
     fn traffic(&self, operator: &Operator, times: f64) -> Seconds {
@@ -138,17 +182,18 @@ impl Device {
         Seconds(bytes / (self.accelerator.memory_bandwidth.0 * self.kernels.memory))
     }
 
-    fn attention(&self, operator: &Operator, direction: Direction) -> Result<Seconds, Error> {
-        let share = match direction {
+    fn attention(&self, operator: &Operator, manner: Manner) -> Result<Seconds, Error> {
+        let share = match manner.direction {
             Direction::Forward => self.kernels.attention_forward,
             Direction::Backward => self.kernels.attention_backward,
         };
-        let rate = FlopsPerSecond(self.peak(Precision::Bf16)?.0 * share);
+        let rate = FlopsPerSecond(self.peak(manner.attention)?.0 * share);
         Ok((operator.flops() / rate).max(self.traffic(operator, 1.0)))
     }
 
     /// The longer of its arithmetic, tile by tile, and its traffic.
-    fn product(&self, product: Product, precision: Precision) -> Result<Seconds, Error> {
+    fn product(&self, product: Product, manner: Manner) -> Result<Seconds, Error> {
+        let precision = manner.precision;
         let grouped = if product.groups > 1 { self.kernels.grouped } else { 1.0 };
         let rate = self.peak(precision)?.0 * self.share(precision) * grouped;
         let arithmetic = TILES
@@ -157,7 +202,8 @@ impl Device {
             .fold(f64::INFINITY, f64::min);
         let arithmetic = arithmetic * product.misalignment(precision);
         let traffic = self.memory_time(product.bytes(precision));
-        Ok(Seconds(arithmetic).max(traffic) + self.cast(product, precision))
+        let cast = if manner.fused { Seconds::ZERO } else { self.cast(product, precision) };
+        Ok(Seconds(arithmetic).max(traffic) + cast)
     }
 
     /// Floating-point operations that the whole accelerator could have done while it works
@@ -190,6 +236,15 @@ impl Device {
         }
     }
 
+    /// The clock that power allows, relative to what the same kernels had at the usual budget.
+    fn clock(&self) -> f64 {
+        let Accelerator { tdp, peak, .. } = &self.accelerator;
+        match (tdp, peak.get(&Precision::Bf16)) {
+            (Some(tdp), Some(peak)) => (tdp.0 / peak.0 / USUAL_BUDGET).powf(self.kernels.power),
+            _ => 1.0,
+        }
+    }
+
     fn peak(&self, precision: Precision) -> Result<FlopsPerSecond, Error> {
         let accelerator = &self.accelerator;
         let peak = match precision {
@@ -199,7 +254,8 @@ impl Device {
             }
             _ => accelerator.peak.get(&precision),
         };
-        peak.copied().ok_or_else(|| Error::Precision {
+        let peak = peak.copied().map(|peak| FlopsPerSecond(peak.0 * self.clock()));
+        peak.ok_or_else(|| Error::Precision {
             accelerator: accelerator.name.clone(),
             precision,
             known: accelerator.peak.keys().map(Precision::to_string).collect(),

@@ -2,8 +2,10 @@
 
 mod calibrated;
 mod calibration;
+mod habits;
 mod kernels;
 
 pub use calibrated::Calibrated;
 pub use calibration::{Calibration, Traffic};
+pub use habits::{Graphs, Habits};
 pub use kernels::{Device, Kernels};
