@@ -110,7 +110,7 @@ struct Memory {
 fn memory(world: &World, job: &Job) -> Option<Memory> {
     let World::Roofline(roofline) = world else { return None };
     let capacity = roofline.cluster.accelerator.memory;
-    let options = Options { precision: job.training.precision, ..Options::default() };
+    let options = Options::new(job.training.precision, &job.layout);
     let (footprint, batch) = (Footprint::new(&job.model), job.batch());
     let stages = footprint.stages(&job.layout, &batch, &options);
     let fit = footprint.fit(&job.layout, &batch, &options, capacity);

@@ -107,9 +107,10 @@ fn stage_layers(row: &Row, config: &Config) -> Option<Vec<u32>> {
     }
     // Recipes of DeepSeek-V3 and its kin: the head, and the prediction layer with its own head, in
     // the place of three layers (Megatron-Bridge, recipes/deepseek/deepseek_v3.py, 2026-06).
-    if config.latent_attention.is_some() && (layers + 3).is_multiple_of(stages) {
-        let each = (layers + 3) / stages;
-        let last = |stage| if stage + 1 == stages { each.saturating_sub(3) } else { each };
+    let each = (layers + 3) / stages;
+    let ends = config.latent_attention.is_some() && (layers + 3).is_multiple_of(stages);
+    if ends && each > 3 {
+        let last = |stage| if stage + 1 == stages { each - 3 } else { each };
         return Some((0..stages).map(last).collect());
     }
     let (each, more) = (layers / stages, layers % stages);

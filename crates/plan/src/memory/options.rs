@@ -3,6 +3,7 @@
 use cluster::Precision;
 
 use super::Software;
+use crate::Layout;
 
 /// What memory depends on besides model, layout and batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,6 +35,18 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Training in `precision` with the habits of Megatron Core, as far as the layout does not say
+    /// what gradients and parameters are kept in.
+    #[must_use]
+    pub fn new(precision: Precision, layout: &Layout) -> Self {
+        let software = Software {
+            gradient: u64::from(layout.gradient_bytes),
+            narrow_parameters: layout.parameter_bytes == 1,
+            ..Software::MEGATRON_CORE
+        };
+        Self { precision, software, ..Self::default() }
+    }
+
     /// Bytes of an element that is no product's operand: eight-bit training keeps those in bf16.
     pub(super) fn element(&self) -> u64 {
         self.precision.element().0.max(2)

@@ -77,12 +77,12 @@ impl Calibrated<'_> {
         }
     }
 
-    /// Whether a transfer is cut up and hidden behind the computation beside it.
-    fn is_pipelined(&self, of: &Transfer) -> bool {
+    /// The share of a transfer that is not hidden behind the computation beside it.
+    fn exposed(&self, of: &Transfer) -> f64 {
         match of.axis {
-            Axis::Tensor => self.habits.tensor_overlap,
-            Axis::Expert => self.habits.expert_overlap,
-            _ => false,
+            Axis::Tensor if self.habits.tensor_overlap => self.calibration.traffic.tensor_exposed,
+            Axis::Expert if self.habits.expert_overlap => self.calibration.traffic.expert_exposed,
+            _ => 1.0,
         }
     }
 
@@ -132,7 +132,7 @@ impl Costs for Calibrated<'_> {
             _ => self.network.transfer(rank, of),
         };
         let traffic = &self.calibration.traffic;
-        let exposed = if self.is_pipelined(of) { traffic.tensor_exposed } else { 1.0 };
+        let exposed = self.exposed(of);
         let [inside, outside] = self.copies(program, rank, of);
         let mut cost = estimate.cost;
         cost.latency = cost.latency * exposed;

@@ -21,6 +21,10 @@ pub struct Traffic {
     /// Share of a tensor-parallel transfer that stays exposed where the software pipelines it
     /// with the product beside it.
     pub tensor_exposed: f64,
+    /// Share of an exchange of tokens that stays exposed where the software pipelines it with
+    /// another microbatch's computation.
+    #[serde(default = "whole")]
+    pub expert_exposed: f64,
     /// How much slower computation is while a transfer is under way, as a share of its time: the
     /// multiprocessors and the memory bandwidth that the transfer takes.
     pub slowdown: f64,
@@ -29,6 +33,10 @@ pub struct Traffic {
     pub spread: f64,
     /// Time of a step outside of its program: data, logging, bookkeeping.
     pub step: Seconds,
+}
+
+fn whole() -> f64 {
+    1.0
 }
 
 /// The parameters of one generation of software on one accelerator.
