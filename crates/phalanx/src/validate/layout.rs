@@ -23,7 +23,9 @@ pub fn layout(row: &Row, config: &Config, batch: &Batch) -> Answer<Layout> {
         return because("activations are offloaded to the host");
     }
     if row.has("regression") {
-        return because("the source calls it a regression of a library, mended in the next release");
+        return because(
+            "the source calls it a regression of a library, mended in the next release",
+        );
     }
     let is = |names: &[&str]| names.iter().any(|name| row.software.starts_with(name));
     let exposed = is(&EXPOSED) || row.has("no-overlap");

@@ -64,8 +64,13 @@ impl Calibrated<'_> {
         let attention =
             if habits.attention_eight { self.device.precision } else { Precision::Bf16 };
         let precision = self.device.precision;
-        let alone =
-            Manner { direction: Direction::Forward, precision, attention, captured: false, fused: false };
+        let alone = Manner {
+            direction: Direction::Forward,
+            precision,
+            attention,
+            captured: false,
+            fused: false,
+        };
         let Instruction::Compute { segment, pass, .. } = *of else { return alone };
         let forward = matches!(pass, Pass::Forward | Pass::Recompute);
         Manner {
@@ -88,8 +93,7 @@ impl Calibrated<'_> {
 
     /// What an exchange of tokens sends into the domain and into the fabric, of what it would if
     /// each copy of a token travelled alone. A dispatcher that knows where copies go sends a token
-    /// once to each rank that holds any of its experts, and once to each domain: of `n` places that
-    /// `k` choices fall on alike, `n (1 - (1 - 1/n)^k)` are hit.
+    /// once to each rank that holds any of its experts, and once to each domain.
     fn copies(&self, program: &Program, rank: Rank, of: &Transfer) -> [f64; 2] {
         let exchanged = of.axis == Axis::Expert
             && of.action == program::Action::Collective(Kind::AllToAll)
@@ -98,11 +102,7 @@ impl Calibrated<'_> {
             return [1.0; 2];
         };
         let group = self.network.group(rank, of.axis);
-        let hit = |places: u32| {
-            let places = f64::from(places);
-            places * (1.0 - (1.0 - 1.0 / places).powf(chosen)) / chosen
-        };
-        [hit(group.ranks), hit(group.domains)]
+        [hit(group.ranks, chosen), hit(group.domains, chosen)]
     }
 }
 
@@ -145,12 +145,19 @@ impl Costs for Calibrated<'_> {
     }
 }
 
+/// Of `places` that `chosen` choices fall on alike, how many are hit, as a share of the choices.
+pub(super) fn hit(places: u32, chosen: f64) -> f64 {
+    let places = f64::from(places);
+    places * (1.0 - (1.0 - 1.0 / places).powf(chosen)) / chosen
+}
+
 /// How many experts a token visits: rows that dispatching makes of those that are routed.
 fn experts_per_token(program: &Program) -> Option<f64> {
     let rows = |wanted: Segment| {
-        let mut operators = program.segments.iter().filter_map(|((segment, pass, _), operators)| {
-            (*segment == wanted && *pass == Pass::Forward).then_some(operators)
-        });
+        let mut operators =
+            program.segments.iter().filter_map(|((segment, pass, _), operators)| {
+                (*segment == wanted && *pass == Pass::Forward).then_some(operators)
+            });
         operators.next()?.iter().find_map(|operator| match *operator {
             Operator::Route { rows, .. } | Operator::Permute { rows, .. } => Some(rows as f64),
             _ => None,

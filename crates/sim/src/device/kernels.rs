@@ -187,7 +187,7 @@ impl Device {
             Direction::Forward => self.kernels.attention_forward,
             Direction::Backward => self.kernels.attention_backward,
         };
-        let rate = FlopsPerSecond(self.peak(manner.attention)?.0 * share);
+        let rate = self.rate(manner.attention, share)?;
         Ok((operator.flops() / rate).max(self.traffic(operator, 1.0)))
     }
 
@@ -195,7 +195,7 @@ impl Device {
     fn product(&self, product: Product, manner: Manner) -> Result<Seconds, Error> {
         let precision = manner.precision;
         let grouped = if product.groups > 1 { self.kernels.grouped } else { 1.0 };
-        let rate = self.peak(precision)?.0 * self.share(precision) * grouped;
+        let rate = self.rate(precision, self.share(precision) * grouped)?.0;
         let arithmetic = TILES
             .iter()
             .map(|(rows, columns, cost)| self.tiles(product, *rows, *columns) * cost / rate)
@@ -245,6 +245,11 @@ impl Device {
         }
     }
 
+    /// A share of peak at the clock that power allows; never more than the peak.
+    fn rate(&self, precision: Precision, share: f64) -> Result<FlopsPerSecond, Error> {
+        Ok(FlopsPerSecond(self.peak(precision)?.0 * (share * self.clock()).min(1.0)))
+    }
+
     fn peak(&self, precision: Precision) -> Result<FlopsPerSecond, Error> {
         let accelerator = &self.accelerator;
         let peak = match precision {
@@ -254,8 +259,7 @@ impl Device {
             }
             _ => accelerator.peak.get(&precision),
         };
-        let peak = peak.copied().map(|peak| FlopsPerSecond(peak.0 * self.clock()));
-        peak.ok_or_else(|| Error::Precision {
+        peak.copied().ok_or_else(|| Error::Precision {
             accelerator: accelerator.name.clone(),
             precision,
             known: accelerator.peak.keys().map(Precision::to_string).collect(),

@@ -4,6 +4,8 @@ mod calibrated;
 mod calibration;
 mod habits;
 mod kernels;
+#[cfg(test)]
+mod tests;
 
 pub use calibrated::Calibrated;
 pub use calibration::{Calibration, Traffic};
