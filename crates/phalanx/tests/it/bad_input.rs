@@ -102,7 +102,7 @@ fn a_layout_that_does_not_divide() {
 #[test]
 fn a_model_that_cannot_be_trained_yet() {
     let place = Place::new();
-    insta::assert_snapshot!(refusal(&place, &with_model("name = \"gpt-3-175b\"")), @"phalanx: [model]: `activation` is not a Llama's; such a model is planned and simulated, but cannot be trained or stored yet");
+    insta::assert_snapshot!(refusal(&place, &with_model("name = \"gpt-3-175b\"")), @"phalanx: [model]: `activation`: such a model is planned and simulated, but cannot be trained or stored yet");
 }
 
 #[test]
