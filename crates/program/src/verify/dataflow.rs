@@ -1,8 +1,9 @@
 //! What a class holds as it goes through its list, and whether each instruction finds what it needs.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 
 use model::{Block, Pass, Segment};
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use super::VerifyError;
 use crate::exchange::{Due, Exchanges};
@@ -25,31 +26,31 @@ pub(super) struct Dataflow<'p> {
     class: usize,
     trains: bool,
     /// Values and gradients of values that can be read.
-    values: HashSet<Buffer>,
+    values: FxHashSet<Buffer>,
     /// Pieces that are there, of values of which others are not yet.
-    pieces: HashMap<(Buffer, Option<Segment>), u8>,
+    pieces: FxHashMap<(Buffer, Option<Segment>), u8>,
     /// What has been computed and must be exchanged first.
-    partial: HashMap<Buffer, Vec<Partial>>,
+    partial: FxHashMap<Buffer, Vec<Partial>>,
     /// Copies of other ranks' parts, for the next to read.
-    gathered: HashSet<(Buffer, Piece)>,
+    gathered: FxHashSet<(Buffer, Piece)>,
     /// Forward passes whose backward has not come.
-    open: HashSet<Work>,
+    open: FxHashSet<Work>,
     /// Backward passes of inputs whose weights' has not come.
-    owed: HashSet<Work>,
+    owed: FxHashSet<Work>,
     /// Values that must be computed again before they are read.
-    discarded: HashSet<Buffer>,
+    discarded: FxHashSet<Buffer>,
     /// Gathered blocks, when parameters are sharded.
-    resident: HashSet<Block>,
+    resident: FxHashSet<Block>,
     /// Blocks whose gradients have been written since the last reduction, over the ranks that hold
     /// the same parameter and over those that hold the same block.
-    unsummed: HashSet<Block>,
-    unreduced: HashSet<Block>,
+    unsummed: FxHashSet<Block>,
+    unreduced: FxHashSet<Block>,
     /// Blocks whose reduced gradients the other replicas have not added theirs to.
-    apart: HashSet<Block>,
+    apart: FxHashSet<Block>,
     /// Reduced gradients that have arrived and are not yet accumulated.
     reduced: Vec<Block>,
     posted: BTreeMap<Ticket, Transfer>,
-    updated: HashSet<Block>,
+    updated: FxHashSet<Block>,
 }
 
 impl<'p> Dataflow<'p> {
@@ -60,20 +61,20 @@ impl<'p> Dataflow<'p> {
             exchanges: program.exchanges(),
             class,
             trains: list.iter().any(|i| matches!(i, Instruction::Update { .. })),
-            values: HashSet::new(),
-            pieces: HashMap::new(),
-            partial: HashMap::new(),
-            gathered: HashSet::new(),
-            open: HashSet::new(),
-            owed: HashSet::new(),
-            discarded: HashSet::new(),
-            resident: HashSet::new(),
-            unsummed: HashSet::new(),
-            unreduced: HashSet::new(),
-            apart: HashSet::new(),
+            values: FxHashSet::default(),
+            pieces: FxHashMap::default(),
+            partial: FxHashMap::default(),
+            gathered: FxHashSet::default(),
+            open: FxHashSet::default(),
+            owed: FxHashSet::default(),
+            discarded: FxHashSet::default(),
+            resident: FxHashSet::default(),
+            unsummed: FxHashSet::default(),
+            unreduced: FxHashSet::default(),
+            apart: FxHashSet::default(),
             reduced: Vec::new(),
             posted: BTreeMap::new(),
-            updated: HashSet::new(),
+            updated: FxHashSet::default(),
         };
         for (index, instruction) in list.iter().enumerate() {
             state.step(instruction).map_err(|reason| VerifyError::Dataflow {
@@ -464,7 +465,7 @@ impl<'p> Dataflow<'p> {
 }
 
 /// Whether a transfer is the next thing due on a piece of `buffer`.
-fn is_due(partial: &HashMap<Buffer, Vec<Partial>>, buffer: Buffer, piece: Piece, due: Due) -> bool {
+fn is_due(partial: &FxHashMap<Buffer, Vec<Partial>>, buffer: Buffer, piece: Piece, due: Due) -> bool {
     let parts = partial.get(&buffer).map(Vec::as_slice).unwrap_or_default();
     parts.iter().any(|part| part.piece == piece && part.dues[0] == due)
 }

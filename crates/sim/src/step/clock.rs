@@ -29,7 +29,12 @@ impl Clock {
         self.tree[node] = self.earlier(a as u32, b as u32);
         while node > 1 {
             node /= 2;
-            self.tree[node] = self.earlier(self.tree[2 * node], self.tree[2 * node + 1]);
+            let winner = self.earlier(self.tree[2 * node], self.tree[2 * node + 1]);
+            // Where another slot won and wins, nothing above has changed.
+            if winner == self.tree[node] && winner as usize != slot {
+                return;
+            }
+            self.tree[node] = winner;
         }
     }
 

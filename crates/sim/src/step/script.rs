@@ -1,10 +1,11 @@
 //! A program made ready to be simulated: every cost looked up, every send matched with its
 //! receive, and all of it in flat arrays. What happens is then arithmetic on indices.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use model::Block;
 use program::{Action, Axis, Instruction, Mesh, Piece, Program, Ticket, Transfer, Work};
+use rustc_hash::FxHashMap;
 use units::{Bytes, Rank};
 
 use super::costs::{Costs, Resource, TransferCost, representative};
@@ -221,7 +222,7 @@ struct Writer<'a, C> {
     costs: &'a C,
     script: Script,
     /// Of the class under way: its computations by layer or block, and the place looked up last.
-    known: HashMap<Place, usize>,
+    known: FxHashMap<Place, usize>,
     computations: Vec<Vec<(Work, u32)>>,
     latest: Option<(Place, usize)>,
     /// Of the class under way: its kinds of transfers.
@@ -253,7 +254,7 @@ impl<'a, C: Costs> Writer<'a, C> {
                 first_parties: Vec::new(),
                 slows_down: false,
             },
-            known: HashMap::new(),
+            known: FxHashMap::default(),
             computations: Vec::new(),
             latest: None,
             kinds: Vec::new(),
