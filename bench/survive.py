@@ -86,14 +86,17 @@ def process_of(launcher, rank):
 
 
 def kill_again_and_again(launcher, run, kills, dice):
-    """Kills a random rank once the ranks have gone on after the last loss."""
+    """Kills a random rank once the ranks have got further than they were at the last loss."""
+    furthest = 0
     for number in range(kills):
         while True:
             if launcher.poll() is not None:
                 sys.exit(f"the run ended with code {launcher.returncode} after {number} kills")
             seen = records(run)
             recovered = sum(record["event"] == "recovered" for record in seen)
-            if recovered >= number and seen and seen[-1]["event"] == "step":
+            step = max((record["step"] for record in seen if record["event"] == "step"), default=0)
+            if recovered >= number and step > furthest:
+                furthest = step
                 break
             time.sleep(0.02)
         time.sleep(dice.uniform(0, 0.2))

@@ -5,6 +5,7 @@ mod chaos;
 mod checkpointing;
 mod cluster_section;
 mod device;
+mod faults_command;
 mod figures;
 mod job;
 mod measured;
@@ -72,6 +73,9 @@ enum Command {
         #[command(flatten)]
         options: SimulateOptions,
     },
+    /// Run the code that recovers runs under simulated faults
+    #[command(subcommand)]
+    Faults(faults_command::FaultsCommand),
     /// Recompute published measurements: how wrong the simulator is, by source
     Validate(validate::ValidateArgs),
 }
@@ -149,6 +153,7 @@ fn run(cli: Cli) -> Result<()> {
             train_command::train(&job, resume.as_deref(), chaos.as_deref())
         }
         Command::Plan { job, show_program } => plan_command::plan(&job, show_program),
+        Command::Faults(command) => faults_command::faults(&command),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }
@@ -171,7 +176,10 @@ fn message(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     use train::Error as Train;
     use transport::Error as Transport;
-    if error.is::<plan::memory::DoesNotFit>() || error.is::<validate::Grown>() {
+    if error.is::<plan::memory::DoesNotFit>()
+        || error.is::<validate::Grown>()
+        || error.is::<faults_command::Violated>()
+    {
         return FAILED;
     }
     match error.downcast_ref::<Train>() {

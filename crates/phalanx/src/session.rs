@@ -169,7 +169,6 @@ impl<'a, O: Operators> Session<'a, O> {
         tokenizer: &Tokenizer,
         resume: Option<&Path>,
     ) -> Result<()> {
-        checkpointing::stop_on_signals(&life.stop)?;
         let predicted = self.predict()?;
         let mut kept = Kept::new(&life, self.job);
         loop {

@@ -17,6 +17,7 @@ use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Transport};
 use units::{Rank, Seconds};
 
 use crate::chaos::Chaos;
+use crate::checkpointing;
 use crate::device::DeviceName;
 use crate::job::Job;
 use crate::measured::Machine;
@@ -208,6 +209,8 @@ fn rank_on<O: Operators>(
     let Begin { resume, chaos, .. } = begin;
     let (rank, resume) = (identity.rank, *resume);
     let stop = Arc::new(AtomicBool::new(false));
+    // Before anything that takes time: who is asked to stop while it prepares does so after a step.
+    checkpointing::stop_on_signals(&stop)?;
     let lifeline = Lifeline::connect(&environment, rank, Arc::clone(&stop))
         .context("cannot reach the launcher of this rank")?;
     let replaces = lifeline.as_ref().is_some_and(Lifeline::is_replacement);

@@ -1,19 +1,18 @@
 //! Who belongs to a run at this moment, and what happens when one is lost.
 //!
 //! [`Coordinator`] decides: a state machine without clock, socket or process. [`supervise`] drives
-//! it with the processes of this host, and a [`Lifeline`] is a rank's connection to it. The test
-//! `simulation` drives the same coordinator with a clock and a network that do their worst.
+//! it with the processes of this host, and a [`Lifeline`] is a rank's connection to it.
+//! [`simulation`] drives the same coordinator with a clock, a network and a disk that do their worst.
 
 mod coordinator;
+pub mod goodput;
 mod lifeline;
+pub mod simulation;
 mod supervise;
 
 pub use coordinator::{Action, Coordinator, End, Event, Policy, Verdict};
 pub use lifeline::{Lifeline, Meeting};
 pub use supervise::supervise;
-
-#[cfg(test)]
-mod simulation;
 
 use std::net::SocketAddr;
 

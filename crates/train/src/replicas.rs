@@ -1,86 +1,19 @@
 //! The state of every rank in the memory of another, so that a lost one costs a step and no disk.
 //!
 //! Every few steps a rank copies its part of the state and sends it to its keeper while the next
-//! step is computed. It keeps the last two of its own and of its ward: the older one is whole
-//! everywhere while the newer is on its way. [`agree`] and [`deliveries`] are the pure part.
+//! step is computed. What is kept and chosen is decided in [`crate::copies`].
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use checkpoint::sharded::{Kind, Run, Shard};
 use compute::Operators;
 use program::{Axis, Program};
-use serde::{Deserialize, Serialize};
 use transport::{Action, Group, Operation, Ticket};
 use units::Rank;
 
+use crate::copies::{Copies, Delivery, agree, deliveries, overlap};
 use crate::state::{restore, saved_blocks, snapshot};
 use crate::{Error, Worker};
-
-/// How many copies of different steps are kept.
-const KEPT: usize = 2;
-
-/// A part of the state in this rank's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Holding {
-    /// After which step.
-    pub step: u64,
-    /// Whose part.
-    pub of: Rank,
-}
-
-/// The newest step whose whole state the ranks hold together, and for every rank's part of it the
-/// rank that has it: itself, or else the first that does. `None` if there is no such step.
-#[must_use]
-pub fn agree(holdings: &[BTreeSet<Holding>]) -> Option<(u64, Vec<Rank>)> {
-    let ranks = || (0..holdings.len() as u32).map(Rank);
-    let holder = |step, of: Rank| {
-        let has = |rank: &Rank| holdings[rank.index()].contains(&Holding { step, of });
-        std::iter::once(of).chain(ranks()).find(has)
-    };
-    let steps: BTreeSet<u64> = holdings.iter().flatten().map(|holding| holding.step).collect();
-    steps.into_iter().rev().find_map(|step| {
-        let holders: Option<Vec<Rank>> = ranks().map(|of| holder(step, of)).collect();
-        Some((step, holders?))
-    })
-}
-
-/// Elements that a rank hands to another.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Delivery {
-    /// Whose part they are of.
-    pub of: Rank,
-    /// Who has them.
-    pub from: Rank,
-    /// Who needs them; may be the same.
-    pub to: Rank,
-    /// Which they are.
-    pub runs: Vec<Run>,
-}
-
-/// Who hands what to whom, for every rank to get what it needs of the parts that `holders` have.
-#[must_use]
-pub fn deliveries(holders: &[Rank], parts: &[Vec<Run>], needs: &[Vec<Run>]) -> Vec<Delivery> {
-    let mut deliveries = Vec::new();
-    for (of, (from, part)) in (0..).map(Rank).zip(holders.iter().zip(parts)) {
-        for (to, need) in (0..).map(Rank).zip(needs) {
-            let overlaps = part.iter().flat_map(|run| need.iter().filter_map(|n| overlap(run, n)));
-            let runs: Vec<Run> = overlaps.collect();
-            if !runs.is_empty() {
-                deliveries.push(Delivery { of, from: *from, to, runs });
-            }
-        }
-    }
-    deliveries
-}
-
-/// The elements that are in both.
-fn overlap(one: &Run, other: &Run) -> Option<Run> {
-    let start = one.start.max(other.start);
-    let end = (one.start + one.elements).min(other.start + other.elements);
-    let same = (one.block, one.kind) == (other.block, other.kind);
-    (same && start < end).then(|| Run { start, elements: end - start, ..*one })
-}
 
 /// The runs of a rank's part, or of all that it holds.
 fn runs(program: &Program, rank: Rank, all: bool) -> Vec<Run> {
@@ -102,8 +35,7 @@ pub struct Replicas {
     every_steps: u64,
     /// How many ranks on the keeper of a rank is: of another host, if there are several.
     distance: u32,
-    own: Vec<(u64, Arc<Shard>)>,
-    ward: Vec<(u64, Arc<Shard>)>,
+    copies: Copies<Arc<Shard>>,
     under_way: Option<Exchange>,
 }
 
@@ -118,7 +50,7 @@ impl Replicas {
     /// Nothing yet; a copy every so many steps, kept by the rank that is `distance` further on.
     #[must_use]
     pub fn new(every_steps: u64, distance: u32) -> Self {
-        Self { every_steps, distance, own: vec![], ward: vec![], under_way: None }
+        Self { every_steps, distance, copies: Copies::default(), under_way: None }
     }
 
     /// Copies the state that training begins with, or goes on with, and waits until it is kept.
@@ -160,7 +92,7 @@ impl Replicas {
         step: u64,
     ) -> Result<(), Error> {
         let shard = Arc::new(snapshot(worker, program));
-        keep(&mut self.own, step, Arc::clone(&shard));
+        self.copies.keep_own(step, Arc::clone(&shard));
         let (rank, ranks) = (worker.rank(), program.mesh.ranks());
         if ranks == 1 {
             return Ok(());
@@ -185,20 +117,22 @@ impl Replicas {
         let ward = Rank((worker.rank().0 + ranks - self.distance) % ranks);
         let values = wait(worker, received)?;
         wait(worker, sent)?;
-        keep(&mut self.ward, step, Arc::new(Shard::new(runs(program, ward, false), values)));
+        self.copies.keep_ward(step, Arc::new(Shard::new(runs(program, ward, false), values)));
         Ok(())
     }
 
-    fn holdings(&self, rank: Rank, ranks: u32) -> BTreeSet<Holding> {
-        let ward = Rank((rank.0 + ranks - self.distance) % ranks);
-        let own = self.own.iter().map(|(step, _)| Holding { step: *step, of: rank });
-        own.chain(self.ward.iter().map(|(step, _)| Holding { step: *step, of: ward })).collect()
+    /// After a loss: keeps what the ward sent, if it has all arrived.
+    pub(crate) fn salvage<O: Operators>(&mut self, worker: &mut Worker<O>, program: &Program) {
+        let (communicator, _) = worker.communication(Axis::World);
+        let arrived = |exchange: &Exchange| communicator.is_complete(&exchange.received);
+        if self.under_way.as_ref().is_some_and(arrived) {
+            // The own copy may have got lost on its way, and then so be it.
+            drop(self.complete(worker, program));
+        }
     }
 
     fn shard(&self, step: u64, of: Rank, rank: Rank) -> &Shard {
-        let kept = if of == rank { &self.own } else { &self.ward };
-        let found = kept.iter().find(|(kept, _)| *kept == step);
-        &found.expect("a rank holds what it said it does").1
+        self.copies.get(of == rank, step).expect("a rank holds what it said it does")
     }
 
     /// Fills every rank with the newest state that the ranks hold together, among them some that
@@ -213,7 +147,9 @@ impl Replicas {
     ) -> Result<Option<u64>, Error> {
         self.under_way = None;
         let (rank, ranks) = (worker.rank(), program.mesh.ranks());
-        let own = serde_json::to_vec(&self.holdings(rank, ranks)).expect("they have a JSON form");
+        let ward = Rank((rank.0 + ranks - self.distance) % ranks);
+        let own =
+            serde_json::to_vec(&self.copies.holdings(rank, ward)).expect("they have a JSON form");
         let (communicator, world) = worker.communication(Axis::World);
         let all = communicator.all_gather_bytes(world, &own);
         let all = all.map_err(|source| Error::Communication { rank, source })?;
@@ -249,16 +185,6 @@ impl Replicas {
         });
         filled.unwrap_or_else(|never| match never {});
         Ok(Some(step))
-    }
-}
-
-/// Keeps a copy in place of the oldest.
-fn keep(kept: &mut Vec<(u64, Arc<Shard>)>, step: u64, shard: Arc<Shard>) {
-    // What is newer was done in a generation that is lost.
-    kept.retain(|(other, _)| *other < step);
-    kept.push((step, shard));
-    if kept.len() > KEPT {
-        kept.remove(0);
     }
 }
 

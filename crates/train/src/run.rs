@@ -135,6 +135,21 @@ pub fn run<O: Operators>(
     safekeeping: &mut Safekeeping,
     observe: &mut dyn FnMut(&Event),
 ) -> Result<Outcome, Error> {
+    let outcome = run_steps(worker, programs, batches, settings, safekeeping, observe);
+    if outcome.is_err() {
+        safekeeping.salvage(worker, &programs.step);
+    }
+    outcome
+}
+
+fn run_steps<O: Operators>(
+    worker: &mut Worker<O>,
+    programs: &Programs,
+    batches: &Batches,
+    settings: &Settings,
+    safekeeping: &mut Safekeeping,
+    observe: &mut dyn FnMut(&Event),
+) -> Result<Outcome, Error> {
     let steps = settings.learning_rate.steps;
     let mut times = Vec::new();
     let mut kept: VecDeque<(Seconds, Vec<Span>)> = VecDeque::new();
@@ -145,6 +160,8 @@ pub fn run<O: Operators>(
         let start = Instant::now();
         let spans = train_step(worker, programs, batches, settings, step)?;
         let time = Seconds(start.elapsed().as_secs_f64());
+        // Before it counts as done: the words come behind the copies of the state of the step before.
+        let words = agreement.words(worker)?;
         observe(&event(worker, programs, settings, step, (time, &spans)));
         check_finite(worker, step)?;
         times.push(time);
@@ -155,10 +172,15 @@ pub fn run<O: Operators>(
             held_out_loss = evaluate(worker, programs, batches)?;
             observe(&Event::Evaluation { step: step + 1, loss: held_out_loss });
         }
-        if agreement.words(worker)?.contains(&1) && step + 1 < steps {
+        if words.contains(&1) && step + 1 < steps {
             safekeeping.stop(worker, &programs.step, step + 1, observe)?;
         }
         safekeeping.after_step(worker, &programs.step, (step + 1, steps), observe)?;
+    }
+    if times.is_empty() {
+        // All steps had been done when ranks were lost.
+        held_out_loss = evaluate(worker, programs, batches)?;
+        observe(&Event::Evaluation { step: steps, loss: held_out_loss });
     }
     let counted = times.split_off(WARM_UP.min(times.len().saturating_sub(1)));
     let trace = gather_trace(worker, kept)?;

@@ -57,6 +57,13 @@ impl Safekeeping {
         replicas.map_or(Ok(()), |replicas| replicas.begin(worker, program, step))
     }
 
+    /// After a loss: keeps what has arrived of the others' state.
+    pub(crate) fn salvage<O: Operators>(&mut self, worker: &mut Worker<O>, program: &Program) {
+        if let Some(replicas) = &mut self.replicas {
+            replicas.salvage(worker, program);
+        }
+    }
+
     /// Saves when it is time to, after `step` of `steps` steps; tells of what has been saved.
     ///
     /// # Errors

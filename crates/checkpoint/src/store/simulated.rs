@@ -57,11 +57,37 @@ pub struct SimulatedDisk(Arc<Mutex<State>>);
 struct State {
     faults: Faults,
     changes: u64,
-    root: PathBuf,
+    root: String,
     files: Vec<File>,
     /// What has which name, as programs see it and as it is after a crash.
-    live: BTreeMap<PathBuf, Entry>,
-    durable: BTreeMap<PathBuf, Entry>,
+    live: Names,
+    durable: Names,
+}
+
+/// By path, as text: that is compared faster.
+type Names = BTreeMap<String, Entry>;
+
+fn name(path: &Path) -> &str {
+    let text = path.to_str().expect("tests name files in UTF-8");
+    // The last `/` of a folder is no part of its name.
+    if text == "/" { text } else { text.trim_end_matches('/') }
+}
+
+/// The folder of a path.
+fn folder(name: &str) -> &str {
+    name.rsplit_once('/').map_or("", |(folder, _)| if folder.is_empty() { "/" } else { folder })
+}
+
+/// What begins like the names in a folder.
+fn prefix(folder: &str) -> String {
+    if folder.ends_with('/') { folder.to_owned() } else { format!("{folder}/") }
+}
+
+/// The names in a folder, not those in folders below.
+fn inside<'a>(names: &'a Names, within: &'a str) -> impl Iterator<Item = (&'a String, &'a Entry)> {
+    let start = prefix(within);
+    let below = names.range(start.clone()..).take_while(move |(name, _)| name.starts_with(&start));
+    below.filter(move |(name, _)| *name != within && folder(name) == within)
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -82,11 +108,12 @@ impl SimulatedDisk {
     /// A disk with one empty folder.
     #[must_use]
     pub fn new(root: &Path) -> Self {
-        let names = BTreeMap::from([(root.to_owned(), Entry::Folder)]);
+        let root = name(root).to_owned();
+        let names = BTreeMap::from([(root.clone(), Entry::Folder)]);
         Self(Arc::new(Mutex::new(State {
             faults: Faults::default(),
             changes: 0,
-            root: root.to_owned(),
+            root,
             files: Vec::new(),
             live: names.clone(),
             durable: names,
@@ -136,9 +163,9 @@ impl SimulatedDisk {
     #[must_use]
     pub fn files(&self) -> Vec<(PathBuf, u64)> {
         let state = self.state();
-        let length = |(path, entry): (&PathBuf, &Entry)| match entry {
+        let length = |(path, entry): (&String, &Entry)| match entry {
             Entry::Folder => None,
-            Entry::File(index) => Some((path.clone(), state.files[*index].live.len() as u64)),
+            Entry::File(index) => Some((path.into(), state.files[*index].live.len() as u64)),
         };
         state.live.iter().filter_map(length).collect()
     }
@@ -151,7 +178,7 @@ impl SimulatedDisk {
 impl State {
     /// Each unsynced change of a name happened or did not; what a lost folder held is lost with it.
     fn forget_names(&mut self, dice: &mut Dice) {
-        let paths: Vec<PathBuf> = self.live.keys().chain(self.durable.keys()).cloned().collect();
+        let paths: Vec<String> = self.live.keys().chain(self.durable.keys()).cloned().collect();
         for path in paths {
             let (live, durable) = (self.live.get(&path).copied(), self.durable.get(&path).copied());
             if live != durable && dice.one_in(2) {
@@ -161,9 +188,9 @@ impl State {
                 };
             }
         }
-        let mut kept: BTreeMap<PathBuf, Entry> = BTreeMap::new();
+        let mut kept = Names::new();
         for (path, entry) in &self.durable {
-            let has_folder = path.parent().is_some_and(|folder| kept.contains_key(folder));
+            let has_folder = kept.contains_key(folder(path));
             if *path == self.root || has_folder {
                 kept.insert(path.clone(), *entry);
             }
@@ -182,7 +209,7 @@ impl State {
     }
 
     fn file(&mut self, path: &Path) -> io::Result<&mut File> {
-        match self.live.get(path) {
+        match self.live.get(name(path)) {
             Some(Entry::File(index)) => Ok(&mut self.files[*index]),
             _ => Err(io::ErrorKind::NotFound.into()),
         }
@@ -190,12 +217,12 @@ impl State {
 
     /// The file of that name, emptied; a new one if there is none.
     fn create(&mut self, path: &Path) -> io::Result<()> {
-        if path.parent().is_some_and(|folder| self.live.get(folder) != Some(&Entry::Folder)) {
+        if self.live.get(folder(name(path))) != Some(&Entry::Folder) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        if !self.live.contains_key(path) {
+        if !self.live.contains_key(name(path)) {
             self.files.push(File::default());
-            self.live.insert(path.to_owned(), Entry::File(self.files.len() - 1));
+            self.live.insert(name(path).to_owned(), Entry::File(self.files.len() - 1));
         }
         self.file(path)?.live.clear();
         Ok(())
@@ -236,7 +263,7 @@ impl Disk for SimulatedDisk {
     fn create_folder(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state();
         state.change()?;
-        state.live.insert(path.to_owned(), Entry::Folder);
+        state.live.insert(name(path).to_owned(), Entry::Folder);
         Ok(())
     }
 
@@ -269,16 +296,20 @@ impl Disk for SimulatedDisk {
     fn sync_folder(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state();
         state.change()?;
+        let path = name(path);
         if state.live.get(path) != Some(&Entry::Folder) {
             return Err(io::ErrorKind::NotFound.into());
         }
         if state.faults.lies {
             return Ok(());
         }
-        let inside = |(name, _): &(&PathBuf, &Entry)| name.parent() == Some(path);
-        let names: Vec<_> =
-            state.live.iter().filter(inside).map(|(name, entry)| (name.clone(), *entry)).collect();
-        state.durable.retain(|name, _| name.parent() != Some(path));
+        let copy = |(name, entry): (&String, &Entry)| (name.clone(), *entry);
+        let names: Vec<_> = inside(&state.live, path).map(copy).collect();
+        let gone = inside(&state.durable, path).filter(|(name, _)| !state.live.contains_key(*name));
+        let gone: Vec<String> = gone.map(|(name, _)| name.clone()).collect();
+        for name in gone {
+            state.durable.remove(&name);
+        }
         state.durable.extend(names);
         Ok(())
     }
@@ -286,8 +317,8 @@ impl Disk for SimulatedDisk {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut state = self.state();
         state.change()?;
-        let entry = state.live.remove(from).ok_or(io::ErrorKind::NotFound)?;
-        state.live.insert(to.to_owned(), entry);
+        let entry = state.live.remove(name(from)).ok_or(io::ErrorKind::NotFound)?;
+        state.live.insert(name(to).to_owned(), entry);
         Ok(())
     }
 
@@ -302,27 +333,26 @@ impl Disk for SimulatedDisk {
     }
 
     fn names(&self, path: &Path) -> io::Result<Vec<String>> {
-        let state = self.state();
+        let (state, path) = (self.state(), name(path));
         if state.live.get(path) != Some(&Entry::Folder) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let inside = state.live.keys().filter(|name| name.parent() == Some(path));
-        let names = inside.filter_map(|name| Some(name.file_name()?.to_str()?.to_owned()));
-        Ok(names.collect())
+        let start = prefix(path).len();
+        Ok(inside(&state.live, path).map(|(name, _)| name[start..].to_owned()).collect())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state();
         state.change()?;
-        state.live.remove(path).map(drop).ok_or(io::ErrorKind::NotFound.into())
+        state.live.remove(name(path)).map(drop).ok_or(io::ErrorKind::NotFound.into())
     }
 
     fn remove_folder(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state();
         state.change()?;
-        if state.live.keys().any(|name| name.parent() == Some(path)) {
+        if inside(&state.live, name(path)).next().is_some() {
             return Err(io::ErrorKind::DirectoryNotEmpty.into());
         }
-        state.live.remove(path).map(drop).ok_or(io::ErrorKind::NotFound.into())
+        state.live.remove(name(path)).map(drop).ok_or(io::ErrorKind::NotFound.into())
     }
 }

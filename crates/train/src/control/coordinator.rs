@@ -107,7 +107,7 @@ pub enum Action {
 pub enum Verdict {
     /// Every rank has done its work.
     Completed,
-    /// A rank said why it cannot go on, or was lost when others had ended.
+    /// A rank said why it cannot go on.
     Failed(Rank),
     /// A rank was lost once more than losses are made good without progress.
     GaveUp(Rank),
@@ -139,6 +139,8 @@ pub struct Coordinator {
     policy: Policy,
     members: Vec<Member>,
     generation: u64,
+    /// Ranks that are in no generation.
+    ready: u32,
     /// The most steps that anyone has done.
     furthest: u64,
     /// Losses since then.
@@ -152,7 +154,20 @@ impl Coordinator {
     pub fn new(policy: Policy, now: Seconds) -> Self {
         let member = Member { phase: Phase::Starting, incarnation: 0, heard: now };
         let members = vec![member; policy.ranks as usize];
-        Self { policy, members, generation: 0, furthest: 0, losses: 0, verdict: None }
+        let (generation, ready, furthest, losses) = (0, 0, 0, 0);
+        Self { policy, members, generation, ready, furthest, losses, verdict: None }
+    }
+
+    /// When time alone will next have something done, unless something is heard before.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Seconds> {
+        let limit = |member: &Member| match member.phase {
+            Phase::Down { until } => Some(until.0),
+            Phase::Starting => Some(member.heard.0 + self.policy.start.0),
+            Phase::Running | Phase::Ready(_) => Some(member.heard.0 + self.policy.silence.0),
+            Phase::Killed | Phase::Done => None,
+        };
+        self.members.iter().filter_map(limit).min_by(f64::total_cmp).map(Seconds)
     }
 
     /// How the run ended, if it has.
@@ -177,7 +192,7 @@ impl Coordinator {
                 if let Some(member) = self.current(rank, incarnation) {
                     member.heard = now;
                     if member.phase == Phase::Starting {
-                        member.phase = Phase::Running;
+                        self.enter(rank, Phase::Running);
                     }
                     self.progress(step);
                 }
@@ -186,7 +201,7 @@ impl Coordinator {
             Event::Ready { rank, incarnation, address, step } => {
                 let Some(member) = self.current(rank, incarnation) else { return vec![] };
                 member.heard = now;
-                member.phase = Phase::Ready(address);
+                self.enter(rank, Phase::Ready(address));
                 self.progress(step);
                 self.assemble()
             }
@@ -205,6 +220,12 @@ impl Coordinator {
         (member.incarnation == incarnation && here).then_some(member)
     }
 
+    fn enter(&mut self, rank: Rank, phase: Phase) {
+        let before = std::mem::replace(&mut self.members[rank.index()].phase, phase);
+        self.ready -= u32::from(matches!(before, Phase::Ready(_)));
+        self.ready += u32::from(matches!(phase, Phase::Ready(_)));
+    }
+
     fn progress(&mut self, step: u64) {
         if step > self.furthest {
             self.furthest = step;
@@ -214,15 +235,12 @@ impl Coordinator {
 
     /// Once every rank has left the generation, the next one meets where its rank 0 listens.
     fn assemble(&mut self) -> Vec<Action> {
-        let address = |member: &Member| match member.phase {
-            Phase::Ready(address) => Some(address),
-            _ => None,
-        };
-        let Some(addresses) = self.members.iter().map(address).collect::<Option<Vec<_>>>() else {
+        let Phase::Ready(master) = self.members[0].phase else { return vec![] };
+        if self.ready < self.policy.ranks {
             return vec![];
-        };
-        self.generation += 1;
-        let (generation, master) = (self.generation, addresses[0]);
+        }
+        (self.generation, self.ready) = (self.generation + 1, 0);
+        let generation = self.generation;
         let meet = |(rank, member): (u32, &mut Member)| {
             member.phase = Phase::Running;
             Action::Meet { rank: Rank(rank), incarnation: member.incarnation, generation, master }
@@ -231,27 +249,44 @@ impl Coordinator {
     }
 
     fn ended(&mut self, now: Seconds, rank: Rank, end: End) -> Vec<Action> {
-        let member = &mut self.members[rank.index()];
-        member.phase = Phase::Done;
-        if end == End::Failed {
-            return self.finish(Verdict::Failed(rank));
+        match end {
+            End::Failed => {
+                self.enter(rank, Phase::Done);
+                self.finish(Verdict::Failed(rank))
+            }
+            End::Completed => self.completed(now, rank),
+            End::Lost => self.lost(now, rank),
         }
-        if end == End::Completed {
-            let all = self.members.iter().all(|member| member.phase == Phase::Done);
-            return if all { self.finish(Verdict::Completed) } else { vec![] };
+    }
+
+    /// A rank has done its work; but while another is being replaced, who could help it to end is
+    /// started anew.
+    fn completed(&mut self, now: Seconds, rank: Rank) -> Vec<Action> {
+        self.enter(rank, Phase::Done);
+        let well = |member: &Member| matches!(member.phase, Phase::Running | Phase::Done);
+        if !self.members.iter().all(well) {
+            return self.start_all_done(now);
         }
+        let all = self.members.iter().all(|member| member.phase == Phase::Done);
+        if all { self.finish(Verdict::Completed) } else { vec![] }
+    }
+
+    fn lost(&mut self, now: Seconds, rank: Rank) -> Vec<Action> {
         self.losses += 1;
         if self.losses > self.policy.restarts {
+            self.enter(rank, Phase::Done);
             return self.finish(Verdict::GaveUp(rank));
-        }
-        // Those that are done cannot take part again.
-        let others = self.members.iter().enumerate().filter(|(other, _)| *other != rank.index());
-        if others.into_iter().any(|(_, member)| member.phase == Phase::Done) {
-            return self.finish(Verdict::Failed(rank));
         }
         let doubled = 2_f64.powi(self.losses.min(DOUBLINGS) as i32 - 2);
         let pause = if self.losses == 1 { 0.0 } else { self.policy.back_off.0 * doubled };
-        self.members[rank.index()].phase = Phase::Down { until: now + Seconds(pause) };
+        self.enter(rank, Phase::Down { until: now + Seconds(pause) });
+        self.start_all_done(now)
+    }
+
+    fn start_all_done(&mut self, now: Seconds) -> Vec<Action> {
+        for member in self.members.iter_mut().filter(|member| member.phase == Phase::Done) {
+            member.phase = Phase::Down { until: now };
+        }
         self.tick(now)
     }
 
@@ -279,9 +314,10 @@ impl Coordinator {
                 Phase::Running | Phase::Ready(_) => policy.silence,
                 Phase::Killed | Phase::Down { .. } | Phase::Done => return None,
             };
-            if silent <= limit.0 {
+            if silent < limit.0 {
                 return None;
             }
+            self.ready -= u32::from(matches!(member.phase, Phase::Ready(_)));
             member.phase = Phase::Killed;
             Some(Action::Kill { rank: Rank(rank), incarnation: member.incarnation })
         };

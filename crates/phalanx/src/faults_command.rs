@@ -1,0 +1,339 @@
+//! `phalanx faults`: the code that recovers runs, under simulated faults.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
+use serde_json::json;
+use train::control::goodput::{Campaign, Goodput, goodput};
+use train::control::simulation::{Bug, Survived, run};
+use units::Seconds;
+
+use crate::output::thousands;
+
+#[derive(Debug, Subcommand)]
+pub enum FaultsCommand {
+    /// Run schedules of faults until one breaks a promise: of kills, halts, cuts, torn writes
+    Check(CheckArgs),
+    /// How much of its time a run of many accelerators spends on steps that count
+    Goodput(GoodputArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// How many schedules
+    #[arg(long, default_value_t = 1000)]
+    schedules: u64,
+    /// The first one; each is decided by its number
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Threads; all cores unless given
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Break something on purpose, which is then found
+    #[arg(long, value_enum)]
+    plant: Option<Planted>,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// What can be broken on purpose.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Planted {
+    MeetsWithoutAll,
+    HearsTheDead,
+    RecoversHalf,
+    SkipsSync,
+    CommitsAlone,
+    DropsTokens,
+    RemovesEarly,
+}
+
+impl From<Planted> for Bug {
+    fn from(planted: Planted) -> Self {
+        match planted {
+            Planted::MeetsWithoutAll => Self::MeetsWithoutAll,
+            Planted::HearsTheDead => Self::HearsTheDead,
+            Planted::RecoversHalf => Self::RecoversHalf,
+            Planted::SkipsSync => Self::SkipsSync,
+            Planted::CommitsAlone => Self::CommitsAlone,
+            Planted::DropsTokens => Self::DropsTokens,
+            Planted::RemovesEarly => Self::RemovesEarly,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub struct GoodputArgs {
+    /// Accelerators that train
+    #[arg(long, default_value_t = 16_384)]
+    accelerators: u32,
+    /// Accelerators of a node, which are lost together
+    #[arg(long, default_value_t = 8)]
+    per_node: u32,
+    /// Interruptions of 1,000 nodes in a day. Llama 3 had 419 unexpected ones in 54 days on 16,384
+    /// accelerators, so 3.8 (arXiv 2407.21783, 2024); Meta's research clusters had 6.5 and 2.34
+    /// (arXiv 2410.21680, 2024)
+    #[arg(long, default_value_t = 3.8, verbatim_doc_comment)]
+    failures_per_1000_node_days: f64,
+    /// Share of them that are noticed only by silence
+    #[arg(long, default_value_t = 0.1)]
+    silent: f64,
+    /// Days of the run
+    #[arg(long, default_value_t = 54.0)]
+    days: f64,
+    /// Seconds of a step, as `phalanx simulate` says
+    #[arg(long, default_value_t = 10.0)]
+    step_s: f64,
+    /// Steps between copies in the memory of another node; 0 makes none
+    #[arg(long, default_value_t = 1)]
+    copy_every: u64,
+    /// Steps between checkpoints
+    #[arg(long, default_value_t = 100)]
+    save_every: u64,
+    /// Seconds that training stands still for a checkpoint
+    #[arg(long, default_value_t = 0.1)]
+    save_stall_s: f64,
+    /// Seconds from the start of a process, on a spare node if need be, to its first word
+    #[arg(long, default_value_t = 30.0)]
+    start_s: f64,
+    /// Seconds for all ranks to connect
+    #[arg(long, default_value_t = 10.0)]
+    meet_s: f64,
+    /// Seconds for the state to come from the memory of others
+    #[arg(long, default_value_t = 2.0)]
+    from_memory_s: f64,
+    /// Seconds for it to come from a checkpoint
+    #[arg(long, default_value_t = 60.0)]
+    from_checkpoint_s: f64,
+    /// Seconds of silence after which a rank is taken for dead
+    #[arg(long, default_value_t = 10.0)]
+    silence_s: f64,
+    /// Decides when and where something fails
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// A schedule that broke a promise.
+#[derive(Debug, thiserror::Error)]
+#[error("schedule {seed}: {violation}\nphalanx faults check --schedules 1 --seed {seed}{planted}")]
+pub struct Violated {
+    seed: u64,
+    violation: String,
+    planted: String,
+}
+
+/// Runs what was asked for.
+pub fn faults(command: &FaultsCommand) -> Result<()> {
+    match command {
+        FaultsCommand::Check(args) => check(args),
+        FaultsCommand::Goodput(args) => {
+            let (campaign, json) = (args.campaign()?, args.json);
+            let found = goodput(campaign);
+            if json {
+                println!("{}", serde_json::to_string_pretty(&found)?);
+            } else {
+                print!("{}", Told { args, found });
+            }
+            Ok(())
+        }
+    }
+}
+
+/// All that was survived.
+#[derive(Debug, Default, Serialize)]
+struct Total {
+    schedules: u64,
+    faults: u64,
+    generations: u64,
+    launches: u64,
+    checkpoints: u64,
+    steps: u64,
+    steps_redone: u64,
+    most_ranks: u32,
+    virtual_hours: f64,
+}
+
+impl Total {
+    fn add(&mut self, one: &Survived) {
+        self.schedules += 1;
+        self.faults += one.faults;
+        self.generations += one.generations;
+        self.launches += one.launches;
+        self.checkpoints += one.checkpoints;
+        self.steps += one.steps;
+        self.steps_redone += one.redone;
+        self.most_ranks = self.most_ranks.max(one.ranks);
+        self.virtual_hours += one.time.0 / 3600.0;
+    }
+
+    fn merge(&mut self, other: &Self) {
+        self.schedules += other.schedules;
+        self.faults += other.faults;
+        self.generations += other.generations;
+        self.launches += other.launches;
+        self.checkpoints += other.checkpoints;
+        self.steps += other.steps;
+        self.steps_redone += other.steps_redone;
+        self.most_ranks = self.most_ranks.max(other.most_ranks);
+        self.virtual_hours += other.virtual_hours;
+    }
+}
+
+fn check(args: &CheckArgs) -> Result<()> {
+    let begin = Instant::now();
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = args.threads.unwrap_or_else(cores);
+    let bug = args.plant.map(Bug::from);
+    let total = survive(args.seed..args.seed.saturating_add(args.schedules), threads, bug)
+        .map_err(|(seed, violation)| Violated { seed, violation, planted: args.planted() })?;
+    let time_s = begin.elapsed().as_secs_f64();
+    if args.json {
+        let mut value = serde_json::to_value(&total)?;
+        value["wall_time_s"] = json!(time_s);
+        println!("{}", serde_json::to_string_pretty(&value)?);
+        return Ok(());
+    }
+    let Total { schedules, faults, launches, checkpoints, virtual_hours, .. } = total;
+    println!("schedules      {}, none broke a promise", thousands(schedules));
+    println!(
+        "survived       {} faults, {} of them cost the whole run's processes; up to {} ranks",
+        thousands(faults),
+        thousands(launches),
+        total.most_ranks
+    );
+    println!(
+        "trained        {} steps, {} of them again; {} checkpoints",
+        thousands(total.steps),
+        thousands(total.steps_redone),
+        thousands(checkpoints)
+    );
+    println!(
+        "time           {virtual_hours:.0} virtual hours in {time_s:.1} s on {threads} thread(s)"
+    );
+    Ok(())
+}
+
+impl CheckArgs {
+    /// The bug as it is named on the command line.
+    fn planted(&self) -> String {
+        let name = self.plant.and_then(|planted| planted.to_possible_value());
+        name.map(|name| format!(" --plant {}", name.get_name())).unwrap_or_default()
+    }
+}
+
+/// Runs schedules on several threads; the first that any of them finds to break a promise.
+fn survive(
+    seeds: std::ops::Range<u64>,
+    threads: usize,
+    bug: Option<Bug>,
+) -> Result<Total, (u64, String)> {
+    let next = AtomicU64::new(seeds.start);
+    let stop = AtomicBool::new(false);
+    let all = Mutex::new((Total::default(), None::<(u64, String)>));
+    let work = || {
+        let mut total = Total::default();
+        let mut violated = None;
+        while violated.is_none() && !stop.load(Ordering::Relaxed) {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                break;
+            }
+            match run(seed, bug) {
+                Ok(survived) => total.add(&survived),
+                Err(violation) => violated = Some((seed, violation)),
+            }
+        }
+        stop.fetch_or(violated.is_some(), Ordering::Relaxed);
+        let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.0.merge(&total);
+        all.1 = [all.1.take(), violated].into_iter().flatten().min();
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..threads.max(1) {
+            scope.spawn(work);
+        }
+    });
+    let (total, violated) = all.into_inner().unwrap_or_else(PoisonError::into_inner);
+    violated.map_or(Ok(total), Err)
+}
+
+impl GoodputArgs {
+    fn campaign(&self) -> Result<Campaign> {
+        let positive = [
+            ("--accelerators", f64::from(self.accelerators)),
+            ("--per-node", f64::from(self.per_node)),
+            ("--failures-per-1000-node-days", self.failures_per_1000_node_days),
+            ("--days", self.days),
+            ("--step-s", self.step_s),
+            ("--save-every", self.save_every as f64),
+            ("--start-s", self.start_s),
+        ];
+        if let Some((name, value)) = positive.into_iter().find(|(_, value)| *value <= 0.0) {
+            bail!("{name} = {value}; it must be above 0");
+        }
+        let nodes = self.accelerators.div_ceil(self.per_node);
+        Some(nodes).filter(|nodes| *nodes > 1).context("--accelerators must fill two nodes")?;
+        Ok(Campaign {
+            nodes,
+            failures_per_node_day: self.failures_per_1000_node_days / 1000.0,
+            silent: self.silent,
+            days: self.days,
+            step: Seconds(self.step_s),
+            copy_every: self.copy_every,
+            save_every: self.save_every,
+            save_stall: Seconds(self.save_stall_s),
+            start: Seconds(self.start_s),
+            meet: Seconds(self.meet_s),
+            from_memory: Seconds(self.from_memory_s),
+            from_checkpoint: Seconds(self.from_checkpoint_s),
+            silence: Seconds(self.silence_s),
+            seed: self.seed,
+        })
+    }
+}
+
+/// A campaign's outcome, for people.
+struct Told<'a> {
+    args: &'a GoodputArgs,
+    found: Goodput,
+}
+
+impl fmt::Display for Told<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { args, found } = self;
+        let hours = found.time_s.0 / 3600.0 / found.interruptions.max(1) as f64;
+        writeln!(
+            f,
+            "goodput        {:.2} % on {} accelerators over {:.0} days",
+            100.0 * found.goodput,
+            thousands(args.accelerators.into()),
+            args.days
+        )?;
+        writeln!(
+            f,
+            "interruptions  {}, one every {hours:.2} h; {} went back to a checkpoint",
+            thousands(found.interruptions),
+            found.from_checkpoint
+        )?;
+        let parts = [
+            ("steps done again, or cut short", found.lost_work_s),
+            ("until a loss was noticed", found.detection_s),
+            ("until all ranks were there again", found.restart_s),
+            ("until they had their state", found.restore_s),
+            ("standing still for checkpoints", found.saving_s),
+        ];
+        for (what, time) in parts {
+            writeln!(f, "{:>9.3} %    {what}", 100.0 * (time / found.time_s))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,329 @@
+//! What there is, and what happens next.
+
+use std::collections::BTreeMap;
+
+use checkpoint::store::simulated::Dice;
+use units::{Rank, Seconds};
+
+use super::disk::Checkpoints;
+use super::{Bug, Survived};
+use crate::control::{Coordinator, Event, Policy, Verdict};
+use crate::copies::Copies;
+
+/// Virtual seconds of calm, after the faults, in which a run must come to its end.
+const CALM: f64 = 600.0;
+/// And events for each rank.
+const EVENTS: u64 = 20_000;
+
+/// Which process of a rank: of which start of the run, and which since then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Who {
+    pub launch: u64,
+    pub incarnation: u64,
+}
+
+/// What a run computes: each step mixes what came before with its number and the place in the text.
+fn next_state(state: u64, step: u64, position: u64) -> u64 {
+    Dice::new(state ^ step.rotate_left(17) ^ position.rotate_left(40)).roll()
+}
+
+/// Where a rank is in its history.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct State {
+    pub step: u64,
+    /// Sequences trained on.
+    pub position: u64,
+    pub value: u64,
+}
+
+/// Sequences of a step.
+const BATCH: u64 = 8;
+
+impl State {
+    pub const START: Self = Self { step: 0, position: 0, value: 7 };
+
+    pub fn next(self) -> Self {
+        let (step, position) = (self.step + 1, self.position + BATCH);
+        Self { step, position, value: next_state(self.value, step, position) }
+    }
+}
+
+/// What a seed decides before anything happens.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    pub ranks: u32,
+    pub ranks_per_host: u32,
+    pub steps: u64,
+    pub copy_every: u64,
+    pub save_every: u64,
+    /// Virtual seconds during which there are faults, and between two of them.
+    pub faulty: f64,
+    pub pause: f64,
+    /// Which faults there are, a bit for each.
+    pub faults: u64,
+    /// How fast the coordinator's clock goes, and what it shows at the start.
+    pub clock: (f64, f64),
+}
+
+impl Plan {
+    fn new(dice: &mut Dice) -> Self {
+        let ranks = match dice.below(1000) {
+            0 => 65 + dice.below(448),
+            1..20 => 9 + dice.below(56),
+            _ => 2 + dice.below(7),
+        };
+        Self {
+            ranks: ranks as u32,
+            ranks_per_host: 1 << dice.below(4),
+            steps: 20 + dice.below(30),
+            copy_every: 1 + dice.below(2) * dice.below(3),
+            save_every: dice.below(2) * (3 + dice.below(10)),
+            faulty: 5.0 + dice.below(30) as f64,
+            pause: 0.3 + dice.below(50) as f64 * 0.1,
+            faults: dice.roll() | 1,
+            clock: (0.9 + dice.below(200) as f64 * 1e-3, dice.below(1 << 20) as f64),
+        }
+    }
+
+    pub fn hosts(&self) -> u32 {
+        self.ranks.div_ceil(self.ranks_per_host)
+    }
+
+    pub fn host(&self, rank: Rank) -> usize {
+        (rank.0 / self.ranks_per_host) as usize
+    }
+}
+
+/// A process of a rank.
+#[derive(Debug, Clone)]
+pub struct Process {
+    pub who: Who,
+    pub alive: bool,
+    /// Alive, and does nothing.
+    pub halted: bool,
+    /// It has lost its launcher.
+    pub orphaned: bool,
+    /// The generation it works in, if it does.
+    pub generation: Option<u64>,
+    pub state: State,
+    pub copies: Copies<State>,
+    /// A copy that it is sending, and those that have come but are not kept yet, oldest first.
+    pub sending: Option<State>,
+    pub arrived: Vec<State>,
+}
+
+impl Process {
+    pub fn new(who: Who) -> Self {
+        Self {
+            who,
+            alive: true,
+            halted: false,
+            orphaned: false,
+            generation: None,
+            state: State::START,
+            copies: Copies::default(),
+            sending: None,
+            arrived: vec![],
+        }
+    }
+}
+
+/// The ranks that work together, or try to meet.
+#[derive(Debug, Clone, Default)]
+pub struct Generation {
+    pub number: u64,
+    /// Ranks that have come.
+    pub met: u32,
+    /// It has begun to train.
+    pub works: bool,
+    /// Somebody is missing.
+    pub broken: bool,
+    /// Ranks that have come to the exchange of the step at hand.
+    pub reached: u32,
+    /// After this step all save and stop.
+    pub last: Option<u64>,
+    /// A part of the checkpoint of this step could not be written.
+    pub unsaved: Option<u64>,
+}
+
+/// What happens to a process of a rank.
+#[derive(Debug, Clone, Copy)]
+pub enum Doing {
+    /// It begins to run.
+    Up,
+    /// It says that it lives.
+    Beat,
+    /// It is told to meet the others.
+    Meet(u64),
+    /// It has waited for them in vain, or lost them.
+    Fail(u64),
+    /// It has computed its part of a step.
+    Reach(u64),
+    /// It has updated its part.
+    Done(u64),
+    /// It has seen that the launcher is gone.
+    Orphaned,
+    /// It is killed by the coordinator.
+    Killed,
+    /// It writes its part of a checkpoint.
+    Write { generation: u64, state: State },
+    /// Rank 0 looks whether all have written theirs.
+    Commit { generation: u64, state: State },
+}
+
+#[derive(Debug, Clone, Copy)]
+pub enum Happening {
+    /// A coordinator hears a word.
+    Hear { launch: u64, event: Event },
+    /// To a process.
+    To { rank: Rank, who: Who, doing: Doing },
+    /// All of a generation have met.
+    Begin(u64),
+    /// All of a generation have reached the exchange of a step.
+    Exchange(u64),
+    /// Something bad.
+    Fault,
+    /// A halted rank goes on.
+    Wake(Rank),
+    /// The run is started again.
+    Launch,
+}
+
+pub struct World {
+    pub now: f64,
+    pub dice: Dice,
+    pub plan: Plan,
+    pub bug: Option<Bug>,
+    order: u64,
+    agenda: BTreeMap<(u64, u64), Happening>,
+    pub launch: u64,
+    pub coordinator: Option<Coordinator>,
+    /// When it will be asked for the time.
+    pub ticking: f64,
+    pub processes: Vec<Process>,
+    pub generation: Generation,
+    /// By rank: when its last words arrive at the coordinator, and the coordinator's at it.
+    pub heard: Vec<[f64; 2]>,
+    /// By host: until when its words to the coordinator, and those to it, are held up.
+    pub held: Vec<[f64; 2]>,
+    /// Until when hosts do not hear each other.
+    pub cut: f64,
+    pub checkpoints: Checkpoints,
+    /// The undisturbed run, by step.
+    pub right: Vec<State>,
+    /// The most steps that any rank has done, since the run was last started.
+    pub furthest: u64,
+    /// And since ranks last began anew.
+    pub done: u64,
+    pub survived: Survived,
+    pub verdict: Option<Verdict>,
+}
+
+pub fn policy(ranks: u32) -> Policy {
+    Policy {
+        ranks,
+        restarts: 1000,
+        silence: Seconds(3.0),
+        start: Seconds(10.0),
+        back_off: Seconds(0.05),
+    }
+}
+
+impl World {
+    pub fn new(seed: u64, bug: Option<Bug>) -> Self {
+        let mut dice = Dice::new(seed);
+        let plan = Plan::new(&mut dice);
+        let next = |state: &State| Some(state.next());
+        let right = std::iter::successors(Some(State::START), next);
+        let mut world = Self {
+            now: 0.0,
+            dice,
+            plan,
+            bug,
+            order: 0,
+            agenda: BTreeMap::new(),
+            launch: 0,
+            coordinator: None,
+            ticking: f64::INFINITY,
+            processes: vec![],
+            generation: Generation::default(),
+            heard: vec![],
+            held: vec![[0.0; 2]; plan.hosts() as usize],
+            cut: 0.0,
+            checkpoints: Checkpoints::new(plan.ranks, bug),
+            right: right.take(plan.steps as usize + 1).collect(),
+            furthest: 0,
+            done: 0,
+            survived: Survived { ranks: plan.ranks, steps: plan.steps, ..Survived::default() },
+            verdict: None,
+        };
+        world.after(0.0, Happening::Launch);
+        world.after(plan.pause, Happening::Fault);
+        world
+    }
+
+    /// Something happens after some virtual seconds.
+    pub fn after(&mut self, delay: f64, happening: Happening) {
+        self.order += 1;
+        let at = ((self.now + delay) * 1e6) as u64;
+        self.agenda.insert((at, self.order), happening);
+    }
+
+    /// Something happens to a process, unless it is another by then.
+    pub fn to(&mut self, delay: f64, rank: Rank, doing: Doing) {
+        let who = self.processes[rank.index()].who;
+        self.after(delay, Happening::To { rank, who, doing });
+    }
+
+    /// A time of the network or the machine, in seconds: mostly short, sometimes long.
+    pub fn delay(&mut self) -> f64 {
+        let long = self.dice.one_in(20);
+        (1 + self.dice.below(if long { 800 } else { 10 })) as f64 * 1e-3
+    }
+
+    pub fn ranks(&self) -> impl Iterator<Item = Rank> + use<> {
+        (0..self.plan.ranks).map(Rank)
+    }
+
+    pub fn rank(&mut self, rank: Rank) -> &mut Process {
+        &mut self.processes[rank.index()]
+    }
+
+    /// Runs until the end; what was violated, if anything.
+    pub fn run(mut self) -> Result<Survived, String> {
+        self.go().map_err(|violation| format!("after {:.3} s: {violation}", self.now))?;
+        self.checkpoints.check(&self.right)?;
+        self.survived.time = Seconds(self.now);
+        Ok(self.survived)
+    }
+
+    fn go(&mut self) -> Result<(), String> {
+        let most = self.order + EVENTS * u64::from(self.plan.ranks);
+        while let Some(((at, _), happening)) = self.agenda.pop_first() {
+            self.now = at as f64 * 1e-6;
+            if self.now > self.plan.faulty + CALM || self.order > most {
+                return Err("the run has not ended, long after the last fault".to_owned());
+            }
+            self.happen(happening)?;
+            match self.verdict {
+                Some(Verdict::Completed) => return Ok(()),
+                Some(verdict) => return Err(format!("{verdict:?}")),
+                None => {}
+            }
+        }
+        Err("nothing happens any more".to_owned())
+    }
+
+    fn happen(&mut self, happening: Happening) -> Result<(), String> {
+        match happening {
+            Happening::Hear { launch, event } => self.hear(launch, event),
+            Happening::To { rank, who, doing } => return self.do_to(rank, who, doing),
+            Happening::Begin(generation) => return self.begin(generation),
+            Happening::Exchange(generation) => self.exchange(generation),
+            Happening::Fault => self.fault(),
+            Happening::Wake(rank) => self.rank(rank).halted = false,
+            Happening::Launch => return self.launch(),
+        }
+        Ok(())
+    }
+}
