@@ -124,7 +124,9 @@ impl World {
             }
             Action::Kill { rank, incarnation } => self.order(rank, incarnation, Doing::Killed),
             Action::Meet { rank, incarnation, generation, .. } => {
-                self.order(rank, incarnation, Doing::Meet(generation));
+                // Of all starts of the run no two have the same number.
+                let number = self.launch << 32 | generation;
+                self.order(rank, incarnation, Doing::Meet(number));
             }
             Action::Finish(_) => {}
         }

@@ -294,8 +294,7 @@ impl World {
 
     /// A rank writes its part of a checkpoint; rank 0 then waits for the others.
     fn write(&mut self, rank: Rank, number: u64, state: State) -> Result<(), String> {
-        let attempt = self.launch << 32 | number;
-        if !self.checkpoints.write(rank, attempt, state) {
+        if !self.checkpoints.write(rank, number, state) {
             self.generation.unsaved = Some(state.step);
         }
         if self.checkpoints.crashed() {
@@ -316,8 +315,7 @@ impl World {
     }
 
     fn commit(&mut self, rank: Rank, number: u64, state: State) -> Result<(), String> {
-        let attempt = self.launch << 32 | number;
-        let whole = self.checkpoints.commit(attempt, state);
+        let whole = self.checkpoints.commit(number, state);
         self.survived.checkpoints += u64::from(whole == Some(true));
         if self.checkpoints.crashed() {
             return self.lose_power(rank);
