@@ -20,6 +20,7 @@ import survive
 JOB = """
 [model]
 name = "{model}"
+vocabulary = 320
 [data]
 text = ["text.txt"]
 [training]

@@ -27,7 +27,7 @@ import time
 import survive
 
 SHAPE = {
-    "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "feed_forward": 384, "vocabulary": 2048,
+    "layers": 4, "hidden": 128, "heads": 4, "kv_heads": 2, "feed_forward": 384, "vocabulary": 320,
     "sequence": 128, "batch": 4,
 }  # fmt: skip
 

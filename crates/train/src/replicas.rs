@@ -17,12 +17,12 @@ use crate::{Error, Worker};
 
 /// The runs of a rank's part, or of all that it holds.
 fn runs(program: &Program, rank: Rank, all: bool) -> Vec<Run> {
-    let degree = program.mesh.degree(Axis::Data);
-    let coordinate = program.mesh.coordinate(rank, Axis::Data);
     let blocks = if all { program.held_blocks(rank) } else { saved_blocks(program, rank) };
     let run = |block| {
         let elements = program.blocks[&block] as usize;
-        let own = collective::chunk_range(elements, degree, coordinate);
+        let axis = Program::data_axis(block);
+        let (degree, place) = (program.mesh.degree(axis), program.mesh.coordinate(rank, axis));
+        let own = collective::chunk_range(elements, degree, place);
         let range = if all && !program.optimizer_sharded { 0..elements } else { own };
         let (start, elements) = (range.start as u64, range.len() as u64);
         Kind::ALL.map(|kind| Run { block, kind, start, elements })
