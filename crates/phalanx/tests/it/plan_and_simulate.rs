@@ -148,6 +148,7 @@ fn every_command_says_what_it_takes() {
       catalogue  List the hardware and the models that are known, or show an entry with its sources
       plan       Show how a job is laid out over ranks
       simulate   Run one step in virtual time: where the time goes
+      faults     Run the code that recovers runs under simulated faults
       validate   Recompute published measurements: how wrong the simulator is, by source
       help       Print this message or the help of the given subcommand(s)
 
