@@ -4,6 +4,7 @@ mod catalogue_command;
 mod chaos;
 mod checkpointing;
 mod cluster_section;
+mod described;
 mod device;
 mod faults_command;
 mod figures;

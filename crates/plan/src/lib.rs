@@ -5,12 +5,15 @@
 //! nothing else.
 
 mod check;
+pub mod estimate;
 mod layout;
 mod lower;
 pub mod memory;
 mod options;
 mod partial;
+pub mod price;
 mod schedule;
+pub mod search;
 
 pub use check::LayoutError;
 pub use layout::{Batch, Layout};

@@ -4,7 +4,9 @@ use model::Segment;
 use serde::{Deserialize, Serialize};
 
 /// What the ranks of the data axis split among themselves instead of each holding it whole.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Shard {
     /// Nothing: plain data parallelism.

@@ -144,8 +144,15 @@ impl PartialLayout {
         Ok(Mesh { tensor, context, data, pipeline, expert, expert_tensor, replicas })
     }
 
+    /// Whether it says how layers are shared out among stages.
+    pub(crate) fn shares_out_layers(&self) -> bool {
+        let ends = self.first_layers.is_some() || self.last_layers.is_some();
+        let places = self.embedding_is_layer.is_some() || self.head_is_layer.is_some();
+        self.stage_layers.is_some() || ends || places
+    }
+
     /// The layers of every stage; none if all have the same.
-    fn stage_layers(
+    pub(crate) fn stage_layers(
         &self,
         config: &Config,
         pipeline: u32,
