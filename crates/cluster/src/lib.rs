@@ -10,6 +10,7 @@ pub mod catalogue;
 mod check;
 mod composition;
 mod energy;
+mod fragment;
 mod topology;
 
 use thiserror::Error;
@@ -17,6 +18,7 @@ use thiserror::Error;
 pub use accelerator::{Accelerator, Generation, Precision, Vendor};
 pub use composition::{Composition, PerDomain};
 pub use energy::Energy;
+pub use fragment::Fragment;
 pub use topology::{Cluster, Domain, Fabric, Link, Power, Price, Routing, Shape, Tier};
 
 /// Why there is no such cluster.

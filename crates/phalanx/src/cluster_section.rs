@@ -1,7 +1,7 @@
 //! Where a job runs: `[cluster]` of the job file.
 
 use anyhow::{Context, Result, bail, ensure};
-use cluster::{Cluster, Composition, PerDomain, catalogue};
+use cluster::{Cluster, Composition, Fragment, PerDomain, catalogue};
 use serde::{Deserialize, Serialize};
 
 use crate::device::DeviceName;
@@ -40,6 +40,16 @@ pub struct ClusterSection {
     /// Gbit/s that the fabric gives to an accelerator in each direction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub link_gbps_per_accelerator: Option<f64>,
+    /// Nodes that are not to be had, counted from 0.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drained: Vec<u32>,
+    /// Nodes that are kept beside the job's, to take the place of lost ones.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub spare_nodes: u32,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 impl Default for ClusterSection {
@@ -55,6 +65,8 @@ impl Default for ClusterSection {
             per_node: None,
             per_domain: None,
             link_gbps_per_accelerator: None,
+            drained: Vec::new(),
+            spare_nodes: 0,
         }
     }
 }
@@ -96,8 +108,27 @@ impl ClusterSection {
         Ok(())
     }
 
-    /// The described cluster.
+    /// The described cluster as the job sees it.
     pub fn described(&self) -> Result<Cluster> {
+        Ok(match self.fragment()? {
+            Some(fragment) => fragment.cluster,
+            None => self.whole()?,
+        })
+    }
+
+    /// The nodes that the job is put on, where not all are to be had.
+    pub fn fragment(&self) -> Result<Option<Fragment>> {
+        if self.drained.is_empty() && self.spare_nodes == 0 {
+            return Ok(None);
+        }
+        let whole = self.whole()?;
+        let wanted = self.accelerators + self.spare_nodes * whole.per_node;
+        // The spares must be there, but the job is not spread over them.
+        whole.without(&self.drained, wanted).context("[cluster] drained, spare_nodes")?;
+        Ok(Some(whole.without(&self.drained, self.accelerators).context("[cluster] drained")?))
+    }
+
+    fn whole(&self) -> Result<Cluster> {
         let part = |name: &Option<String>| name.clone().map(toml::Value::String);
         let parts = Composition {
             accelerator: part(&self.accelerator),
@@ -126,6 +157,8 @@ impl ClusterSection {
             ("per_node", self.per_node.is_some()),
             ("per_domain", self.per_domain.is_some()),
             ("link_gbps_per_accelerator", self.link_gbps_per_accelerator.is_some()),
+            ("drained", !self.drained.is_empty()),
+            ("spare_nodes", self.spare_nodes > 0),
         ];
         if let Some((key, _)) = given.into_iter().find(|(_, given)| *given) {
             bail!("[cluster] {key} needs an `accelerator`, or the `name` of a described cluster");

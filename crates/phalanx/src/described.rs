@@ -1,12 +1,30 @@
 //! What programs cost on a described cluster: to the simulator, and to a planner.
 
 use anyhow::Result;
+use clap::Args;
+use cluster::Precision;
 use plan::price::{Passage, Price, Pricing, Unpriced};
 use program::{Instruction, Program, Work};
 use sim::Roofline;
-use sim::device::{Calibrated, Calibration};
+use sim::device::{Calibrated, Calibration, Habits};
 use sim::step::{Costs, Step, Times, TransferCost};
 use units::Seconds;
+
+use crate::cluster_section::ClusterSection;
+
+/// The share of peak where nothing was fitted: what large products reach in training.
+const USUAL_SHARE: f64 = 0.6;
+
+/// How well described accelerators are taken to be used.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Costing {
+    /// Share of peak that described accelerators reach, instead of what was fitted on measurements
+    #[arg(long, value_name = "SHARE")]
+    pub efficiency: Option<f64>,
+    /// Software whose fitted parameters are used; the usual one of the accelerator unless given
+    #[arg(long, value_name = "NAME", conflicts_with = "efficiency")]
+    pub software: Option<String>,
+}
 
 /// A cluster, and how well its accelerators are used: as was fitted, or at a share of their peak.
 #[derive(Debug, Clone)]
@@ -15,7 +33,36 @@ pub struct Described<'c> {
     pub calibration: Option<&'c Calibration>,
 }
 
-impl Described<'_> {
+impl<'c> Described<'c> {
+    /// The described cluster of a job that computes in `precision`.
+    pub fn new(
+        section: &ClusterSection,
+        precision: Precision,
+        costing: &Costing,
+        among: &'c [Calibration],
+    ) -> Result<Self> {
+        let cluster = section.described()?;
+        let software = costing.software.as_deref();
+        let found = Calibration::find(among, software, &cluster.accelerator.name);
+        let calibration = match (costing.efficiency, software) {
+            (Some(_), _) => None,
+            (None, Some(_)) => Some(found?),
+            (None, None) => found.ok(),
+        };
+        let efficiency = costing.efficiency.unwrap_or(USUAL_SHARE);
+        Ok(Self { roofline: Roofline { cluster, precision, efficiency }, calibration })
+    }
+
+    /// What is described, and how it is known how well that is used.
+    pub fn source(&self) -> String {
+        let Roofline { cluster, efficiency, .. } = &self.roofline;
+        let known = match self.calibration {
+            Some(fitted) => format!("fitted on {}", fitted.fitted_on),
+            None => format!("{:.0} % of peak assumed", 100.0 * efficiency),
+        };
+        format!("{} of {} ({}), {known}", cluster.accelerator.name, cluster.name, cluster.source)
+    }
+
     /// A step of `program`, every cost looked up.
     pub fn step(&self, program: &Program) -> Result<Step, sim::Error> {
         match self.costs(program)? {
@@ -42,7 +89,7 @@ impl Described<'_> {
         let Some(calibration) = self.calibration else { return Ok(None) };
         let Roofline { cluster, precision, .. } = &self.roofline;
         let mut costs = Calibrated::new(program, cluster, *precision, calibration)?;
-        costs.tensor_overlap = true;
+        costs.habits = Habits { tensor_overlap: true, ..Habits::default() };
         Ok(Some(costs))
     }
 }

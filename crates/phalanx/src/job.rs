@@ -15,6 +15,8 @@ use train::LearningRate;
 use units::{Bytes, Seconds};
 
 pub use crate::cluster_section::ClusterSection;
+use crate::described::Costing;
+use crate::planner;
 
 /// A job file as written.
 #[derive(Debug, Clone, Deserialize)]
@@ -228,6 +230,14 @@ impl Default for RecoverySection {
     }
 }
 
+/// A job whose layout is still open.
+#[derive(Debug, Clone)]
+pub struct Draft {
+    /// What the job file says of the layout.
+    pub given: PartialLayout,
+    job: Job,
+}
+
 /// A job with nothing left open.
 #[derive(Debug, Clone, Serialize)]
 pub struct Job {
@@ -253,8 +263,8 @@ pub struct Job {
     pub name: String,
 }
 
-impl Job {
-    /// Reads, checks and completes a job file, with the keys of `set` replaced.
+impl Draft {
+    /// Reads and checks a job file, with the keys of `set` replaced.
     pub fn read(path: &Path, set: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the job file {}", path.display()))?;
@@ -269,7 +279,6 @@ impl Job {
         let File { mut training, cluster, data, mut checkpoint, recovery, run, .. } = file;
         training.complete()?;
         checkpoint.complete(training.steps)?;
-        let batch = Batch { sequence: training.sequence, global_batch: training.global_batch };
         cluster.check()?;
         let mut layout = file.layout;
         // What is trained here keeps rounded values in fp32 words; elsewhere they travel as two
@@ -278,9 +287,10 @@ impl Job {
             layout.parameter_bytes.get_or_insert(2);
             layout.activation_bytes.get_or_insert(2);
         }
-        let layout = layout.complete(&model, &batch, cluster.accelerators)?;
-        let name = name.to_owned();
-        Ok(Self {
+        let (given, name) = (layout, name.to_owned());
+        // Nothing is said of the layout until there is one.
+        let layout = Layout::one_rank(1);
+        let job = Job {
             model,
             weights,
             cluster,
@@ -291,7 +301,49 @@ impl Job {
             recovery,
             run,
             name,
-        })
+        };
+        Ok(Self { given, job })
+    }
+
+    /// The job, but for its layout.
+    pub fn job(&self) -> &Job {
+        &self.job
+    }
+
+    /// Whether a planner is needed: how much is split is open, on hardware that is described.
+    pub fn is_open(&self) -> bool {
+        let PartialLayout { tensor, pipeline, micro_batch, .. } = &self.given;
+        let given = tensor.is_some() && pipeline.is_some() && micro_batch.is_some();
+        !given && !self.job.cluster.is_local()
+    }
+
+    /// The layout with what is left open chosen in the simplest way.
+    pub fn simplest(&self) -> Result<Layout> {
+        let Job { model, cluster, .. } = &self.job;
+        Ok(self.given.complete(model, &self.job.batch(), cluster.accelerators)?)
+    }
+
+    /// The job with this layout.
+    pub fn laid_out(self, layout: Layout) -> Job {
+        Job { layout, ..self.job }
+    }
+}
+
+impl Job {
+    /// Reads, checks and completes a job file, with the keys of `set` replaced. A layout that is
+    /// left open on a described cluster is planned.
+    pub fn read(path: &Path, set: &[String]) -> Result<Self> {
+        Self::of(Draft::read(path, set)?, &Costing::default())
+            .with_context(|| path.display().to_string())
+    }
+
+    /// Completes a draft; a planner reckons with these costs.
+    pub fn of(draft: Draft, costing: &Costing) -> Result<Self> {
+        let layout = match draft.is_open() {
+            true => planner::best_layout(&draft, costing)?,
+            false => draft.simplest()?,
+        };
+        Ok(draft.laid_out(layout))
     }
 
     /// The job as it was understood, every default filled in.
@@ -507,8 +559,12 @@ mod tests {
 
     const TRAINING: &str = "[training]\nsequence = 8\nglobal_batch = 4\n";
 
+    fn job(text: &str) -> Result<Job> {
+        Job::of(Draft::parse(text, "test")?, &Costing::default())
+    }
+
     fn error(text: &str) -> String {
-        format!("{:#}", Job::parse(text, "test").unwrap_err())
+        format!("{:#}", job(text).unwrap_err())
     }
 
     #[test]
@@ -551,7 +607,7 @@ mod tests {
 
     #[test]
     fn a_resolved_job_says_everything() {
-        let job = Job::parse(&format!("[model]\nname = \"tiny\"\n{TRAINING}"), "test").unwrap();
+        let job = job(&format!("[model]\nname = \"tiny\"\n{TRAINING}")).unwrap();
         insta::assert_snapshot!(job.resolved(), @r#"
         name = "test"
 
@@ -618,6 +674,7 @@ mod tests {
         expert = 1
         expert_tensor = 1
         replicas = 1
+        placement = "tensor-data-pipeline"
 
         [data]
         text = []

@@ -9,9 +9,12 @@ mod device;
 mod faults_command;
 mod figures;
 mod job;
+mod launch;
 mod measured;
 mod output;
 mod plan_command;
+mod plan_report;
+mod planner;
 mod prediction;
 mod run_folder;
 mod session;
@@ -59,13 +62,12 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show how a job is laid out over ranks
+    /// Find the best layouts of a job on its cluster, and say why; on this machine, show its layout
     Plan {
         #[command(flatten)]
         job: JobArgs,
-        /// Print every rank's instructions
-        #[arg(long)]
-        show_program: bool,
+        #[command(flatten)]
+        options: plan_command::PlanOptions,
     },
     /// Run one step in virtual time: where the time goes
     Simulate {
@@ -100,12 +102,8 @@ struct SimulateOptions {
     /// Use the measurements of an earlier run (its machine.json) instead of measuring
     #[arg(long, value_name = "FILE")]
     machine: Option<PathBuf>,
-    /// Share of peak that described accelerators reach, instead of what was fitted on measurements
-    #[arg(long, value_name = "SHARE")]
-    efficiency: Option<f64>,
-    /// Software whose fitted parameters are used; the usual one of the accelerator unless given
-    #[arg(long, value_name = "NAME", conflicts_with = "efficiency")]
-    software: Option<String>,
+    #[command(flatten)]
+    costing: described::Costing,
     /// Write the predicted step for Perfetto
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -153,7 +151,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Train { job, resume, chaos } => {
             train_command::train(&job, resume.as_deref(), chaos.as_deref())
         }
-        Command::Plan { job, show_program } => plan_command::plan(&job, show_program),
+        Command::Plan { job, options } => plan_command::plan(&job, &options),
         Command::Faults(command) => faults_command::faults(&command),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
@@ -178,6 +176,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     use train::Error as Train;
     use transport::Error as Transport;
     if error.is::<plan::memory::DoesNotFit>()
+        || error.is::<planner::NothingFits>()
         || error.is::<validate::Grown>()
         || error.is::<faults_command::Violated>()
     {

@@ -1,34 +1,246 @@
-//! `phalanx plan`: how a job is laid out, and the program it becomes.
+//! `phalanx plan`: the best layouts of a job, and the program that the best becomes.
 
-use anyhow::Result;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use clap::Args;
 use plan::lower;
 use program::Program;
-use serde_json::json;
+use serde_json::{Value, json};
+use signal_hook::consts::SIGINT;
+use signal_hook::flag;
+use sim::device::Calibration;
 use units::Rank;
 
 use crate::JobArgs;
-use crate::job::Job;
-use crate::output::thousands;
+use crate::described::Costing;
+use crate::job::{Draft, Job};
+use crate::launch::launches;
+use crate::output::{Progress, print_text, thousands};
+use crate::plan_report::{front, lost, reasons, table};
+use crate::planner::{Plan, Planned, Planner};
 
-/// Prints the layout, and with `show_program` every instruction.
-pub fn plan(args: &JobArgs, show_program: bool) -> Result<()> {
-    let job = Job::read(&args.job, &args.set)?;
-    let program = lowered(&job)?;
+/// What planning takes besides a job.
+#[derive(Debug, Args)]
+pub struct PlanOptions {
+    /// Print every rank's instructions
+    #[arg(long)]
+    show_program: bool,
+    /// How many of the best plans are shown
+    #[arg(long, value_name = "PLANS", default_value_t = 10)]
+    best: usize,
+    #[command(flatten)]
+    costing: Costing,
+}
+
+/// Prints the best layouts of a job; on this machine the one it has, since it is measured first.
+pub fn plan(args: &JobArgs, options: &PlanOptions) -> Result<()> {
+    let draft = Draft::read(&args.job, &args.set)?;
+    if draft.job().cluster.is_local() {
+        let layout = draft.simplest().with_context(|| args.job.display().to_string())?;
+        return show(&draft.laid_out(layout), args.json, options.show_program);
+    }
+    let calibrations = Calibration::built_in();
+    let planner = Planner::new(&draft, &options.costing, &calibrations)?;
+    let planned = searched(&planner, args.json).with_context(|| args.job.display().to_string())?;
+    planner.verify(&planned.plans[0])?;
+    let report = Report::new(&planner, &planned)?;
     if args.json {
-        let description = json!({
-            "parameters": job.model.parameter_count(),
-            "layout": job.layout,
-            "ranks": job.layout.mesh.ranks(),
-            "microbatches": program.microbatches,
-            "flops_per_step": (0..program.classes.len())
-                .map(|class| program.flops(class).0 * u64::from(job.layout.mesh.data))
-                .sum::<u64>(),
-            "program": show_program.then(|| program.to_string()),
+        println!("{}", serde_json::to_string_pretty(&report.json(options))?);
+        return Ok(());
+    }
+    print_text(&report.text(options))
+}
+
+/// Plans with progress for who watches, until done or interrupted.
+fn searched(planner: &Planner, quiet: bool) -> Result<Planned> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let handler = flag::register(SIGINT, Arc::clone(&interrupted))?;
+    let bar = Progress::when_watched("planning", 1000, quiet);
+    let planned = planner.plan(&|progress| {
+        let share = 1000 * progress.done / progress.of.max(1);
+        bar.update(share as u64, &format!("{} layouts", thousands(progress.judged)), None);
+        !interrupted.load(Ordering::Relaxed)
+    });
+    signal_hook::low_level::unregister(handler);
+    planned
+}
+
+/// What is printed of plans.
+struct Report<'p> {
+    planner: &'p Planner<'p>,
+    planned: &'p Planned,
+    job: Job,
+    program: Program,
+}
+
+impl<'p> Report<'p> {
+    fn new(planner: &'p Planner<'p>, planned: &'p Planned) -> Result<Self> {
+        let layout = planned.plans[0].layout.clone();
+        let job = planner.draft.clone().laid_out(layout);
+        let program = lowered(&job)?;
+        Ok(Self { planner, planned, job, program })
+    }
+
+    fn best(&self) -> &'p Plan {
+        &self.planned.plans[0]
+    }
+
+    fn text(&self, options: &PlanOptions) -> String {
+        let Self { planner, planned, job, program } = self;
+        let outcome = &planned.outcome;
+        let stopped =
+            if outcome.stopped { "; stopped early, so there may be better ones" } else { "" };
+        let mut text = format!(
+            "machine        {}\n{}searched       {} layouts, {} fit{stopped}; the best simulated (~ estimated)\n\n",
+            planner.described.source(),
+            describe(job, program),
+            thousands(outcome.judged),
+            thousands(outcome.fitting),
+        );
+        let plans: Vec<&Plan> = planned.plans.iter().take(options.best).collect();
+        text += &format!("best plans\n{}\n", table(planner, &plans));
+        let list = |title: &str, lines: Vec<String>| {
+            let lines: String = lines.iter().map(|line| format!("  {line}\n")).collect();
+            format!("{title}\n{lines}\n")
+        };
+        text += &list("why the first", reasons(planner, self.best(), program));
+        text += &list("why not others", self.neighbours());
+        let placed = placed(planned);
+        if !placed.is_empty() {
+            text += &list("axes on the accelerators, from neighbours to far apart", placed);
+        }
+        if let Some(nodes) = self.nodes() {
+            text += &list("nodes", nodes);
+        }
+        text += &format!(
+            "no other is better in time, memory and energy at once\n{}\n",
+            table(planner, &front(planned))
+        );
+        for launch in launches(&job.layout, &job.batch()) {
+            let lacks = match launch.lacks.is_empty() {
+                true => String::new(),
+                false => format!(" (cannot be told: {})", launch.lacks.join(", ")),
+            };
+            text += &list(&format!("{}{lacks}", launch.trainer), vec![launch.settings.join(" ")]);
+        }
+        let key = toml::to_string(&job.layout).expect("a layout has a TOML form");
+        text += &list("the first as [layout]", key.lines().map(str::to_owned).collect());
+        if options.show_program {
+            text += &format!("{program}\n");
+        }
+        text
+    }
+
+    /// The nodes that the job goes on, where not all are to be had.
+    fn nodes(&self) -> Option<Vec<String>> {
+        let fragment = self.job.cluster.fragment().ok()??;
+        let counted = [("used", &fragment.nodes), ("spare", &fragment.spare)];
+        let line = |(what, nodes): (&str, &Vec<u32>)| format!("{what}: {}", runs(nodes));
+        Some(counted.into_iter().map(line).collect())
+    }
+
+    fn neighbours(&self) -> Vec<String> {
+        let outside = self.planner.described.outside();
+        let neighbours = self.planned.neighbours();
+        neighbours.iter().map(|neighbour| lost(self.best(), neighbour, outside)).collect()
+    }
+
+    fn json(&self, options: &PlanOptions) -> Value {
+        let Self { planner, planned, job, program } = self;
+        let all = |plans: &[&Plan]| -> Vec<Value> {
+            plans.iter().map(|plan| figures(planner, plan)).collect()
+        };
+        let plans: Vec<&Plan> = planned.plans.iter().take(options.best).collect();
+        let front: Vec<&Plan> = planned.front.iter().map(|index| &planned.plans[*index]).collect();
+        let mut whole = description(job, program, options.show_program);
+        let more = json!({
+            "machine": planner.described.source(),
+            "judged": planned.outcome.judged,
+            "fitting": planned.outcome.fitting,
+            "stopped": planned.outcome.stopped,
+            "plans": all(&plans),
+            "front": all(&front),
+            "reasons": reasons(planner, self.best(), program),
+            "why_not": self.neighbours(),
+            "placements": placed(planned),
+            "nodes": self.job.cluster.fragment().ok().flatten().map(|fragment| fragment.nodes),
+            "launch": launches(&job.layout, &job.batch()),
         });
+        if let (Value::Object(whole), Value::Object(more)) = (&mut whole, more) {
+            whole.extend(more);
+        }
+        whole
+    }
+}
+
+/// What each order of the axes costs.
+fn placed(planned: &Planned) -> Vec<String> {
+    let Some(best) = planned.placements.first() else { return vec![] };
+    let line = |plan: &Plan| {
+        let more = 100.0 * (plan.step_time() / best.step_time() - 1.0);
+        let name = plan.layout.mesh.placement.name();
+        format!("{name}: {}, {more:+.1} %", plan.step_time())
+    };
+    planned.placements.iter().map(line).collect()
+}
+
+/// Numbers with runs of them shortened: `0-31, 33, 40-63`.
+fn runs(numbers: &[u32]) -> String {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for number in numbers {
+        match runs.last_mut().filter(|(_, last)| last + 1 == *number) {
+            Some((_, last)) => *last = *number,
+            None => runs.push((*number, *number)),
+        }
+    }
+    let run = |(first, last): (u32, u32)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    };
+    runs.into_iter().map(run).collect::<Vec<_>>().join(", ")
+}
+
+/// A plan's figures, with units in their keys.
+fn figures(planner: &Planner, plan: &Plan) -> Value {
+    let mean = plan.breakdown();
+    json!({
+        "step_time_s": plan.step_time(),
+        "simulated": plan.times.is_some(),
+        "estimated_step_time_s": plan.estimate.step_time,
+        "tokens_per_s_per_accelerator": planner.rate(plan),
+        "compute_s": mean.as_ref().map(|mean| mean.compute),
+        "pipeline_bubble_s": mean.as_ref().map(|mean| mean.bubble),
+        "exposed_communication_s": mean.as_ref().map(|mean| mean.exposed_communication()),
+        "memory_bytes_peak": plan.memory.total(),
+        "energy_j": plan.energy,
+        "layout": plan.layout,
+    })
+}
+
+fn description(job: &Job, program: &Program, show_program: bool) -> Value {
+    json!({
+        "parameters": job.model.parameter_count(),
+        "layout": job.layout,
+        "ranks": job.layout.mesh.ranks(),
+        "microbatches": program.microbatches,
+        "flops_per_step": (0..program.classes.len())
+            .map(|class| program.flops(class).0 * u64::from(job.layout.mesh.data))
+            .sum::<u64>(),
+        "program": show_program.then(|| program.to_string()),
+    })
+}
+
+/// Prints the one layout of a job, and with `show_program` every instruction.
+fn show(job: &Job, as_json: bool, show_program: bool) -> Result<()> {
+    let program = lowered(job)?;
+    if as_json {
+        let description = description(job, &program, show_program);
         println!("{}", serde_json::to_string_pretty(&description)?);
         return Ok(());
     }
-    print!("{}", describe(&job, &program));
+    print!("{}", describe(job, &program));
     for stage in 0..job.layout.mesh.pipeline {
         let first = job.layout.mesh.peer(Rank(0), program::Axis::Pipeline, stage);
         let blocks = program.held_blocks(first);

@@ -1,7 +1,7 @@
 //! What a layout must divide, and the errors that say what to change.
 
 use model::{Config, Segment};
-use program::Mesh;
+use program::{Mesh, Placement};
 use thiserror::Error;
 
 use crate::partial::divisors;
@@ -261,6 +261,11 @@ fn check_experts(layout: &Layout, config: &Config) -> Result<(), LayoutError> {
     if tensor > 1 && !layout.sequence_parallel {
         return Err(LayoutError::Together(
             "with experts, tensor needs sequence_parallel = true: each rank routes its own tokens",
+        ));
+    }
+    if expert > 1 && layout.mesh.placement != Placement::default() {
+        return Err(LayoutError::Together(
+            "with expert, placement is tensor-data-pipeline: experts lie across tensor and data",
         ));
     }
     if replicas > 1 {

@@ -25,6 +25,7 @@ use std::fmt;
 use model::{Config, Shape};
 use units::Bytes;
 
+use crate::estimate::Stages;
 use crate::{Batch, Layout};
 use activations::Activations;
 use parameters::{Counts, Held};
@@ -189,6 +190,33 @@ impl Footprint<'_> {
         place.memory()
     }
 
+    /// The fullest stage, of ranks whose layers have been counted; none after the first that does
+    /// not fit into `capacity` is looked at. Of ranks that hold the same the first has most
+    /// microbatches alive.
+    pub(crate) fn fullest(
+        &self,
+        layout: &Layout,
+        batch: &Batch,
+        options: &Options,
+        (stages, capacity): (&Stages, Bytes),
+    ) -> StageMemory {
+        let shape = layout.shape(batch);
+        let microbatches = layout.microbatches(batch).max(1);
+        let mut most: Option<StageMemory> = None;
+        for group in &stages.groups {
+            let stage = group.first;
+            let place = Place { footprint: self, layout, options, shape, stage, microbatches };
+            let memory = place.holding(&place.chunks_of(group));
+            if most.as_ref().is_none_or(|most| memory.total() > most.total()) {
+                most = Some(memory);
+            }
+            if memory.total() > capacity {
+                break;
+            }
+        }
+        most.expect("a pipeline has a rank")
+    }
+
     /// What one rank of each stage holds at its peak.
     #[must_use]
     pub fn stages(&self, layout: &Layout, batch: &Batch, options: &Options) -> Vec<StageMemory> {
@@ -209,17 +237,20 @@ impl Footprint<'_> {
 
 impl Place<'_> {
     fn memory(&self) -> StageMemory {
-        let chunks = self.chunks();
+        self.holding(&self.chunks())
+    }
+
+    fn holding(&self, chunks: &[Chunk]) -> StageMemory {
         let mut memory = StageMemory {
             stage: self.stage,
             alive: chunks.iter().map(|chunk| chunk.alive).sum(),
             items: [Bytes::ZERO; Item::ALL.len()],
         };
         let mut put = |item: Item, bytes: u64| memory.items[item as usize] += Bytes(bytes);
-        let held = self.held(&chunks);
+        let held = self.held(chunks);
         self.states(&held, &mut put);
-        self.activations(&chunks, &held, &mut put);
-        put(Item::Buffers, self.workspaces(&held, &chunks));
+        self.activations(chunks, &held, &mut put);
+        put(Item::Buffers, self.workspaces(&held, chunks));
         let software = &self.options.software;
         let allocated = memory.total().as_f64();
         let lost = Bytes((allocated * (software.fragmentation - 1.0)).round() as u64);

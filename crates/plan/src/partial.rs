@@ -1,7 +1,7 @@
 //! A layout as a job file gives it, and what is filled in.
 
 use model::{AttentionKernel, Config};
-use program::Mesh;
+use program::{Mesh, Placement};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -28,6 +28,8 @@ pub struct PartialLayout {
     pub shard_ranks: Option<u32>,
     /// Sequences in a microbatch.
     pub micro_batch: Option<u64>,
+    /// In which order axes lie on accelerators.
+    pub placement: Option<Placement>,
     /// What the data axis splits.
     pub shard: Option<Shard>,
     /// The order of a pipeline rank's turns.
@@ -141,7 +143,8 @@ impl PartialLayout {
             return Err(LayoutError::divide("shard_ranks", degree, quantity, u64::from(share)));
         }
         let replicas = share / shard_ranks;
-        Ok(Mesh { tensor, context, data, pipeline, expert, expert_tensor, replicas })
+        let placement = self.placement.unwrap_or_default();
+        Ok(Mesh { tensor, context, data, pipeline, expert, expert_tensor, replicas, placement })
     }
 
     /// Whether it says how layers are shared out among stages.

@@ -25,8 +25,13 @@ fn found(given: &PartialLayout, model: &str, ranks: u32, threads: usize) -> Outc
 }
 
 fn halves() -> PartialLayout {
-    let (parameter_bytes, activation_bytes) = (Some(2), Some(2));
-    PartialLayout { parameter_bytes, activation_bytes, ..PartialLayout::default() }
+    PartialLayout {
+        context: Some(1),
+        sequence_parallel: Some(true),
+        parameter_bytes: Some(2),
+        activation_bytes: Some(2),
+        ..PartialLayout::default()
+    }
 }
 
 #[test]
@@ -38,7 +43,7 @@ fn threads_change_nothing() {
 
 #[test]
 fn what_is_found_can_be_lowered_and_fits() {
-    for (model, ranks) in [("llama-3.1-70b", 64), ("mixtral-8x7b", 32)] {
+    for (model, ranks) in [("llama-3.1-70b", 32), ("mixtral-8x7b", 16)] {
         let outcome = found(&halves(), model, ranks, 2);
         let config = catalogue::find(model).unwrap();
         let batch = Batch { sequence: 8192, global_batch: 64 };
@@ -96,7 +101,7 @@ fn the_space_of_calculon_is_enumerated_as_it_does() {
         config: catalogue::find("gpt-3-175b").unwrap(),
         ranks: 16,
         batch: Batch { sequence: 2048, global_batch: 16 },
-        capacity: Bytes(80 << 30),
+        capacity: Bytes(640 << 30),
         memory: memory::Options::default(),
     };
     let near = Described::new("dgx-h100-quantum2");

@@ -25,7 +25,7 @@ pub use exchange::{Due, Exchanges};
 pub use executor::{Executor, Next};
 pub use instruction::{Action, Buffer, Instruction, Piece, Ticket, Transfer, Value};
 pub use meetings::{Meetings, Party};
-pub use mesh::{Axis, Mesh};
+pub use mesh::{Axis, Mesh, Placement};
 pub use trace::{Lane, Span, Trace};
 pub use verify::VerifyError;
 

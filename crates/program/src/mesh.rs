@@ -72,6 +72,45 @@ impl fmt::Display for Axis {
     }
 }
 
+/// In which order a mesh's axes lie on accelerators, from neighbours to those furthest apart. The
+/// ranks that split batch and sequences stay together, as `data`.
+///
+/// Ranks are numbered the same whatever the order; it says which accelerator each is put on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Placement {
+    /// As ranks are numbered.
+    #[default]
+    TensorDataPipeline,
+    /// The stages of a pipeline closer together than the ranks that reduce gradients.
+    TensorPipelineData,
+    /// The ranks that reduce gradients, or share out parameters, closest together.
+    DataTensorPipeline,
+    /// The stages of a pipeline closest together.
+    PipelineTensorData,
+}
+
+impl Placement {
+    /// Every order.
+    pub const ALL: [Self; 4] = [
+        Self::TensorDataPipeline,
+        Self::TensorPipelineData,
+        Self::DataTensorPipeline,
+        Self::PipelineTensorData,
+    ];
+
+    /// Its name in job files and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TensorDataPipeline => "tensor-data-pipeline",
+            Self::TensorPipelineData => "tensor-pipeline-data",
+            Self::DataTensorPipeline => "data-tensor-pipeline",
+            Self::PipelineTensorData => "pipeline-tensor-data",
+        }
+    }
+}
+
 /// The degree of every axis. Ranks are numbered with tensor fastest, then context, data and
 /// pipeline, so that the axes that talk most have neighbouring ranks.
 ///
@@ -95,6 +134,9 @@ pub struct Mesh {
     /// Copies of the sharded parameters: above 1, state is shared out within each of as many parts
     /// of the data axis and repeated in the others (hybrid sharding).
     pub replicas: u32,
+    /// Which accelerators the ranks are put on.
+    #[serde(default)]
+    pub placement: Placement,
 }
 
 impl Mesh {
@@ -107,7 +149,24 @@ impl Mesh {
         expert: 1,
         expert_tensor: 1,
         replicas: 1,
+        placement: Placement::TensorDataPipeline,
     };
+
+    /// The accelerator that `rank` is put on, among those of the job.
+    #[must_use]
+    pub fn accelerator(&self, rank: Rank) -> Rank {
+        let (tensors, shares) = (self.tensor, self.context * self.data);
+        let tensor = rank.0 % tensors;
+        let share = rank.0 / tensors % shares;
+        let stage = rank.0 / (tensors * shares);
+        let (pipeline, all) = (self.pipeline, tensors * shares);
+        Rank(match self.placement {
+            Placement::TensorDataPipeline => rank.0,
+            Placement::TensorPipelineData => tensor + tensors * (stage + pipeline * share),
+            Placement::DataTensorPipeline => share + shares * tensor + all * stage,
+            Placement::PipelineTensorData => stage + pipeline * (tensor + tensors * share),
+        })
+    }
 
     /// Ranks in all.
     #[must_use]
@@ -204,6 +263,8 @@ impl fmt::Display for Mesh {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -253,5 +314,26 @@ mod tests {
         assert_eq!(mesh.group(Rank(1), Axis::Tied), [Rank(1), Rank(7)]);
         assert_eq!(mesh.group(Rank(7), Axis::Tied), [Rank(1), Rank(7)]);
         assert_eq!(mesh.coordinate(Rank(7), Axis::Tied), 1);
+    }
+
+    #[test]
+    fn every_placement_puts_every_rank_on_an_accelerator_of_its_own() {
+        for placement in Placement::ALL {
+            let mesh = Mesh { tensor: 2, context: 3, data: 2, pipeline: 4, placement, ..Mesh::ONE };
+            let mut put: Vec<u32> =
+                (0..mesh.ranks()).map(|rank| mesh.accelerator(Rank(rank)).0).collect();
+            // Neighbours along an axis are evenly spaced, whatever the order.
+            for axis in [Axis::Tensor, Axis::Context, Axis::Data, Axis::Pipeline] {
+                for rank in (0..mesh.ranks()).map(Rank) {
+                    let group = mesh.group(rank, axis);
+                    let places = group.iter().map(|rank| mesh.accelerator(*rank).0);
+                    let places: Vec<u32> = places.collect();
+                    let steps: BTreeSet<u32> = places.windows(2).map(|two| two[1] - two[0]).collect();
+                    assert!(steps.len() <= 1, "{placement:?} {axis} {places:?}");
+                }
+            }
+            put.sort_unstable();
+            assert_eq!(put, (0..mesh.ranks()).collect::<Vec<_>>(), "{placement:?}");
+        }
     }
 }

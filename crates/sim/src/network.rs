@@ -94,9 +94,14 @@ impl<'a> Network<'a> {
     #[must_use]
     pub fn group(&self, rank: Rank, axis: Axis) -> Group {
         let count = self.mesh.degree(axis);
-        let first = self.mesh.leader(rank, axis);
-        let next = if count > 1 { self.mesh.peer(rank, axis, 1).0 } else { first.0 + 1 };
-        Group::new(self.cluster, first, next - first.0, count)
+        if axis == Axis::World || count < 2 {
+            // All that there are, however they are numbered.
+            let first = if count < 2 { self.mesh.accelerator(rank) } else { Rank(0) };
+            return Group::new(self.cluster, first, 1, count);
+        }
+        let first = self.mesh.accelerator(self.mesh.leader(rank, axis));
+        let next = self.mesh.accelerator(self.mesh.peer(rank, axis, 1));
+        Group::new(self.cluster, first, next.0 - first.0, count)
     }
 
     /// What a transfer takes that `rank` posts.
@@ -150,6 +155,7 @@ impl<'a> Network<'a> {
     /// What a message from one rank to another takes, when all ranks send as far as this one.
     #[must_use]
     pub fn message(&self, from: Rank, to: Rank, bytes: Bytes) -> Estimate {
+        let [from, to] = [from, to].map(|rank| self.mesh.accelerator(rank));
         if from == to || bytes == Bytes::ZERO {
             return Estimate::NOTHING;
         }

@@ -1,5 +1,6 @@
 //! `phalanx validate`: recomputes published measurements and says how wrong it is.
 
+mod choice;
 mod layout;
 mod memory;
 mod predict;

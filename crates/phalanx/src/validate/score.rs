@@ -6,6 +6,7 @@ use std::fmt::Write;
 use anyhow::Result;
 use serde::Serialize;
 
+use super::choice::{self, Choice};
 use super::predict::{Inexpressible, Prediction};
 use super::row::{Row, Set};
 
@@ -40,6 +41,11 @@ pub struct Answer {
     pub set: Set,
     /// What the rows of one scaling curve have in common; rows of MLPerf alone are on one.
     pub series: Option<String>,
+    /// What rows have in common that differ in their layout alone, and that layout.
+    #[serde(skip)]
+    pub job: String,
+    #[serde(skip)]
+    pub layout: String,
     /// Tokens of a step.
     pub tokens: Option<f64>,
     pub quantity: Option<Quantity>,
@@ -54,6 +60,7 @@ pub struct Answer {
 impl Answer {
     /// Compares the step time, or the MFU where there is none.
     pub fn new(row: &Row, prediction: &Result<Prediction, Inexpressible>) -> Self {
+        let (job, layout) = choice::place(row);
         let mut answer = Self {
             id: row.id.clone(),
             source: source(&row.source),
@@ -62,6 +69,8 @@ impl Answer {
             accelerators: row.accelerators,
             set: row.set,
             series: series(row),
+            job,
+            layout,
             tokens: row.tokens(),
             quantity: None,
             measured: None,
@@ -209,6 +218,8 @@ pub struct Report {
     pub memory: BTreeMap<String, Spread>,
     /// Scaling efficiency along every curve of MLPerf.
     pub scaling: Vec<Scaling>,
+    /// Layouts picked among those that were measured.
+    pub choices: Vec<Choice>,
     /// How many rows cannot be predicted, by reason.
     pub inexpressible: BTreeMap<Inexpressible, usize>,
     pub rows: Vec<Answer>,
@@ -235,6 +246,7 @@ impl Report {
             }),
             memory: spreads(&rows, Answer::memory_error_percent, |row| row.source.clone()),
             scaling: scaling(&rows),
+            choices: choice::choices(&rows),
             inexpressible,
             rows,
         }
@@ -247,7 +259,8 @@ impl Report {
         };
         let step_time =
             of("step time", &self.sources).into_iter().chain(of("step time", &self.all));
-        step_time.chain(of("memory", &self.memory)).collect()
+        let others = of("memory", &self.memory).into_iter().chain(choice::means(&self.choices));
+        step_time.chain(others).collect()
     }
 
     /// The errors in the form they are recorded in.
@@ -278,6 +291,7 @@ impl Report {
         let mut text = String::new();
         if each {
             self.each(&mut text);
+            text += &choice::each(&self.choices);
         }
         for (title, spreads) in [
             ("step time by source", &self.sources),
@@ -288,6 +302,7 @@ impl Report {
             table(&mut text, title, spreads);
         }
         self.curves(&mut text);
+        text += &choice::text(&self.choices);
         if !self.inexpressible.is_empty() {
             text += "cannot be expressed\n";
         }

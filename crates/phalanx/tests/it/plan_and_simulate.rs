@@ -27,9 +27,19 @@ global_batch = {accelerators}
 precision = "bf16"
 
 [layout]
+tensor = 1
+pipeline = 1
+micro_batch = 1
 shard = "parameters"
 "#
     )
+}
+
+/// The same with the layout left open, but for what keeps the search short.
+fn open(accelerators: u32) -> String {
+    let given = "tensor = 1\npipeline = 1\nmicro_batch = 1\nshard = \"parameters\"";
+    described("dgx-h100-quantum2", accelerators)
+        .replace(given, "context = 1\nsequence_parallel = true")
 }
 
 #[test]
@@ -84,6 +94,52 @@ fn a_described_cluster_is_simulated() {
     // 16 accelerators of 700 W, their hosts and the facility, for a step.
     let watts = json["energy_j"].as_f64().unwrap() / json["step_time_s"].as_f64().unwrap();
     assert!((0.3..1.0).contains(&(watts / (16.0 * 1050.0 * 1.2))), "{watts} W");
+}
+
+#[test]
+fn the_best_layouts_of_a_described_cluster_are_planned() {
+    let place = Place::new();
+    place.write("job.toml", open(16));
+    let json: Value =
+        serde_json::from_str(&place.succeed(&["plan", "job.toml", "--json", "--best", "3"])).unwrap();
+    let times: Vec<f64> =
+        json["plans"].as_array().unwrap().iter().map(|plan| plan["step_time_s"].as_f64().unwrap()).collect();
+    assert!(times.len() == 3 && times.is_sorted(), "{times:?}");
+    let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
+    insta::assert_snapshot!(keys(&json), @"fitting flops_per_step front judged launch layout machine microbatches nodes parameters placements plans program ranks reasons stopped why_not");
+    insta::assert_snapshot!(keys(&json["plans"][0]), @"compute_s energy_j estimated_step_time_s exposed_communication_s layout memory_bytes_peak pipeline_bubble_s simulated step_time_s tokens_per_s_per_accelerator");
+    // What is left open is planned wherever a layout is needed, and simulated alike.
+    let simulated: Value =
+        serde_json::from_str(&place.succeed(&["simulate", "job.toml", "--json"])).unwrap();
+    assert_eq!(simulated["step_time_s"], json["plans"][0]["step_time_s"]);
+    let text = place.succeed(&["plan", "job.toml"]);
+    for words in ["best plans", "why the first", "why not others", "megatron-lm", "torchtitan", "nemo"] {
+        assert!(text.contains(words), "{words} is not in\n{text}");
+    }
+}
+
+#[test]
+fn nodes_that_are_not_to_be_had_are_planned_around() {
+    let place = Place::new();
+    let drained = "accelerators = 16\ndrained = [1, 2]\nspare_nodes = 1";
+    place.write("job.toml", open(16).replace("accelerators = 16", drained));
+    let text = place.succeed(&["plan", "job.toml", "--set", "layout.tensor=1"]);
+    assert!(text.contains("nodes\n  used: "), "{text}");
+    place.write("job.toml", open(16).replace("accelerators = 16", "accelerators = 16\ndrained = [9999]"));
+    let answer = place.run(&["plan", "job.toml"]);
+    assert_eq!(answer.code, Some(2), "{}", answer.stderr);
+    assert!(answer.stderr.contains("there is no node 9999"), "{}", answer.stderr);
+}
+
+#[test]
+fn where_nothing_fits_the_answer_is_no_and_what_to_change() {
+    let place = Place::new();
+    place.write("job.toml", open(8).replace("llama-3.1-8b", "llama-3.1-405b"));
+    let answer = place.run(&["plan", "job.toml"]);
+    assert_eq!((answer.code, answer.stdout.as_str()), (Some(1), ""), "{}", answer.stderr);
+    for words in ["none of", "layouts fits", "of 80.00 GiB"] {
+        assert!(answer.stderr.contains(words), "{words} is not in {}", answer.stderr);
+    }
 }
 
 #[test]
@@ -146,7 +202,7 @@ fn every_command_says_what_it_takes() {
     Commands:
       train      Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
       catalogue  List the hardware and the models that are known, or show an entry with its sources
-      plan       Show how a job is laid out over ranks
+      plan       Find the best layouts of a job on its cluster, and say why; on this machine, show its layout
       simulate   Run one step in virtual time: where the time goes
       faults     Run the code that recovers runs under simulated faults
       validate   Recompute published measurements: how wrong the simulator is, by source
@@ -174,7 +230,7 @@ fn every_command_says_what_it_takes() {
       -h, --help             Print help
     ");
     insta::assert_snapshot!(place.succeed(&["plan", "--help"]), @r"
-    Show how a job is laid out over ranks
+    Find the best layouts of a job on its cluster, and say why; on this machine, show its layout
 
     Usage: phalanx plan [OPTIONS] <JOB>
 
@@ -182,10 +238,13 @@ fn every_command_says_what_it_takes() {
       <JOB>  The job file
 
     Options:
-          --set <KEY=VALUE>  Replace a key of the job file, as in --set training.steps=20; may be repeated
-          --json             Print one JSON object instead of text
-          --show-program     Print every rank's instructions
-      -h, --help             Print help
+          --set <KEY=VALUE>     Replace a key of the job file, as in --set training.steps=20; may be repeated
+          --json                Print one JSON object instead of text
+          --show-program        Print every rank's instructions
+          --best <PLANS>        How many of the best plans are shown [default: 10]
+          --efficiency <SHARE>  Share of peak that described accelerators reach, instead of what was fitted on measurements
+          --software <NAME>     Software whose fitted parameters are used; the usual one of the accelerator unless given
+      -h, --help                Print help
     ");
     insta::assert_snapshot!(place.succeed(&["simulate", "--help"]), @r"
     Run one step in virtual time: where the time goes

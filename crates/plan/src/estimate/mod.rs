@@ -15,7 +15,7 @@ use model::Config;
 use units::Seconds;
 
 pub(crate) use moves::{Moves, handed_on};
-pub(crate) use stages::Stages;
+pub(crate) use stages::{Alike, Stages};
 pub(crate) use step::{Choice, Order, Turns};
 pub(crate) use unit::{Sample, Unit};
 

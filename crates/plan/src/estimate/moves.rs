@@ -110,7 +110,7 @@ fn pieces(sample: &Sample, predictions: u32) -> [Vec<Block>; KINDS + 2] {
 }
 
 impl Moves {
-    /// Prices what `layout` moves; `sample` has its blocks and its microbatch.
+    /// Prices what `layout` moves; `sample` has its blocks.
     pub(crate) fn new(
         sample: &Sample,
         layout: &Layout,
@@ -118,53 +118,39 @@ impl Moves {
         pricing: &(impl Pricing + ?Sized),
     ) -> Result<Self, Unpriced> {
         let pieces = pieces(sample, predictions);
-        let mut program = Program {
-            mesh: layout.mesh,
-            optimizer_sharded: true,
-            classes: Vec::new(),
-            ..sample.program.clone()
-        };
+        let mut program = sample.bare(layout.mesh);
+        let mut request = Request { program: &program, layout, list: Vec::new() };
+        let asked: Vec<(usize, Asked)> = pieces
+            .iter()
+            .enumerate()
+            .flat_map(|(piece, blocks)| blocks.iter().map(move |block| (piece, *block)))
+            .map(|(piece, block)| (piece, request.block(block)))
+            .collect();
+        let (statistics, tied) = request.ends();
+        let prices = request.prices(pricing)?;
         let mut all = [Moved::default(); KINDS + 2];
-        for (moved, blocks) in all.iter_mut().zip(&pieces) {
-            for block in blocks {
-                moved.add_block(&program, layout, *block, pricing)?;
-            }
+        for (piece, asked) in &asked {
+            all[*piece].add(asked, &prices);
         }
         program.optimizer_sharded = false;
+        let updates = |block: &Block| {
+            [Instruction::SquareSum { block: *block }, Instruction::Update { block: *block }]
+        };
+        let list: Vec<Instruction> = pieces.iter().flatten().flat_map(updates).collect();
+        let mut whole = pricing.price(&program, &list)?.into_iter();
         for (moved, blocks) in all.iter_mut().zip(&pieces) {
-            moved.update_whole = updates(&program, blocks, pricing)?;
+            let prices = whole.by_ref().take(2 * blocks.len());
+            moved.update_whole = prices.map(|price| time(&price)).sum();
         }
         let [layers @ .., embedding, head] = all;
-        let mut moves = Self { layers, embedding, head, ..Self::default() };
-        moves.price_others(&program, layout, pricing)?;
-        Ok(moves)
-    }
-
-    fn price_others(
-        &mut self,
-        program: &Program,
-        layout: &Layout,
-        pricing: &(impl Pricing + ?Sized),
-    ) -> Result<(), Unpriced> {
-        let Mesh { pipeline, .. } = layout.mesh;
-        let mut request = Request { program, layout, list: Vec::new() };
-        let ranks = layout.mesh.ranks();
-        let statistics = (ranks > 1).then(|| {
-            let gather = Action::Collective(Kind::AllGather);
-            request.post(gather, Axis::World, Buffer::Statistics, 2 * u64::from(ranks))
-        });
-        let table = program.blocks.get(&Block::Embedding).copied().unwrap_or_default();
-        let group = u64::from(layout.mesh.degree(Axis::Data));
-        let tied = (pipeline > 1).then(|| {
-            [table.div_ceil(group), table].map(|elements| {
-                let buffer = Buffer::ReducedGradients(Block::Embedding);
-                request.post(Action::Collective(Kind::AllReduce), Axis::Tied, buffer, elements)
-            })
-        });
-        let prices = request.prices(pricing)?;
-        self.statistics = statistics.map_or(0.0, |index| time(&prices[index]));
-        self.tied = tied.map_or([0.0; 2], |indices| indices.map(|index| time(&prices[index])));
-        Ok(())
+        let time_of = |index: usize| time(&prices[index]);
+        Ok(Self {
+            layers,
+            embedding,
+            head,
+            statistics: statistics.map_or(0.0, time_of),
+            tied: tied.map_or([0.0; 2], |indices| indices.map(time_of)),
+        })
     }
 }
 
@@ -177,43 +163,32 @@ pub(crate) fn handed_on(
     if layout.mesh.pipeline == 1 {
         return Ok(Passage::default());
     }
-    let program = Program { mesh: layout.mesh, classes: Vec::new(), ..sample.program.clone() };
+    let program = sample.bare(layout.mesh);
     let mut request = Request { program: &program, layout, list: Vec::new() };
     let buffer = Buffer::Activation { value: Value::Stream(0), microbatch: 0 };
     request.post(Action::Send { to: 1 }, Axis::Pipeline, buffer, sample.stream);
     Ok(passage(&request.prices(pricing)?[0]))
 }
 
-/// Norm and update of some blocks.
-fn updates(
-    program: &Program,
-    blocks: &[Block],
-    pricing: &(impl Pricing + ?Sized),
-) -> Result<f64, Unpriced> {
-    let both = |block: &Block| {
-        [Instruction::SquareSum { block: *block }, Instruction::Update { block: *block }]
-    };
-    let list: Vec<Instruction> = blocks.iter().flat_map(both).collect();
-    Ok(pricing.price(program, &list)?.iter().map(time).sum())
+/// Where the prices of a block are in a list.
+struct Asked {
+    accumulate: usize,
+    updates: [usize; 2],
+    shared: Option<[usize; 3]>,
+    join: Option<usize>,
+    repeated: Option<usize>,
 }
 
-impl Moved {
-    /// Adds what one block takes; the experts of a layer move beside the rest of it.
-    fn add_block(
-        &mut self,
-        program: &Program,
-        layout: &Layout,
-        block: Block,
-        pricing: &(impl Pricing + ?Sized),
-    ) -> Result<(), Unpriced> {
-        let mesh = &layout.mesh;
+impl Request<'_> {
+    /// Asks for all that one block may take.
+    fn block(&mut self, block: Block) -> Asked {
+        let (program, layout) = (self.program, self.layout);
         let axis = Program::data_axis(block);
-        let (elements, sharers) = (program.blocks[&block], mesh.degree(axis));
-        let mut request = Request { program, layout, list: Vec::new() };
-        let accumulate = request.push(Instruction::Accumulate { block });
-        let norm = request.push(Instruction::SquareSum { block });
-        let update = request.push(Instruction::Update { block });
+        let (elements, sharers) = (program.blocks[&block], layout.mesh.degree(axis));
         let collective = Action::Collective;
+        let accumulate = self.push(Instruction::Accumulate { block });
+        let updates = [Instruction::SquareSum { block }, Instruction::Update { block }];
+        let updates = updates.map(|instruction| self.push(instruction));
         let shared = (sharers > 1).then(|| {
             let gradients = Buffer::Gradients(block);
             [
@@ -221,31 +196,55 @@ impl Moved {
                 (collective(Kind::ReduceScatter), gradients),
                 (collective(Kind::AllReduce), gradients),
             ]
-            .map(|(action, buffer)| request.post(action, axis, buffer, elements))
+            .map(|(action, buffer)| self.post(action, axis, buffer, elements))
         });
-        let join = (mesh.replicas > 1 && layout.shard > Shard::None).then(|| {
+        let join = (layout.mesh.replicas > 1 && layout.shard > Shard::None).then(|| {
             let share = elements.div_ceil(u64::from(sharers));
             let buffer = Buffer::ReducedGradients(block);
-            request.post(collective(Kind::AllReduce), Axis::Replica, buffer, share)
+            self.post(collective(Kind::AllReduce), Axis::Replica, buffer, share)
         });
         let parts = program.replicated.get(&block).copied().unwrap_or_default();
         let repeated = (parts > 0).then(|| {
             let buffer = Buffer::ReplicatedGradients(block);
-            request.post(collective(Kind::AllReduce), Axis::Tensor, buffer, parts)
+            self.post(collective(Kind::AllReduce), Axis::Tensor, buffer, parts)
         });
-        let prices = request.prices(pricing)?;
-        let price = |index: usize| passage(&prices[index]);
-        self.accumulate += time(&prices[accumulate]);
-        self.update_share += time(&prices[norm]) + time(&prices[update]);
-        self.repeated += repeated.map_or(0.0, |index| time(&prices[index]));
-        if let Some([gather, scatter, sum]) = shared {
-            self.gather = self.gather.beside(&price(gather));
-            self.scatter = self.scatter.beside(&price(scatter));
-            self.sum = self.sum.beside(&price(sum));
+        Asked { accumulate, updates, shared, join, repeated }
+    }
+
+    /// Asks for the sums over all ranks, and over both ends of a pipeline, of a share and of all.
+    fn ends(&mut self) -> (Option<usize>, Option<[usize; 2]>) {
+        let Mesh { pipeline, .. } = self.layout.mesh;
+        let ranks = self.layout.mesh.ranks();
+        let statistics = (ranks > 1).then(|| {
+            let gather = Action::Collective(Kind::AllGather);
+            self.post(gather, Axis::World, Buffer::Statistics, 2 * u64::from(ranks))
+        });
+        let table = self.program.blocks.get(&Block::Embedding).copied().unwrap_or_default();
+        let group = u64::from(self.layout.mesh.degree(Axis::Data));
+        let tied = (pipeline > 1).then(|| {
+            [table.div_ceil(group), table].map(|elements| {
+                let buffer = Buffer::ReducedGradients(Block::Embedding);
+                self.post(Action::Collective(Kind::AllReduce), Axis::Tied, buffer, elements)
+            })
+        });
+        (statistics, tied)
+    }
+}
+
+impl Moved {
+    /// Adds what one block takes; the experts of a layer move beside the rest of it.
+    fn add(&mut self, asked: &Asked, prices: &[Price]) {
+        let of = |index: usize| passage(&prices[index]);
+        self.accumulate += time(&prices[asked.accumulate]);
+        self.update_share += asked.updates.map(|index| time(&prices[index])).into_iter().sum::<f64>();
+        self.repeated += asked.repeated.map_or(0.0, |index| time(&prices[index]));
+        if let Some([gather, scatter, sum]) = asked.shared {
+            self.gather = self.gather.beside(&of(gather));
+            self.scatter = self.scatter.beside(&of(scatter));
+            self.sum = self.sum.beside(&of(sum));
         }
-        if let Some(join) = join {
-            self.join = self.join.beside(&price(join));
+        if let Some(join) = asked.join {
+            self.join = self.join.beside(&of(join));
         }
-        Ok(())
     }
 }

@@ -35,6 +35,11 @@ impl Chunk {
         self.layers.iter().sum()
     }
 
+    /// Layers with experts.
+    pub(crate) fn sparse(&self) -> u32 {
+        self.layers.iter().skip(1).step_by(2).sum()
+    }
+
     /// What a microbatch takes in it.
     pub(crate) fn turn(&self, layers: &[Turn; KINDS], embedding: &Turn, head: &Turn) -> Turn {
         let mut turn = Turn::default();

@@ -165,11 +165,30 @@ impl Turns {
 
     /// What a step takes.
     pub(crate) fn step(&self, stages: &Stages, handed: &Passage, choice: &Choice) -> Estimate {
+        self.timed(stages, &Pipeline::new(self, stages, handed, choice), choice)
+    }
+
+    /// What a step takes at best, with reductions and gathers at one of these times.
+    pub(crate) fn fastest(
+        &self,
+        stages: &Stages,
+        handed: &Passage,
+        choice: &Choice,
+        timings: &[(Timing, Timing)],
+    ) -> Option<(Estimate, (Timing, Timing))> {
         let pipeline = Pipeline::new(self, stages, handed, choice);
+        let timed = timings.iter().map(|(reduction, gathering)| {
+            let choice = Choice { reduction: *reduction, gathering: *gathering, ..*choice };
+            (self.timed(stages, &pipeline, &choice), (*reduction, *gathering))
+        });
+        timed.min_by(|(a, _), (b, _)| a.step_time.0.total_cmp(&b.step_time.0))
+    }
+
+    fn timed(&self, stages: &Stages, pipeline: &Pipeline, choice: &Choice) -> Estimate {
         let microbatches = f64::from(choice.microbatches);
         let turns = microbatches * pipeline.steady;
         let passes = pipeline.time(stages, choice);
-        let (gather, reduce) = self.exposed(stages, &pipeline, choice);
+        let (gather, reduce) = self.exposed(stages, pipeline, choice);
         let update =
             stages.groups.iter().map(|group| self.update(group, stages)).fold(0.0, f64::max);
         let update = update + self.statistics;

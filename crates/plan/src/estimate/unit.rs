@@ -1,6 +1,8 @@
 //! What a microbatch takes in each kind of layer, in the embedding and in the head: read off a
 //! program of a few layers, lowered as every other.
 
+use std::collections::BTreeMap;
+
 use model::{Config, Pass, Segment};
 use program::{Instruction, Mesh, Program};
 
@@ -48,7 +50,9 @@ pub(crate) struct Unit {
 
 /// A program of a few layers, and which of its layers stands for each kind.
 pub(crate) struct Sample {
+    /// Without its list.
     pub(crate) program: Program,
+    list: Vec<Instruction>,
     pub(crate) layer_of: [Option<u32>; KINDS],
     /// Elements of the residual stream that one rank hands from stage to stage.
     pub(crate) stream: u64,
@@ -90,18 +94,42 @@ impl Sample {
         };
         let global_batch = u64::from(data) * layout.micro_batch;
         let mut program = lower(&config, &sample, &Batch { sequence, global_batch })?;
-        // As many ranks as the job has: what they do to each other grows with their number.
-        program.mesh.pipeline = (ranks / mesh.stage_ranks()).max(1);
+        // On all ranks of the job: what they do to each other grows with their number.
+        program.mesh = match layout.mesh.ranks() == ranks {
+            true => layout.mesh,
+            false => Mesh { pipeline: (ranks / mesh.stage_ranks()).max(1), ..mesh },
+        };
         let of = |wanted| (0..layers).rev().find(|layer| kind(&config, *layer) == wanted);
         let stream = program.shape.stream_tokens() * config.hidden;
-        Ok(Self { program, layer_of: std::array::from_fn(of), stream, split })
+        let mut list = program.classes.swap_remove(0);
+        let computes = |instruction: &Instruction| matches!(instruction, Instruction::Compute { .. });
+        // What comes after the passes is not the microbatch's.
+        list.truncate(list.iter().rposition(computes).map_or(0, |last| last + 1));
+        Ok(Self { program, list, layer_of: std::array::from_fn(of), stream, split })
+    }
+
+    /// Its blocks on another mesh, with nothing to do.
+    pub(crate) fn bare(&self, mesh: Mesh) -> Program {
+        let Program { shape, in_flight, tied_embeddings, layers, .. } = self.program;
+        Program {
+            mesh,
+            microbatches: 1,
+            shape,
+            in_flight,
+            parameters_sharded: true,
+            optimizer_sharded: true,
+            tied_embeddings,
+            classes: Vec::new(),
+            layers,
+            segments: BTreeMap::new(),
+            blocks: self.program.blocks.clone(),
+            replicated: self.program.replicated.clone(),
+        }
     }
 
     /// Carries the program out.
     pub(crate) fn run(&self, pricing: &(impl Pricing + ?Sized)) -> Result<Unit, Unpriced> {
-        let list = &self.program.classes[0];
-        let end = list.iter().rposition(|i| matches!(i, Instruction::Compute { .. }));
-        let list = &list[..end.map_or(0, |end| end + 1)];
+        let list = &self.list;
         let prices = pricing.price(&self.program, list)?;
         let mut pieces = Pieces::new(self.program.layers, self.split);
         let mut timeline = Timeline::new();

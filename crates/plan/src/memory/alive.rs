@@ -2,6 +2,7 @@
 
 use super::{Chunk, Place};
 use crate::Schedule;
+use crate::estimate::Alike;
 
 impl Place<'_> {
     /// The runs of layers that the pipeline rank holds, one for each of its stages.
@@ -19,6 +20,23 @@ impl Place<'_> {
             Chunk { dense, sparse, embedding: stage == 0, head: last, alive }
         };
         layout.stages_of(self.stage).enumerate().map(chunk).collect()
+    }
+
+    /// The same of a rank whose layers have been counted.
+    pub(super) fn chunks_of(&self, group: &Alike) -> Vec<Chunk> {
+        let (footprint, alive) = (self.footprint, self.alive());
+        let mut chunks = Vec::with_capacity(self.layout.virtual_stages as usize);
+        for (count, run) in &group.chunks {
+            let further = if run.head { footprint.config.prediction_layers } else { 0 };
+            let sparse = run.sparse() + if run.head { footprint.sparse_predictions() } else { 0 };
+            let dense = run.count() + further - sparse;
+            let (embedding, head) = (run.embedding, run.head);
+            for _ in 0..*count {
+                let alive = alive(chunks.len() as u32);
+                chunks.push(Chunk { dense, sparse, embedding, head, alive });
+            }
+        }
+        chunks
     }
 
     /// Microbatches alive in the `k`-th virtual stage when the first backward pass begins, after

@@ -260,10 +260,8 @@ impl<P: Pricing + ?Sized> Walk<'_, P> {
     fn fits(&self, layout: &Layout, batch: &Batch, exchange: Exchange, stages: &Stages) -> bool {
         let mut options = self.space.memory;
         options.software.gathered_inputs = exchange == Exchange::Scatter { regathers: false };
-        stages.groups.iter().all(|group| {
-            let memory = self.footprint.stage(layout, batch, &options, group.first);
-            memory.total() <= self.space.capacity
-        })
+        let capacity = self.space.capacity;
+        self.footprint.fullest(layout, batch, &options, (stages, capacity)).total() <= capacity
     }
 }
 

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
-use program::Mesh;
+use program::{Mesh, Placement};
 
 use super::space::{Division, Piece};
 use super::{Found, Part, Problem};
-use crate::estimate::{Choice, Estimate, Moves, Order, Sample, Stages, Turns, Unit, handed_on};
+use crate::estimate::{Choice, Moves, Order, Sample, Stages, Turns, Unit, handed_on};
 use crate::memory::{Footprint, StageMemory};
 use crate::price::{Passage, Pricing, Unpriced};
 use crate::{Layout, Recompute, Schedule, Shard, Timing};
@@ -20,17 +20,27 @@ pub(super) struct Judge<'a> {
     divisions: BTreeMap<u32, OnceLock<Vec<(Division, Stages)>>>,
 }
 
-/// A microbatch that is computed in one way, with whole and with split backward passes.
+/// Times of a microbatch in one way, with whole and with split backward passes.
 struct Ways {
-    samples: [Option<Sample>; 2],
     units: [Unit; 2],
     /// Where all layers are computed again.
     again: [Unit; 2],
 }
 
-/// What a mesh with a level of sharding takes.
-struct Sharded {
+/// A piece of the search under way.
+struct Hunt<'a, P: ?Sized> {
+    judge: &'a Judge<'a>,
+    pricing: &'a P,
+    piece: &'a Piece,
+    /// By pipeline degree, replicas, and whether nothing is shared out.
+    moves: BTreeMap<(u32, u32, bool), Moves>,
+    part: Part,
+}
+
+/// One step of the search: a mesh, a microbatch and a level of sharding.
+struct Priced<'a> {
     turns: [Turns; 2],
+    handed: &'a Passage,
 }
 
 impl<'a> Judge<'a> {
@@ -57,124 +67,142 @@ impl<'a> Judge<'a> {
     }
 
     /// Judges all layouts of a piece.
-    pub(super) fn piece(
+    pub(super) fn piece<P: Pricing + ?Sized>(
         &self,
         piece: &Piece,
-        pricing: &(impl Pricing + ?Sized),
+        pricing: &P,
     ) -> Result<Part, Unpriced> {
-        let mut part = Part::default();
-        let mut moves = BTreeMap::new();
-        let pipelines = self.problem.pipelines(piece);
+        let (moves, part) = (BTreeMap::new(), Part::default());
+        let mut hunt = Hunt { judge: self, pricing, piece, moves, part };
         for micro_batch in self.problem.micro_batches() {
-            let mut layout = Layout { micro_batch, ..self.problem.draft(piece) };
-            let meshes: Vec<Mesh> = pipelines
-                .iter()
-                .map(|pipeline| self.mesh(&layout.mesh, *pipeline))
-                .filter(|mesh| self.divides(mesh, micro_batch))
-                .collect();
-            if meshes.is_empty() {
-                continue;
-            }
-            for recompute in self.problem.recomputations() {
-                layout.recompute = recompute;
-                let Some(ways) = self.ways(&layout, pricing)? else { continue };
-                for mesh in &meshes {
-                    layout.mesh = *mesh;
-                    self.mesh_of(&mut layout, &ways, piece, pricing, &mut moves, &mut part)?;
-                }
+            hunt.microbatch(micro_batch)?;
+        }
+        Ok(hunt.part)
+    }
+}
+
+impl<P: Pricing + ?Sized> Hunt<'_, P> {
+    fn problem(&self) -> &Problem<'_> {
+        self.judge.problem
+    }
+
+    /// Judges all layouts with so many sequences in a microbatch.
+    fn microbatch(&mut self, micro_batch: u64) -> Result<(), Unpriced> {
+        let mut layout = Layout { micro_batch, ..self.problem().draft(self.piece) };
+        let meshes = self.meshes(&layout);
+        // Where ranks are put as they are numbered, groups within a stage lie alike in all meshes.
+        let alike = layout.mesh.placement == Placement::default();
+        let together = if alike { meshes.len().max(1) } else { 1 };
+        for meshes in meshes.chunks(together) {
+            layout.mesh = meshes[0];
+            self.alike(layout.clone(), meshes)?;
+        }
+        Ok(())
+    }
+
+    /// Judges all layouts on meshes in which a microbatch takes the same.
+    fn alike(&mut self, mut layout: Layout, meshes: &[Mesh]) -> Result<(), Unpriced> {
+        let Some((sample, _)) = self.run(&layout)? else { return Ok(()) };
+        let mut handed = Vec::with_capacity(meshes.len());
+        for mesh in meshes {
+            layout.mesh = *mesh;
+            handed.push(handed_on(&sample, &layout, self.pricing)?);
+        }
+        let full = self.units(&Layout { recompute: Recompute::Full, ..layout.clone() })?;
+        for recompute in self.problem().recomputations() {
+            layout.recompute = recompute;
+            let units = match layout.recompute {
+                Recompute::Full => full,
+                _ => self.units(&layout)?,
+            };
+            let (Some(units), Some(again)) = (units, full) else { continue };
+            let some = matches!(layout.recompute, Recompute::None | Recompute::Layers(_));
+            let ways = Ways { units, again: if some { again } else { units } };
+            for (mesh, handed) in meshes.iter().zip(&handed) {
+                layout.mesh = *mesh;
+                self.mesh(&mut layout, &sample, &ways, handed)?;
             }
         }
-        Ok(part)
+        Ok(())
     }
 
-    fn mesh(&self, draft: &Mesh, pipeline: u32) -> Mesh {
-        let data = self.problem.ranks / (draft.tensor * draft.context * pipeline);
-        Mesh { pipeline, data, ..*draft }
-    }
-
-    fn divides(&self, mesh: &Mesh, micro_batch: u64) -> bool {
-        let together = u64::from(mesh.data) * micro_batch;
-        let experts = mesh.expert * mesh.expert_tensor;
-        self.problem.batch.global_batch.is_multiple_of(together)
-            && mesh.stage_ranks().is_multiple_of(experts)
+    /// The meshes on which a microbatch divides the batch.
+    fn meshes(&self, draft: &Layout) -> Vec<Mesh> {
+        let problem = self.problem();
+        let mesh = |pipeline| {
+            let Mesh { tensor, context, .. } = draft.mesh;
+            let data = problem.ranks / (tensor * context * pipeline);
+            Mesh { pipeline, data, ..draft.mesh }
+        };
+        let divides = |mesh: &Mesh| {
+            let together = u64::from(mesh.data) * draft.micro_batch;
+            let experts = mesh.expert * mesh.expert_tensor;
+            problem.batch.global_batch.is_multiple_of(together)
+                && mesh.stage_ranks().is_multiple_of(experts)
+        };
+        problem.pipelines(self.piece).into_iter().map(mesh).filter(divides).collect()
     }
 
     /// Times of a microbatch; `None` where the layout cannot be.
-    fn ways(
-        &self,
-        layout: &Layout,
-        pricing: &(impl Pricing + ?Sized),
-    ) -> Result<Option<Ways>, Unpriced> {
-        let run = |layout: &Layout| -> Result<Option<(Sample, Unit)>, Unpriced> {
-            let Problem { config, batch, ranks, .. } = self.problem;
-            let Ok(sample) = Sample::new(config, layout, batch.sequence, *ranks) else {
-                return Ok(None);
-            };
-            let unit = sample.run(pricing)?;
-            Ok(Some((sample, unit)))
+    fn run(&self, layout: &Layout) -> Result<Option<(Sample, Unit)>, Unpriced> {
+        let Problem { config, batch, ranks, .. } = self.problem();
+        let Ok(sample) = Sample::new(config, layout, batch.sequence, *ranks) else {
+            return Ok(None);
         };
-        let Some((sample, unit)) = run(layout)? else { return Ok(None) };
-        let mut ways = Ways { samples: [Some(sample), None], units: [unit; 2], again: [unit; 2] };
-        let split = Layout { schedule: Schedule::ZeroBubble, ..layout.clone() };
-        if let Some((sample, unit)) = run(&split)? {
-            ways.samples[1] = Some(sample);
-            ways.units[1] = unit;
-        }
-        if matches!(layout.recompute, Recompute::None | Recompute::Layers(_)) {
-            for (way, layout) in [layout, &split].into_iter().enumerate() {
-                let full = Layout { recompute: Recompute::Full, ..layout.clone() };
-                if let Some((_, unit)) = run(&full)? {
-                    ways.again[way] = unit;
-                }
-            }
-        }
-        Ok(Some(ways))
+        let unit = sample.run(self.pricing)?;
+        Ok(Some((sample, unit)))
+    }
+
+    /// The same with whole and with split backward passes.
+    fn units(&self, layout: &Layout) -> Result<Option<[Unit; 2]>, Unpriced> {
+        let Some((_, whole)) = self.run(layout)? else { return Ok(None) };
+        let layout = Layout { schedule: Schedule::ZeroBubble, ..layout.clone() };
+        let split = self.run(&layout)?.map_or(whole, |(_, split)| split);
+        Ok(Some([whole, split]))
     }
 
     /// Judges all layouts of a mesh and a microbatch.
-    fn mesh_of(
-        &self,
+    fn mesh(
+        &mut self,
         layout: &mut Layout,
+        sample: &Sample,
         ways: &Ways,
-        piece: &Piece,
-        pricing: &(impl Pricing + ?Sized),
-        moves: &mut BTreeMap<(u32, u32, bool), Moves>,
-        part: &mut Part,
+        handed: &Passage,
     ) -> Result<(), Unpriced> {
-        let Some(sample) = &ways.samples[0] else { return Ok(()) };
         let Mesh { pipeline, data, .. } = layout.mesh;
-        let handed = handed_on(sample, layout, pricing)?;
-        let shared = Layout::ends_share_embedding(self.problem.config);
-        for (shard, replicas) in self.problem.shards(piece, data) {
+        let config = self.problem().config;
+        let shared = Layout::ends_share_embedding(config);
+        for (shard, replicas) in self.problem().shards(self.piece, data) {
             layout.mesh.replicas = replicas;
             layout.shard = shard;
             let key = (pipeline, replicas, shard == Shard::None);
-            let moved = match moves.get(&key) {
+            let moved = match self.moves.get(&key) {
                 Some(moved) => *moved,
                 None => {
-                    let further = self.problem.config.prediction_layers;
-                    let moved = Moves::new(sample, layout, further, pricing)?;
-                    *moves.entry(key).or_insert(moved)
+                    let further = config.prediction_layers;
+                    let moved = Moves::new(sample, layout, further, self.pricing)?;
+                    *self.moves.entry(key).or_insert(moved)
                 }
             };
             let turns = [0, 1]
                 .map(|way| Turns::new(&ways.units[way], &ways.again[way], &moved, shard, shared));
-            let sharded = Sharded { turns };
-            for (division, stages) in self.divisions(pipeline) {
-                self.division(layout, division, stages, &sharded, &handed, part);
+            let priced = Priced { turns, handed };
+            for (division, stages) in self.judge.divisions(pipeline) {
+                self.judge.division(layout, division, stages, &priced, &mut self.part);
             }
         }
         layout.mesh.replicas = 1;
         Ok(())
     }
+}
 
+impl Judge<'_> {
     fn division(
         &self,
         layout: &mut Layout,
         division: &Division,
         stages: &Stages,
-        sharded: &Sharded,
-        handed: &Passage,
+        priced: &Priced<'_>,
         part: &mut Part,
     ) {
         let microbatches = layout.microbatches(&self.problem.batch);
@@ -194,7 +222,7 @@ impl<'a> Judge<'a> {
             part.judged += timings.len() as u64;
             if let Some(memory) = self.fitted(layout, stages, part) {
                 part.fitting += timings.len() as u64;
-                self.timed(layout, stages, sharded, handed, &timings, memory, part);
+                self.timed(layout, stages, priced, &timings, memory, part);
             }
             layout.recompute.clone_from(&recompute);
         }
@@ -232,43 +260,24 @@ impl<'a> Judge<'a> {
         Some(found)
     }
 
-    /// The fullest stage. Of ranks that hold the same the first has most microbatches alive.
     fn peak(&self, layout: &Layout, stages: &Stages) -> StageMemory {
         let Problem { batch, memory, capacity, .. } = self.problem;
-        let stage = |rank| self.footprint.stage(layout, batch, memory, rank);
-        let mut most = stage(stages.groups[0].first);
-        for group in &stages.groups[1..] {
-            if most.total() > *capacity {
-                break;
-            }
-            let other = stage(group.first);
-            most = if other.total() > most.total() { other } else { most };
-        }
-        most
+        self.footprint.fullest(layout, batch, memory, (stages, *capacity))
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the innermost loop of a search")]
     fn timed(
         &self,
         layout: &mut Layout,
         stages: &Stages,
-        sharded: &Sharded,
-        handed: &Passage,
+        priced: &Priced<'_>,
         timings: &[(Timing, Timing)],
         memory: StageMemory,
         part: &mut Part,
     ) {
-        let mut choice = Choice::of(layout, &self.problem.batch);
-        let turns = &sharded.turns[usize::from(choice.order == Order::Split)];
-        let mut best: Option<(Estimate, (Timing, Timing))> = None;
-        for timing in timings {
-            (choice.reduction, choice.gathering) = *timing;
-            let estimate = turns.step(stages, handed, &choice);
-            if best.is_none_or(|(fastest, _)| estimate.step_time < fastest.step_time) {
-                best = Some((estimate, *timing));
-            }
-        }
-        let Some((estimate, (reduction, gathering))) = best else { return };
+        let choice = Choice::of(layout, &self.problem.batch);
+        let turns = &priced.turns[usize::from(choice.order == Order::Split)];
+        let fastest = turns.fastest(stages, priced.handed, &choice, timings);
+        let Some((estimate, (reduction, gathering))) = fastest else { return };
         if part.is_beaten(layout, &estimate) {
             return;
         }

@@ -278,6 +278,7 @@ impl Problem<'_> {
             context: piece.context,
             expert: piece.expert,
             expert_tensor: piece.expert_tensor,
+            placement: self.given.placement.unwrap_or_default(),
             ..Mesh::ONE
         };
         Layout {

@@ -131,7 +131,8 @@ fn experts_go_where_their_tokens_are_sent() {
     product!(tensor in [1, 2], expert_tensor in [1, 2], context in [1, 2], data in [1, 2],
         expert in [1, 2, 4], shared_width in [0, 16], prediction_layers in [0, 2],
         shard in SHARDS, pipeline in [1, 2] => {
-        let mesh = Mesh { tensor, context, data, pipeline, expert, expert_tensor, replicas: 1 };
+        let mesh =
+            Mesh { tensor, context, data, pipeline, expert, expert_tensor, ..Mesh::ONE };
         let fits = mesh.stage_ranks().is_multiple_of(expert * expert_tensor);
         if mesh.ranks() > 8 || !fits || expert_tensor > tensor {
             continue;

@@ -111,7 +111,30 @@ impl Calibration {
     /// many exponential delays is their mean times the harmonic number of `ranks` (Rényi 1953).
     #[must_use]
     pub fn straggling(&self, ranks: u32) -> f64 {
-        let harmonic: f64 = (1..=ranks).map(|rank| 1.0 / f64::from(rank)).sum();
-        1.0 + self.traffic.spread * harmonic
+        1.0 + self.traffic.spread * harmonic(ranks)
+    }
+}
+
+/// Above this the harmonic number is summed by Euler and Maclaurin, exact to twelve digits.
+const SUMMED: u32 = 100;
+
+fn harmonic(number: u32) -> f64 {
+    const EULER_MASCHERONI: f64 = 0.577_215_664_901_532_9;
+    if number <= SUMMED {
+        return (1..=number).map(|term| 1.0 / f64::from(term)).sum();
+    }
+    let n = f64::from(number);
+    n.ln() + EULER_MASCHERONI + 1.0 / (2.0 * n) - 1.0 / (12.0 * n * n) + 1.0 / (120.0 * n.powi(4))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn harmonic_numbers_are_their_sums() {
+        for number in [1, 2, 100, 101, 8192] {
+            let summed: f64 = (1..=number).map(|term| 1.0 / f64::from(term)).sum();
+            let off = super::harmonic(number) / summed - 1.0;
+            assert!(off.abs() < 1e-12, "{number}: {off}");
+        }
     }
 }

@@ -1,0 +1,351 @@
+//! The best layouts of a job: searched by the closed form, the best of them simulated.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use anyhow::{Result, bail};
+use plan::estimate::Estimate;
+use plan::memory::{DoesNotFit, Footprint, Options, StageMemory};
+use plan::search::{Family, Found, Outcome, Problem, Progress, search};
+use plan::{Layout, TensorOverlap, lower};
+use program::{Breakdown, Placement};
+use sim::device::Calibration;
+use sim::step::Times;
+use units::{Joules, Seconds};
+
+use crate::described::{Costing, Described};
+use crate::job::{Draft, Job};
+
+/// Layouts that are simulated: of the fastest, and of those that no other beats in time, memory
+/// and energy at once.
+const SIMULATED: usize = 24;
+const SIMULATED_OF_FRONT: usize = 16;
+/// Instructions of a program, over all classes, above which the closed form's word is taken: some
+/// hundred megabytes, and seconds.
+const MOST_INSTRUCTIONS: f64 = 3e6;
+/// Instructions of a microbatch in a layer, forward and backward, about.
+const INSTRUCTIONS_PER_LAYER: f64 = 60.0;
+
+/// No layout fits.
+#[derive(Debug, thiserror::Error)]
+#[error("none of {judged} layouts fits; of them all {layout} needs least: {reason}")]
+pub struct NothingFits {
+    judged: u64,
+    layout: String,
+    reason: DoesNotFit,
+}
+
+/// A layout with what is known of it.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub layout: Layout,
+    /// By the closed form, with what stands outside of the program.
+    pub estimate: Estimate,
+    pub memory: StageMemory,
+    /// By event simulation, where that was done.
+    pub times: Option<Times>,
+    /// At the wall, for a step; where the maker of the accelerator publishes a rating.
+    pub energy: Option<Joules>,
+}
+
+impl Plan {
+    /// The time of a step, as well as it is known.
+    pub fn step_time(&self) -> Seconds {
+        self.times.as_ref().map_or(self.estimate.step_time, |times| times.step_time)
+    }
+
+    /// Where the time goes on average, where it was simulated.
+    pub fn breakdown(&self) -> Option<Breakdown> {
+        self.times.as_ref().map(|times| Breakdown::mean(&times.classes))
+    }
+}
+
+/// What planning a job found.
+#[derive(Debug)]
+pub struct Planned {
+    /// What was simulated, the fastest first.
+    pub plans: Vec<Plan>,
+    /// Of them, those that no other beats in time, memory and energy at once; by time.
+    pub front: Vec<usize>,
+    /// The best with its axes in every order on the accelerators, the fastest first.
+    pub placements: Vec<Plan>,
+    /// The fastest of every family, by the closed form.
+    pub outcome: Outcome,
+}
+
+/// Who is told how far planning is, and says whether to go on.
+pub type Watch<'w> = &'w (dyn Fn(Progress) -> bool + Sync);
+
+/// Plans jobs on one described cluster.
+pub struct Planner<'a> {
+    pub draft: &'a Draft,
+    pub described: Described<'a>,
+    pub threads: usize,
+}
+
+/// The fastest layout of a draft.
+pub fn best_layout(draft: &Draft, costing: &Costing) -> Result<Layout> {
+    let calibrations = Calibration::built_in();
+    let planner = Planner::new(draft, costing, &calibrations)?;
+    let planned = planner.plan(&|_| true)?;
+    Ok(planned.plans[0].layout.clone())
+}
+
+impl<'a> Planner<'a> {
+    pub fn new(
+        draft: &'a Draft,
+        costing: &Costing,
+        calibrations: &'a [Calibration],
+    ) -> Result<Self> {
+        let job = draft.job();
+        let described =
+            Described::new(&job.cluster, job.training.precision, costing, calibrations)?;
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Self { draft, described, threads })
+    }
+
+    fn job(&self) -> &Job {
+        self.draft.job()
+    }
+
+    fn memory(&self) -> Options {
+        Options { precision: self.job().training.precision, ..Options::default() }
+    }
+
+    /// Searches, and simulates the best.
+    ///
+    /// # Errors
+    /// [`NothingFits`], or hardware that has no price.
+    pub fn plan(&self, watch: Watch) -> Result<Planned> {
+        let job = self.job();
+        let cluster = &self.described.roofline.cluster;
+        // Where the calibration has what hides transfers of products, cutting products is not
+        // reckoned besides.
+        let cut =
+            [TensorOverlap::WeightGradients, TensorOverlap::Pieces(2), TensorOverlap::Pieces(4)];
+        let calibrated = self.described.calibration.is_some();
+        let problem = Problem {
+            config: &job.model,
+            batch: job.batch(),
+            ranks: job.cluster.accelerators,
+            given: &self.draft.given,
+            capacity: cluster.accelerator.memory,
+            memory: self.memory(),
+            domain: cluster.domain.accelerators,
+            overlaps: if calibrated { &cut[..1] } else { &cut },
+        };
+        let outcome = search(&problem, &self.described, self.threads, watch)
+            .map_err(|error| anyhow::anyhow!(error))?;
+        if outcome.families.is_empty() {
+            return Err(self.nothing(&outcome, &problem));
+        }
+        let mut plans = self.simulated(&outcome)?;
+        let placements = self.placements(&plans[0])?;
+        if let Some(better) = placements.first().filter(|best| best.step_time() < plans[0].step_time())
+        {
+            plans.insert(0, better.clone());
+        }
+        let front = front(&plans);
+        Ok(Planned { plans, front, placements, outcome })
+    }
+
+    /// A plan with its axes in every order on the accelerators, the fastest first; nothing where
+    /// the order is given or makes no difference.
+    fn placements(&self, plan: &Plan) -> Result<Vec<Plan>> {
+        let cluster = &self.described.roofline.cluster;
+        let alone = self.job().cluster.accelerators <= cluster.domain.accelerators;
+        if self.draft.given.placement.is_some() || alone || plan.layout.mesh.expert > 1 {
+            return Ok(vec![]);
+        }
+        let mut plans = Vec::new();
+        for placement in Placement::ALL {
+            let mut other = plan.clone();
+            other.layout.mesh.placement = placement;
+            plans.push(self.simulate(other)?);
+        }
+        plans.sort_by(|one, other| one.step_time().0.total_cmp(&other.step_time().0));
+        Ok(plans)
+    }
+
+    fn nothing(&self, outcome: &Outcome, problem: &Problem) -> anyhow::Error {
+        let Some((layout, _)) = &outcome.least else {
+            // What is given divides nothing; the simplest completion says what.
+            return self.draft.simplest().err().unwrap_or_else(|| {
+                anyhow::anyhow!("[layout] what is given leaves no layout to choose from")
+            });
+        };
+        let footprint = Footprint::new(problem.config);
+        let Problem { batch, memory, capacity, .. } = problem;
+        match footprint.fit(layout, batch, memory, *capacity) {
+            Ok(_) => unreachable!("the search found that nothing fits"),
+            Err(reason) => {
+                let layout = crate::plan_report::short(layout);
+                NothingFits { judged: outcome.judged, layout, reason }.into()
+            }
+        }
+    }
+
+    /// The best of every kind, simulated.
+    fn simulated(&self, outcome: &Outcome) -> Result<Vec<Plan>> {
+        let plans: Vec<Plan> = outcome.families.iter().map(|found| self.plan_of(found)).collect();
+        let fastest = 0..plans.len().min(SIMULATED);
+        let front = front(&plans);
+        let step = front.len().div_ceil(SIMULATED_OF_FRONT).max(1);
+        let chosen: BTreeSet<usize> = fastest.chain(front.into_iter().step_by(step)).collect();
+        let chosen: Vec<usize> = chosen.into_iter().collect();
+        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let work = || {
+            let mut done = Vec::new();
+            while let Some(index) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
+                match self.simulate(plans[*index].clone()) {
+                    Ok(plan) => done.push((*index, plan)),
+                    Err(error) => {
+                        failed.store(true, Ordering::Relaxed);
+                        return Err(error);
+                    }
+                }
+            }
+            Ok(done)
+        };
+        let shares: Result<Vec<_>> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..self.threads).map(|_| scope.spawn(work)).collect();
+            workers.into_iter().map(|worker| worker.join().expect("no plan panics")).collect()
+        });
+        let mut plans: Vec<(usize, Plan)> = shares?.into_iter().flatten().collect();
+        plans.sort_by(|(a, one), (b, other)| {
+            one.step_time().0.total_cmp(&other.step_time().0).then(a.cmp(b))
+        });
+        Ok(plans.into_iter().map(|(_, plan)| plan).collect())
+    }
+
+    fn plan_of(&self, found: &Found) -> Plan {
+        let mut estimate = found.estimate;
+        estimate.step_time += self.described.outside();
+        let layout = found.layout.clone();
+        let mut plan = Plan { layout, estimate, memory: found.memory, times: None, energy: None };
+        plan.energy = self.energy(&plan);
+        plan
+    }
+
+    fn simulate(&self, mut plan: Plan) -> Result<Plan> {
+        let job = self.job();
+        let microbatches = f64::from(plan.layout.microbatches(&job.batch()));
+        let layers = f64::from(job.model.layers);
+        if microbatches * layers * INSTRUCTIONS_PER_LAYER > MOST_INSTRUCTIONS {
+            return Ok(plan);
+        }
+        let program = lower(&job.model, &plan.layout, &job.batch())?;
+        plan.times = Some(self.described.times(&program)?);
+        plan.energy = self.energy(&plan);
+        Ok(plan)
+    }
+
+    fn energy(&self, plan: &Plan) -> Option<Joules> {
+        let computing = plan.breakdown().map_or(plan.estimate.computing, |mean| mean.compute);
+        let time = plan.step_time();
+        let ranks = plan.layout.mesh.ranks();
+        let cluster = &self.described.roofline.cluster;
+        cluster.energy(ranks, time, computing / time).map(|energy| energy.facility)
+    }
+
+    /// Tokens a second and accelerator.
+    pub fn rate(&self, plan: &Plan) -> f64 {
+        let job = self.job();
+        let tokens = job.training.sequence * job.training.global_batch;
+        tokens as f64 / plan.step_time().0 / f64::from(plan.layout.mesh.ranks())
+    }
+
+    /// Makes sure that the winner's program is sound.
+    pub fn verify(&self, plan: &Plan) -> Result<()> {
+        let job = self.job();
+        let program = lower(&job.model, &plan.layout, &job.batch())?;
+        if let Err(error) = program.verify() {
+            bail!("the program of the best plan is not sound: {error}");
+        }
+        Ok(())
+    }
+}
+
+/// The plans that no other beats in time, memory and energy at once, by time.
+fn front(plans: &[Plan]) -> Vec<usize> {
+    let figures = |plan: &Plan| {
+        let energy = plan.energy.map_or(0.0, |energy| energy.0);
+        [plan.step_time().0, plan.memory.total().as_f64(), energy]
+    };
+    let figures: Vec<[f64; 3]> = plans.iter().map(figures).collect();
+    let mut order: Vec<usize> = (0..plans.len()).collect();
+    order.sort_by(|a, b| figures[*a][0].total_cmp(&figures[*b][0]).then(a.cmp(b)));
+    let mut front: Vec<usize> = Vec::new();
+    for index in order {
+        // What comes before is at least as fast.
+        let beats = |other: &usize| {
+            let (one, other) = (figures[index], figures[*other]);
+            other[1] <= one[1] && other[2] <= one[2]
+        };
+        if !front.iter().any(beats) {
+            front.push(index);
+        }
+    }
+    front
+}
+
+/// The fastest of the families with the next smaller or larger value of a key, all else free.
+pub struct Neighbour<'p> {
+    pub key: &'static str,
+    pub value: String,
+    /// Nothing with this value fits.
+    pub found: Option<&'p Found>,
+}
+
+impl Planned {
+    /// Why not a little more or less of everything: the best of the other values of each key.
+    pub fn neighbours(&self) -> Vec<Neighbour<'_>> {
+        let best = Family::of(&self.plans[0].layout);
+        let keys: [(&'static str, fn(&Family) -> u64); 6] = [
+            ("tensor", |family| family.degrees[0].into()),
+            ("context", |family| family.degrees[1].into()),
+            ("expert", |family| family.degrees[2].into()),
+            ("pipeline", |family| family.degrees[3].into()),
+            ("virtual_stages", |family| family.virtual_stages.into()),
+            ("micro_batch", |family| family.micro_batch),
+        ];
+        let mut neighbours = Vec::new();
+        for (key, of) in keys {
+            let found = |wanted: u64| {
+                let with = |found: &&Found| of(&Family::of(&found.layout)) == wanted;
+                self.outcome.families.iter().find(with)
+            };
+            let values: BTreeSet<u64> =
+                self.outcome.families.iter().map(|found| of(&Family::of(&found.layout))).collect();
+            let mine = of(&best);
+            let below = values.range(..mine).next_back();
+            let above = values.range(mine + 1..).next();
+            neighbours.extend(below.into_iter().chain(above).map(|value| Neighbour {
+                key,
+                value: value.to_string(),
+                found: found(*value),
+            }));
+        }
+        neighbours.extend(self.other_words(&best));
+        neighbours
+    }
+
+    /// The same of keys whose values are words.
+    fn other_words(&self, best: &Family) -> Vec<Neighbour<'_>> {
+        let mut seen = BTreeSet::from([best.shard.0]);
+        let mut recomputed = BTreeSet::from([best.recompute]);
+        let mut neighbours = Vec::new();
+        for found in &self.outcome.families {
+            let family = Family::of(&found.layout);
+            if seen.insert(family.shard.0) {
+                let value = crate::plan_report::shard(&found.layout);
+                neighbours.push(Neighbour { key: "shard", value, found: Some(found) });
+            }
+            if recomputed.insert(family.recompute) {
+                let value = crate::plan_report::recompute(&found.layout);
+                neighbours.push(Neighbour { key: "recompute", value, found: Some(found) });
+            }
+        }
+        neighbours
+    }
+}
