@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::topology::{Cluster, Shape};
 use crate::Error;
+use crate::topology::{Cluster, Shape};
 
 /// What a job gets of a cluster that is not all there.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,7 +30,10 @@ impl Cluster {
         let unfit = |reason: String| Error::Unfit { cluster: self.name.clone(), reason };
         let nodes = self.accelerators / self.per_node;
         if let Some(node) = drained.iter().find(|node| **node >= nodes) {
-            return Err(unfit(format!("there is no node {node}; they are numbered 0 to {}", nodes - 1)));
+            return Err(unfit(format!(
+                "there is no node {node}; they are numbered 0 to {}",
+                nodes - 1
+            )));
         }
         if matches!(self.domain.shape, Shape::Torus { .. }) {
             let reason = "a torus with drained nodes has no shape; give the dims of what is whole as per_domain";
@@ -43,7 +46,9 @@ impl Cluster {
         let (used, domain) = self.take(&ordered, accelerators).ok_or_else(|| {
             let left = free.len();
             let wanted = accelerators.div_ceil(self.per_node);
-            unfit(format!("{left} of {nodes} nodes are left, and the job takes {wanted}; lower accelerators"))
+            unfit(format!(
+                "{left} of {nodes} nodes are left, and the job takes {wanted}; lower accelerators"
+            ))
         })?;
         let mut cluster = self.clone();
         cluster.domain.accelerators = domain;
@@ -77,7 +82,8 @@ impl Cluster {
             .iter()
             .map(|reach| {
                 let mut counts = BTreeMap::new();
-                free.iter().for_each(|node| *counts.entry(self.group(*node, *reach)).or_default() += 1);
+                free.iter()
+                    .for_each(|node| *counts.entry(self.group(*node, *reach)).or_default() += 1);
                 counts
             })
             .collect();
@@ -100,7 +106,9 @@ impl Cluster {
         let mut domains: Vec<Vec<u32>> = Vec::new();
         for node in ordered {
             match domains.last_mut() {
-                Some(last) if self.group(last[0], whole) == self.group(*node, whole) => last.push(*node),
+                Some(last) if self.group(last[0], whole) == self.group(*node, whole) => {
+                    last.push(*node)
+                }
                 _ => domains.push(vec![*node]),
             }
         }

@@ -141,7 +141,8 @@ impl<'a> Planner<'a> {
         }
         let mut plans = self.simulated(&outcome)?;
         let placements = self.placements(&plans[0])?;
-        if let Some(better) = placements.first().filter(|best| best.step_time() < plans[0].step_time())
+        if let Some(better) =
+            placements.first().filter(|best| best.step_time() < plans[0].step_time())
         {
             plans.insert(0, better.clone());
         }

@@ -76,7 +76,9 @@ impl fmt::Display for Axis {
 /// ranks that split batch and sequences stay together, as `data`.
 ///
 /// Ranks are numbered the same whatever the order; it says which accelerator each is put on.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Placement {
     /// As ranks are numbered.
@@ -328,7 +330,8 @@ mod tests {
                     let group = mesh.group(rank, axis);
                     let places = group.iter().map(|rank| mesh.accelerator(*rank).0);
                     let places: Vec<u32> = places.collect();
-                    let steps: BTreeSet<u32> = places.windows(2).map(|two| two[1] - two[0]).collect();
+                    let steps: BTreeSet<u32> =
+                        places.windows(2).map(|two| two[1] - two[0]).collect();
                     assert!(steps.len() <= 1, "{placement:?} {axis} {places:?}");
                 }
             }

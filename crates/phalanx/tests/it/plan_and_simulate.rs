@@ -101,11 +101,17 @@ fn the_best_layouts_of_a_described_cluster_are_planned() {
     let place = Place::new();
     place.write("job.toml", open(16));
     let json: Value =
-        serde_json::from_str(&place.succeed(&["plan", "job.toml", "--json", "--best", "3"])).unwrap();
-    let times: Vec<f64> =
-        json["plans"].as_array().unwrap().iter().map(|plan| plan["step_time_s"].as_f64().unwrap()).collect();
+        serde_json::from_str(&place.succeed(&["plan", "job.toml", "--json", "--best", "3"]))
+            .unwrap();
+    let times: Vec<f64> = json["plans"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|plan| plan["step_time_s"].as_f64().unwrap())
+        .collect();
     assert!(times.len() == 3 && times.is_sorted(), "{times:?}");
-    let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
+    let keys =
+        |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
     insta::assert_snapshot!(keys(&json), @"fitting flops_per_step front judged launch layout machine microbatches nodes parameters placements plans program ranks reasons stopped why_not");
     insta::assert_snapshot!(keys(&json["plans"][0]), @"compute_s energy_j estimated_step_time_s exposed_communication_s layout memory_bytes_peak pipeline_bubble_s simulated step_time_s tokens_per_s_per_accelerator");
     // What is left open is planned wherever a layout is needed, and simulated alike.
@@ -113,7 +119,9 @@ fn the_best_layouts_of_a_described_cluster_are_planned() {
         serde_json::from_str(&place.succeed(&["simulate", "job.toml", "--json"])).unwrap();
     assert_eq!(simulated["step_time_s"], json["plans"][0]["step_time_s"]);
     let text = place.succeed(&["plan", "job.toml"]);
-    for words in ["best plans", "why the first", "why not others", "megatron-lm", "torchtitan", "nemo"] {
+    for words in
+        ["best plans", "why the first", "why not others", "megatron-lm", "torchtitan", "nemo"]
+    {
         assert!(text.contains(words), "{words} is not in\n{text}");
     }
 }
@@ -125,7 +133,10 @@ fn nodes_that_are_not_to_be_had_are_planned_around() {
     place.write("job.toml", open(16).replace("accelerators = 16", drained));
     let text = place.succeed(&["plan", "job.toml", "--set", "layout.tensor=1"]);
     assert!(text.contains("nodes\n  used: "), "{text}");
-    place.write("job.toml", open(16).replace("accelerators = 16", "accelerators = 16\ndrained = [9999]"));
+    place.write(
+        "job.toml",
+        open(16).replace("accelerators = 16", "accelerators = 16\ndrained = [9999]"),
+    );
     let answer = place.run(&["plan", "job.toml"]);
     assert_eq!(answer.code, Some(2), "{}", answer.stderr);
     assert!(answer.stderr.contains("there is no node 9999"), "{}", answer.stderr);

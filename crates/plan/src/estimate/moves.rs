@@ -236,7 +236,8 @@ impl Moved {
     fn add(&mut self, asked: &Asked, prices: &[Price]) {
         let of = |index: usize| passage(&prices[index]);
         self.accumulate += time(&prices[asked.accumulate]);
-        self.update_share += asked.updates.map(|index| time(&prices[index])).into_iter().sum::<f64>();
+        self.update_share +=
+            asked.updates.map(|index| time(&prices[index])).into_iter().sum::<f64>();
         self.repeated += asked.repeated.map_or(0.0, |index| time(&prices[index]));
         if let Some([gather, scatter, sum]) = asked.shared {
             self.gather = self.gather.beside(&of(gather));

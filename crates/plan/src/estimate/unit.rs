@@ -102,7 +102,8 @@ impl Sample {
         let of = |wanted| (0..layers).rev().find(|layer| kind(&config, *layer) == wanted);
         let stream = program.shape.stream_tokens() * config.hidden;
         let mut list = program.classes.swap_remove(0);
-        let computes = |instruction: &Instruction| matches!(instruction, Instruction::Compute { .. });
+        let computes =
+            |instruction: &Instruction| matches!(instruction, Instruction::Compute { .. });
         // What comes after the passes is not the microbatch's.
         list.truncate(list.iter().rposition(computes).map_or(0, |last| last + 1));
         Ok(Self { program, list, layer_of: std::array::from_fn(of), stream, split })

@@ -81,8 +81,8 @@ impl<'a> Judge<'a> {
     }
 }
 
-impl<P: Pricing + ?Sized> Hunt<'_, P> {
-    fn problem(&self) -> &Problem<'_> {
+impl<'a, P: Pricing + ?Sized> Hunt<'a, P> {
+    fn problem(&self) -> &'a Problem<'a> {
         self.judge.problem
     }
 
@@ -170,7 +170,7 @@ impl<P: Pricing + ?Sized> Hunt<'_, P> {
         handed: &Passage,
     ) -> Result<(), Unpriced> {
         let Mesh { pipeline, data, .. } = layout.mesh;
-        let config = self.problem().config;
+        let (judge, config) = (self.judge, self.problem().config);
         let shared = Layout::ends_share_embedding(config);
         for (shard, replicas) in self.problem().shards(self.piece, data) {
             layout.mesh.replicas = replicas;
@@ -187,8 +187,8 @@ impl<P: Pricing + ?Sized> Hunt<'_, P> {
             let turns = [0, 1]
                 .map(|way| Turns::new(&ways.units[way], &ways.again[way], &moved, shard, shared));
             let priced = Priced { turns, handed };
-            for (division, stages) in self.judge.divisions(pipeline) {
-                self.judge.division(layout, division, stages, &priced, &mut self.part);
+            for (division, stages) in judge.divisions(pipeline) {
+                judge.division(layout, division, stages, &priced, &mut self.part);
             }
         }
         layout.mesh.replicas = 1;
