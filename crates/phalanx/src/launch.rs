@@ -226,6 +226,10 @@ mod tests {
                 )
             })
             .collect();
-        insta::assert_snapshot!(text.join("\n"));
+        insta::assert_snapshot!(text.join("\n"), @r#"
+        megatron-lm: --tensor-model-parallel-size 8 --pipeline-model-parallel-size 8 --context-parallel-size 2 --micro-batch-size 1 --global-batch-size 1536 --seq-length 8192 --num-virtual-stages-per-pipeline-rank 8 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split --sequence-parallel --cp-comm-type all_gather --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --tp-comm-overlap --recompute-granularity full --recompute-method block --recompute-num-layers 1; lacks []
+        torchtitan: --parallelism.tensor_parallel_degree=8 --parallelism.context_parallel_degree=2 --parallelism.pipeline_parallel_degree=8 --parallelism.data_parallel_shard_degree=64 --parallelism.data_parallel_replicate_degree=1 --training.local_batch_size=24 --training.global_batch_size=1536 --training.seq_len=8192 --parallelism.pipeline_parallel_schedule=Interleaved1F1B --parallelism.pipeline_parallel_microbatch_size=1 --activation_checkpoint.mode=full; lacks ["shard (it is always parameters, or none as data_parallel_replicate_degree)", "recompute of some layers"]
+        nemo: model.tensor_model_parallel_size=8 model.pipeline_model_parallel_size=8 model.context_parallel_size=2 model.sequence_parallel=true train.micro_batch_size=1 train.global_batch_size=1536 model.seq_length=8192 ddp.use_distributed_optimizer=true ddp.overlap_grad_reduce=true ddp.overlap_param_gather=true model.virtual_pipeline_model_parallel_size=8 model.account_for_embedding_in_pipeline_split=true model.account_for_loss_in_pipeline_split=true comm_overlap.tp_comm_overlap=true model.recompute_granularity=full model.recompute_method=block model.recompute_num_layers=1; lacks []
+        "#);
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::Args;
-use plan::lower;
+use plan::{PartialLayout, lower};
 use program::Program;
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
@@ -125,8 +125,9 @@ impl<'p> Report<'p> {
             };
             text += &list(&format!("{}{lacks}", launch.trainer), vec![launch.settings.join(" ")]);
         }
-        let key = toml::to_string(&job.layout).expect("a layout has a TOML form");
-        text += &list("the first as [layout]", key.lines().map(str::to_owned).collect());
+        let keys = PartialLayout::of(&job.layout);
+        let keys = toml::to_string(&keys).expect("a layout has a TOML form");
+        text += &list("the first as [layout]", keys.lines().map(str::to_owned).collect());
         if options.show_program {
             text += &format!("{program}\n");
         }

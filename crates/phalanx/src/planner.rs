@@ -20,6 +20,8 @@ use crate::job::{Draft, Job};
 /// and energy at once.
 const SIMULATED: usize = 24;
 const SIMULATED_OF_FRONT: usize = 16;
+/// How much longer than the fastest a plan may take that is worth a look for its memory or energy.
+const SLOWEST: f64 = 2.0;
 /// Instructions of a program, over all classes, above which the closed form's word is taken: some
 /// hundred megabytes, and seconds.
 const MOST_INSTRUCTIONS: f64 = 3e6;
@@ -109,7 +111,7 @@ impl<'a> Planner<'a> {
     }
 
     fn memory(&self) -> Options {
-        Options { precision: self.job().training.precision, ..Options::default() }
+        Options::new(self.job().training.precision, &self.draft.given.simplest())
     }
 
     /// Searches, and simulates the best.
@@ -276,6 +278,8 @@ fn front(plans: &[Plan]) -> Vec<usize> {
     let figures: Vec<[f64; 3]> = plans.iter().map(figures).collect();
     let mut order: Vec<usize> = (0..plans.len()).collect();
     order.sort_by(|a, b| figures[*a][0].total_cmp(&figures[*b][0]).then(a.cmp(b)));
+    let slowest = SLOWEST * order.first().map_or(0.0, |first| figures[*first][0]);
+    order.retain(|index| figures[*index][0] <= slowest);
     let mut front: Vec<usize> = Vec::new();
     for index in order {
         // What comes before is at least as fast.

@@ -67,6 +67,53 @@ pub struct PartialLayout {
 }
 
 impl PartialLayout {
+    /// A layout as a job file would give it.
+    #[must_use]
+    pub fn of(layout: &Layout) -> Self {
+        let mesh = &layout.mesh;
+        let unless_one = |degree: u32| (degree > 1).then_some(degree);
+        let shared = mesh.context * mesh.data / mesh.replicas;
+        Self {
+            tensor: Some(mesh.tensor),
+            context: unless_one(mesh.context),
+            pipeline: Some(mesh.pipeline),
+            virtual_stages: unless_one(layout.virtual_stages),
+            expert: unless_one(mesh.expert),
+            expert_tensor: unless_one(mesh.expert_tensor),
+            shard_ranks: (mesh.replicas > 1).then_some(shared),
+            micro_batch: Some(layout.micro_batch),
+            placement: Some(mesh.placement).filter(|placement| *placement != Placement::default()),
+            shard: Some(layout.shard),
+            schedule: Some(layout.schedule.clone()),
+            stage_layers: Some(layout.stage_layers.clone()).filter(|layers| !layers.is_empty()),
+            recompute: Some(layout.recompute.clone()),
+            sequence_parallel: (mesh.tensor > 1).then_some(layout.sequence_parallel),
+            context_exchange: (mesh.context > 1).then_some(layout.context_exchange),
+            attention: Some(layout.attention)
+                .filter(|kernel| *kernel != AttentionKernel::default()),
+            tensor_overlap: (mesh.tensor > 1).then_some(layout.tensor_overlap),
+            gradient_reduction: Some(layout.gradient_reduction),
+            parameter_gathering: Some(layout.parameter_gathering),
+            parameter_bytes: Some(layout.parameter_bytes),
+            gradient_bytes: Some(layout.gradient_bytes),
+            activation_bytes: Some(layout.activation_bytes),
+            ..Self::default()
+        }
+    }
+
+    /// What it says of one rank, whatever is split.
+    #[must_use]
+    pub fn simplest(&self) -> Layout {
+        let simplest = Layout::one_rank(self.micro_batch.unwrap_or(1));
+        Layout {
+            attention: self.attention.unwrap_or_default(),
+            parameter_bytes: self.parameter_bytes.unwrap_or(4),
+            gradient_bytes: self.gradient_bytes.unwrap_or(4),
+            activation_bytes: self.activation_bytes.unwrap_or(4),
+            ..simplest
+        }
+    }
+
     /// Fills in what was left out, for `ranks` ranks.
     ///
     /// Every degree 1 unless given; the optimizer sharded as soon as there is a data axis, since

@@ -282,14 +282,11 @@ impl Problem<'_> {
             ..Mesh::ONE
         };
         Layout {
+            mesh,
             sequence_parallel: piece.sequence_parallel,
             context_exchange: piece.exchange,
             tensor_overlap: piece.overlap,
-            attention: self.given.attention.unwrap_or_default(),
-            parameter_bytes: self.given.parameter_bytes.unwrap_or(4),
-            gradient_bytes: self.given.gradient_bytes.unwrap_or(4),
-            activation_bytes: self.given.activation_bytes.unwrap_or(4),
-            ..Layout::new(mesh, 1, Shard::None)
+            ..self.given.simplest()
         }
     }
 }
