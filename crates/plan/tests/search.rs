@@ -54,6 +54,8 @@ fn what_is_found_can_be_lowered_and_fits() {
             let peak = footprint.peak(&found.layout, &batch, &options);
             assert_eq!(peak.total(), found.memory.total(), "{:?}", found.layout);
             assert_eq!(found.layout.mesh.ranks(), ranks);
+            let told = PartialLayout::of(&found.layout).complete(config, &batch, ranks);
+            assert_eq!(told.as_ref(), Ok(&found.layout));
         }
     }
 }
