@@ -7,7 +7,10 @@ use std::ops::Range;
 
 use burn_tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData, activation};
 
-use crate::operators::{AdamW, AttentionDims, Operators, ProductDims, Rotation, Window, WindowMut};
+use crate::operators::{
+    AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, Window,
+    WindowMut,
+};
 
 /// Operators on a device of Burn's.
 #[derive(Debug, Clone)]
@@ -55,10 +58,18 @@ impl Burn {
         if groups.is_empty() { self.zeros(elements) } else { flat(Tensor::cat(groups, 0)) }
     }
 
+    /// Words as indices; one that is elsewhere as the first, for [`Burn::here`] to hide.
     fn words(&self, words: &[u32]) -> Tensor<1, Int> {
-        let words: Vec<i64> = words.iter().copied().map(i64::from).collect();
+        let index = |word: u32| if word == ELSEWHERE { 0 } else { i64::from(word) };
+        let words: Vec<i64> = words.iter().copied().map(index).collect();
         let count = words.len();
         Tensor::from_data(TensorData::new(words, [count]), &self.device)
+    }
+
+    /// One for each word that is here, zero for one that is elsewhere, `[r, 1]`.
+    fn here(&self, words: &[u32]) -> Tensor<2> {
+        let here = words.iter().map(|word| if *word == ELSEWHERE { 0.0 } else { 1.0 });
+        self.upload(here.collect()).reshape([words.len(), 1])
     }
 }
 
@@ -116,7 +127,8 @@ fn split<const D: usize>(tensor: Tensor<D>, dim: usize, first: usize) -> [Tensor
 
 /// Rows of a table that reach as far as `words` do: a window does not know its own end.
 fn rows_named(words: &[u32]) -> usize {
-    words.iter().max().map_or(0, |word| *word as usize + 1)
+    let here = words.iter().filter(|word| **word != ELSEWHERE);
+    here.max().map_or(1, |word| *word as usize + 1)
 }
 
 /// Brings a tensor to the host.
@@ -157,6 +169,23 @@ impl Operators for Burn {
 
     fn slice(&self, tensor: &Tensor<1>, range: Range<usize>) -> Tensor<1> {
         tensor.clone().slice(range)
+    }
+
+    fn elements(&self, tensor: &Tensor<1>) -> usize {
+        tensor.dims()[0]
+    }
+
+    fn columns(&self, tensor: &Tensor<1>, width: usize, range: Range<usize>) -> Tensor<1> {
+        flat(rows(tensor, width).narrow(1, range.start, range.len()))
+    }
+
+    fn set_columns(&self, into: &mut Tensor<1>, width: usize, first: usize, columns: &Tensor<1>) {
+        let count = into.dims()[0] / width;
+        let columns = rows(columns, columns.dims()[0] / count);
+        let last = first + columns.dims()[1];
+        into.inplace(|into| {
+            flat(rows(&into, width).slice_assign([0..count, first..last], columns))
+        });
     }
 
     fn cast(&self, tensor: &Tensor<1>) -> Tensor<1> {
@@ -287,7 +316,7 @@ impl Operators for Burn {
         dims: &AttentionDims,
         inverse: bool,
     ) {
-        let AttentionDims { sequences, length, heads, kv_heads, head_dim } = *dims;
+        let AttentionDims { sequences, length, heads, kv_heads, head_dim, .. } = *dims;
         let half = head_dim / 2;
         let cos = rotation.cos.clone().reshape([1, length, 1, half]);
         let sin = rotation.sin.clone().reshape([1, length, 1, half]);
@@ -303,8 +332,22 @@ impl Operators for Burn {
         });
     }
 
-    fn attention(&self, qkv: &Tensor<1>, dims: &AttentionDims) -> (Tensor<1>, Tensor<1>) {
-        attention::forward(qkv, dims)
+    fn attention(
+        &self,
+        qkv: &Tensor<1>,
+        sight: Sight<'_, Tensor<1>>,
+        dims: &AttentionDims,
+    ) -> (Tensor<1>, Tensor<1>) {
+        attention::forward(qkv, sight, dims)
+    }
+
+    fn attention_join(
+        &self,
+        found: (&mut Tensor<1>, &mut Tensor<1>),
+        other: (&Tensor<1>, &Tensor<1>),
+        dims: &AttentionDims,
+    ) {
+        attention::join(found, other, dims);
     }
 
     fn attention_backward(
@@ -312,9 +355,10 @@ impl Operators for Burn {
         dy: &Tensor<1>,
         qkv: &Tensor<1>,
         saved: (&Tensor<1>, &Tensor<1>),
+        sight: Sight<'_, Tensor<1>>,
         dims: &AttentionDims,
-    ) -> Tensor<1> {
-        attention::backward(dy, qkv, saved, dims)
+    ) -> (Tensor<1>, Option<Tensor<1>>) {
+        attention::backward(dy, qkv, saved, sight, dims)
     }
 
     fn swiglu(&self, gate_up: &Tensor<1>, width: usize) -> Tensor<1> {
@@ -333,7 +377,7 @@ impl Operators for Burn {
 
     fn embedding(&self, words: &[u32], table: Window<'_, Tensor<1>>, width: usize) -> Tensor<1> {
         let table = matrix(&table, rows_named(words), width);
-        flat(table.select(0, self.words(words)))
+        flat(table.select(0, self.words(words)) * self.here(words))
     }
 
     fn embedding_backward(
@@ -343,7 +387,7 @@ impl Operators for Burn {
         width: usize,
         dtable: WindowMut<'_, Tensor<1>>,
     ) {
-        let (named, dy) = (self.words(words), rows(dy, width));
+        let (named, dy) = (self.words(words), rows(dy, width) * self.here(words));
         update(dtable, [rows_named(words), width], |dtable| {
             dtable.select_assign(0, named, dy, IndexingUpdateOp::Add)
         });
@@ -367,6 +411,43 @@ impl Operators for Burn {
         let at_targets = Tensor::full(targets.dims(), -gradient_scale, &self.device);
         let gradient = weights * sums.recip() * gradient_scale;
         *logits = flat(gradient.scatter(1, targets, at_targets, IndexingUpdateOp::Add));
+        to_host(flat(losses)).into_iter().map(f64::from).sum()
+    }
+
+    fn log_sums(&self, logits: &Tensor<1>, targets: &[u32], dims: ScoreDims) -> Tensor<1> {
+        let logits = rows(logits, dims.width);
+        let named = self.words(targets).reshape([targets.len(), 1]);
+        let scores = logits.clone().gather(1, named) * self.here(targets);
+        let logits = logits.narrow(1, 0, dims.words);
+        let max = logits.clone().max_dim(1);
+        let sums = (logits - max.clone()).exp().sum_dim(1);
+        flat(Tensor::cat(vec![max, sums, scores], 1))
+    }
+
+    fn cross_entropy_of_part(
+        &self,
+        logits: &mut Tensor<1>,
+        targets: &[u32],
+        dims: ScoreDims,
+        log_sums: &Tensor<1>,
+        gradient_scale: f32,
+    ) -> f64 {
+        let ScoreDims { width, words } = dims;
+        let parts = log_sums.dims()[0] / (3 * targets.len());
+        let of_parts = log_sums.clone().reshape([parts, targets.len(), 3]);
+        let [maxima, rest] = split(of_parts, 2, 1);
+        let [sums, scores] = split(rest, 2, 1);
+        let max = maxima.clone().max_dim(0);
+        let sum = (sums * (maxima - max.clone()).exp()).sum_dim(0).reshape([targets.len(), 1]);
+        let max = max.reshape([targets.len(), 1]);
+        let score = scores.sum_dim(0).reshape([targets.len(), 1]);
+        let losses = max.clone() + sum.clone().log() - score;
+        let [seen, padding] = split(rows(logits, width), 1, words);
+        let gradient = (seen - max).exp() * sum.recip() * gradient_scale;
+        let gradient = Tensor::cat(vec![gradient, padding.zeros_like()], 1);
+        let named = self.words(targets).reshape([targets.len(), 1]);
+        let at_targets = self.here(targets) * -gradient_scale;
+        *logits = flat(gradient.scatter(1, named, at_targets, IndexingUpdateOp::Add));
         to_host(flat(losses)).into_iter().map(f64::from).sum()
     }
 

@@ -3,7 +3,12 @@
 
 mod reference;
 
-use crate::operators::{AdamW, AttentionDims, Operators, ProductDims, Rotation, Window, WindowMut};
+use std::ops::Range;
+
+use crate::operators::{
+    AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, Window,
+    WindowMut,
+};
 use crate::random;
 use crate::{Cpu, Precision};
 
@@ -37,12 +42,18 @@ macro_rules! conforms {
             attention_is_causal
             attention_survives_large_scores
             attention_gradient
+            attention_over_keys_apart
+            gradients_of_keys_apart
+            attention_in_pieces
             swiglu
             swiglu_gradient
             embedding
             embedding_gradient
             cross_entropy
             cross_entropy_survives_large_logits
+            cross_entropy_in_parts
+            words_elsewhere
+            columns
             sums
             adamw
         ]);
@@ -242,7 +253,7 @@ fn product_gradients<O: Operators>(suite: &Suite<O>) {
 const GROUPS: [&[usize]; 5] = [&[3], &[0, 2, 1], &[5, 0, 0, 4], &[0], &[17, 1]];
 
 /// The parts of `x[r, k]`, `w[group, n, k]` and `y[r, n]` of a group, and its dimensions.
-type Group = ([std::ops::Range<usize>; 3], ProductDims);
+type Group = ([Range<usize>; 3], ProductDims);
 
 /// Every group.
 fn each_group(groups: &[usize], dims: ProductDims) -> impl Iterator<Item = Group> {
@@ -381,6 +392,7 @@ fn attention_shapes() -> impl Iterator<Item = AttentionDims> {
     .map(|(sequences, length, heads, kv_heads, head_dim)| AttentionDims {
         sequences,
         length,
+        keys: length,
         heads,
         kv_heads,
         head_dim,
@@ -430,13 +442,23 @@ fn rotary_undone<O: Operators>(suite: &Suite<O>) {
     }
 }
 
+/// Attention of every query to the keys beside it and before.
+fn causal<O: Operators>(
+    suite: &Suite<O>,
+    qkv: &O::Tensor,
+    dims: &AttentionDims,
+) -> (O::Tensor, O::Tensor) {
+    let sight = Sight { keys: None, seen: &dims.causal() };
+    suite.operators.attention(qkv, sight, dims)
+}
+
 fn attention<O: Operators>(suite: &Suite<O>) {
     for dims in attention_shapes() {
         let qkv = qkv_of(&dims);
-        let (y, log_sums) = suite.operators.attention(&suite.tensor(&qkv), &dims);
-        let (expected, expected_sums) = reference::attention(&qkv, &dims);
+        let (y, log_sums) = causal(suite, &suite.tensor(&qkv), &dims);
+        let (expected, sums) = reference::attention(&qkv, None, &dims.causal(), &dims);
         suite.check(&format!("{dims:?}"), &y, &expected);
-        suite.check_fp32(&format!("log-sum-exp, {dims:?}"), &log_sums, &expected_sums);
+        suite.check_fp32(&format!("log-sum-exp, {dims:?}"), &log_sums, &sums);
     }
 }
 
@@ -446,12 +468,12 @@ fn attention_is_causal<O: Operators>(suite: &Suite<O>) {
         let dims = AttentionDims { sequences: 1, ..dims };
         let width = dims.heads * dims.head_dim;
         let mut qkv = qkv_of(&dims);
-        let (before, _) = suite.operators.attention(&suite.tensor(&qkv), &dims);
+        let (before, _) = causal(suite, &suite.tensor(&qkv), &dims);
         let changed = dims.length / 2;
         let later = normals("later", qkv.len());
         let first = changed * dims.qkv_width();
         qkv[first..].copy_from_slice(&later[first..]);
-        let (after, _) = suite.operators.attention(&suite.tensor(&qkv), &dims);
+        let (after, _) = causal(suite, &suite.tensor(&qkv), &dims);
         let (before, after) = (suite.values(&before), suite.values(&after));
         assert_eq!(before[..changed * width], after[..changed * width], "{dims:?}");
         assert_ne!(before[changed * width..], after[changed * width..], "{dims:?}");
@@ -461,23 +483,101 @@ fn attention_is_causal<O: Operators>(suite: &Suite<O>) {
 fn attention_survives_large_scores<O: Operators>(suite: &Suite<O>) {
     for dims in attention_shapes() {
         let qkv = scaled(qkv_of(&dims), 30.0); // scores of thousands: their exponentials overflow
-        let (y, log_sums) = suite.operators.attention(&suite.tensor(&qkv), &dims);
+        let (y, log_sums) = causal(suite, &suite.tensor(&qkv), &dims);
         assert!(suite.values(&y).iter().all(|y| y.abs() < 200.0), "{dims:?}");
-        let (_, expected) = reference::attention(&qkv, &dims);
+        let (_, expected) = reference::attention(&qkv, None, &dims.causal(), &dims);
         suite.check_fp32(&format!("{dims:?}"), &log_sums, &expected);
     }
 }
 
 fn attention_gradient<O: Operators>(suite: &Suite<O>) {
     for dims in attention_shapes() {
-        let qkv = qkv_of(&dims);
+        let (qkv, seen) = (qkv_of(&dims), dims.causal());
         let dy = normals("dy", dims.sequences * dims.length * dims.heads * dims.head_dim);
-        let qkv_on = suite.tensor(&qkv);
-        let (y, log_sums) = suite.operators.attention(&qkv_on, &dims);
-        let saved = (&y, &log_sums);
-        let dqkv = suite.operators.attention_backward(&suite.tensor(&dy), &qkv_on, saved, &dims);
-        let expected = reference::gradient(&qkv, &dy, |qkv| reference::attention(qkv, &dims).0);
+        let (qkv_on, dy_on) = (suite.tensor(&qkv), suite.tensor(&dy));
+        let (y, log_sums) = causal(suite, &qkv_on, &dims);
+        let (saved, sight) = ((&y, &log_sums), Sight { keys: None, seen: &seen });
+        let (dqkv, apart) =
+            suite.operators.attention_backward(&dy_on, &qkv_on, saved, sight, &dims);
+        assert!(apart.is_none());
+        let expected =
+            reference::gradient(&qkv, &dy, |qkv| reference::attention(qkv, None, &seen, &dims).0);
         suite.check(&format!("{dims:?}"), &dqkv, &expected);
+    }
+}
+
+/// Two documents in every sequence, and more keys than queries: those that are some tokens on.
+fn attention_to_keys_apart() -> impl Iterator<Item = (AttentionDims, Vec<Range<u32>>)> {
+    attention_shapes().map(|dims| {
+        let dims = AttentionDims { keys: dims.length + 6, ..dims };
+        let of_query = |query: u32| {
+            let document = if query > 4 { 3 + query % 2 } else { 0 };
+            document..query + 5
+        };
+        let length = dims.length as u32;
+        let seen = (0..dims.sequences).flat_map(|_| (0..length).map(of_query)).collect();
+        (dims, seen)
+    })
+}
+
+fn keys_of(dims: &AttentionDims) -> Vec<f64> {
+    normals("keys", dims.sequences * dims.keys * dims.keys_width())
+}
+
+fn attention_over_keys_apart<O: Operators>(suite: &Suite<O>) {
+    for (dims, seen) in attention_to_keys_apart() {
+        let (qkv, keys) = (qkv_of(&dims), keys_of(&dims));
+        let keys_on = suite.tensor(&keys);
+        let sight = Sight { keys: Some(&keys_on), seen: &seen };
+        let (y, log_sums) = suite.operators.attention(&suite.tensor(&qkv), sight, &dims);
+        let (expected, sums) = reference::attention(&qkv, Some(&keys), &seen, &dims);
+        suite.check(&format!("{dims:?}"), &y, &expected);
+        suite.check_fp32(&format!("log-sum-exp, {dims:?}"), &log_sums, &sums);
+    }
+}
+
+fn gradients_of_keys_apart<O: Operators>(suite: &Suite<O>) {
+    for (dims, seen) in attention_to_keys_apart() {
+        let (qkv, keys) = (qkv_of(&dims), keys_of(&dims));
+        let dy = normals("dy", dims.sequences * dims.length * dims.heads * dims.head_dim);
+        let (qkv_on, keys_on) = (suite.tensor(&qkv), suite.tensor(&keys));
+        let sight = Sight { keys: Some(&keys_on), seen: &seen };
+        let (y, log_sums) = suite.operators.attention(&qkv_on, sight, &dims);
+        let saved = (&y, &log_sums);
+        let (dqkv, dkeys) =
+            suite.operators.attention_backward(&suite.tensor(&dy), &qkv_on, saved, sight, &dims);
+        let of_queries = reference::gradient(&qkv, &dy, |qkv| {
+            reference::attention(qkv, Some(&keys), &seen, &dims).0
+        });
+        suite.check(&format!("queries, {dims:?}"), &dqkv, &of_queries);
+        let of_keys = reference::gradient(&keys, &dy, |keys| {
+            reference::attention(&qkv, Some(keys), &seen, &dims).0
+        });
+        suite.check(&format!("keys, {dims:?}"), &dkeys.unwrap(), &of_keys);
+    }
+}
+
+/// Attention to the halves of the keys, some of which no query of a block sees, joined.
+fn attention_in_pieces<O: Operators>(suite: &Suite<O>) {
+    for (dims, seen) in attention_to_keys_apart() {
+        let (qkv, keys) = (suite.tensor(&qkv_of(&dims)), suite.tensor(&keys_of(&dims)));
+        let sight = Sight { keys: Some(&keys), seen: &seen };
+        let (expected, expected_sums) = suite.operators.attention(&qkv, sight, &dims);
+        let cut = |range: Range<u32>| -> Vec<Range<u32>> {
+            let clip = |seen: &Range<u32>| {
+                seen.start.clamp(range.start, range.end)..seen.end.clamp(range.start, range.end)
+            };
+            seen.iter().map(clip).collect()
+        };
+        let half = dims.keys as u32 / 2;
+        let (late, early) = (cut(half..dims.keys as u32), cut(0..half));
+        let (mut y, mut sums) =
+            suite.operators.attention(&qkv, Sight { seen: &late, ..sight }, &dims);
+        let other = suite.operators.attention(&qkv, Sight { seen: &early, ..sight }, &dims);
+        suite.operators.attention_join((&mut y, &mut sums), (&other.0, &other.1), &dims);
+        let twice = 2.0 * suite.tolerance;
+        close(&format!("{dims:?}"), &suite.values(&y), &suite.values(&expected), twice);
+        suite.check_fp32(&format!("{dims:?}"), &sums, &suite.values(&expected_sums));
     }
 }
 
@@ -575,6 +675,69 @@ fn cross_entropy_survives_large_logits<O: Operators>(suite: &Suite<O>) {
     check_cross_entropy(suite, &scaled(normals("logits", 5 * 33), 100.0), 33);
 }
 
+/// The vocabulary in parts, the last with a column that is no word.
+fn cross_entropy_in_parts<O: Operators>(suite: &Suite<O>) {
+    let (rows, words, parts, width) = (5, 11, 3, 4);
+    let logits = scaled(normals("logits", rows * words), 3.0);
+    let targets: Vec<u32> = (0..rows as u32).map(|row| row * 5 % words as u32).collect();
+    let mut whole = suite.tensor(&logits);
+    let loss = suite.operators.cross_entropy(&mut whole, &targets, words, 0.25);
+    let whole = suite.values(&whole);
+    let part = |of: &[f64], index: usize| -> Vec<f64> {
+        let column = |row: &[f64], at: usize| row.get(index * width + at).copied();
+        let rows = of.chunks_exact(words);
+        rows.flat_map(|row| (0..width).map(move |at| column(row, at).unwrap_or(0.0))).collect()
+    };
+    let in_part = |index: usize| -> Vec<u32> {
+        let first = (index * width) as u32;
+        let here = first..first + width as u32;
+        let row = |word: &u32| if here.contains(word) { word - first } else { ELSEWHERE };
+        targets.iter().map(row).collect()
+    };
+    let dims = |index: usize| ScoreDims { width, words: (words - index * width).min(width) };
+    let on_device: Vec<_> = (0..parts).map(|index| suite.tensor(&part(&logits, index))).collect();
+    let sums = on_device.iter().enumerate().flat_map(|(index, logits)| {
+        suite.values(&suite.operators.log_sums(logits, &in_part(index), dims(index)))
+    });
+    let sums = suite.tensor(&sums.collect::<Vec<_>>());
+    for (index, mut logits) in on_device.into_iter().enumerate() {
+        let (targets, dims) = (in_part(index), dims(index));
+        let operators = &suite.operators;
+        let found = operators.cross_entropy_of_part(&mut logits, &targets, dims, &sums, 0.25);
+        assert!((found / loss - 1.0).abs() < FP32, "{found} for {loss}");
+        let twice = 2.0 * suite.tolerance;
+        close(&format!("part {index}"), &suite.values(&logits), &part(&whole, index), twice);
+    }
+}
+
+fn words_elsewhere<O: Operators>(suite: &Suite<O>) {
+    let (width, words) = (7, [2, ELSEWHERE, 0]);
+    let table = suite.framed(&normals("table", 3 * width));
+    let y = suite.operators.embedding(&words, window(&table), width);
+    let here = suite.operators.embedding(&[2, 0], window(&table), width);
+    let (y, here) = (suite.values(&y), suite.values(&here));
+    assert_eq!([&y[..width], &y[2 * width..]].concat(), here);
+    assert_eq!(y[width..2 * width], vec![0.0; width]);
+    let dy = normals("dy", 3 * width);
+    let added = [&dy[2 * width..], &vec![0.0; width], &dy[..width]].concat();
+    suite.check_added("words elsewhere", &added, |dtable| {
+        suite.operators.embedding_backward(&suite.tensor(&dy), &words, width, dtable);
+    });
+}
+
+fn columns<O: Operators>(suite: &Suite<O>) {
+    let values = normals("columns", 3 * 5);
+    let mut tensor = suite.tensor(&values);
+    assert_eq!(suite.operators.elements(&tensor), values.len());
+    let narrow = suite.operators.columns(&tensor, 5, 1..3);
+    let expected: Vec<f64> = values.chunks(5).flat_map(|row| &row[1..3]).copied().collect();
+    assert_eq!(suite.values(&narrow), expected);
+    suite.operators.set_columns(&mut tensor, 5, 3, &narrow);
+    let moved = |row: &[f64]| [row[0], row[1], row[2], row[1], row[2]];
+    let expected: Vec<f64> = values.chunks(5).flat_map(moved).collect();
+    assert_eq!(suite.values(&tensor), expected);
+}
+
 fn sums<O: Operators>(suite: &Suite<O>) {
     for elements in [1, 33, 5000] {
         let (a, b) = (normals("a", elements), normals("b", elements));
@@ -594,7 +757,7 @@ fn sums<O: Operators>(suite: &Suite<O>) {
 
 fn adamw<O: Operators>(suite: &Suite<O>) {
     const ELEMENTS: usize = 37;
-    const RANGE: std::ops::Range<usize> = 4..35;
+    const RANGE: Range<usize> = 4..35;
     let before = ["parameters", "mean", "square"].map(|name| normals(name, ELEMENTS));
     let mut expected = before.clone();
     expected[1].fill(0.0);

@@ -15,7 +15,10 @@ mod stage;
 #[cfg(feature = "burn")]
 pub use burn::Burn;
 pub use cpu::Cpu;
-pub use operators::{AdamW, AttentionDims, Operators, ProductDims, Rotation, Window, WindowMut};
+pub use operators::{
+    AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, UNSEEN,
+    Window, WindowMut,
+};
 pub use stage::{Microbatch, Optimizer, Precision, Stage, StageSpec};
 
 #[cfg(test)]

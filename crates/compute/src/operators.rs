@@ -39,14 +39,16 @@ pub struct ProductDims {
     pub n: usize,
 }
 
-/// Causal grouped-query attention over `qkv` of `[sequences * length, (heads + 2 kv_heads) *
+/// Grouped-query attention of the queries in `qkv` of `[sequences * length, (heads + 2 kv_heads) *
 /// head_dim]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttentionDims {
     /// Sequences.
     pub sequences: usize,
-    /// Tokens in each.
+    /// Queries of each.
     pub length: usize,
+    /// Keys of each: `length` where they stand beside the queries.
+    pub keys: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads.
@@ -55,6 +57,24 @@ pub struct AttentionDims {
     pub head_dim: usize,
 }
 
+/// What the queries of an attention look at.
+#[derive(Debug)]
+pub struct Sight<'a, T> {
+    /// Keys and values, `[sequences * keys, 2 kv_heads * head_dim]`; none where they stand beside
+    /// the queries, in `qkv`.
+    pub keys: Option<&'a T>,
+    /// The keys of its sequence that each query may see, `[sequences * length]`.
+    pub seen: &'a [Range<u32>],
+}
+
+impl<T> Clone for Sight<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Sight<'_, T> {}
+
 impl AttentionDims {
     /// Width of a row of queries, keys and values.
     #[must_use]
@@ -62,11 +82,40 @@ impl AttentionDims {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
+    /// Width of a row of keys and values that stand apart.
+    #[must_use]
+    pub fn keys_width(&self) -> usize {
+        2 * self.kv_heads * self.head_dim
+    }
+
+    /// Every query sees the keys beside it and before: what there is without other ranks and
+    /// documents.
+    #[must_use]
+    pub fn causal(&self) -> Vec<Range<u32>> {
+        (0..self.sequences).flat_map(|_| (1..=self.length as u32).map(|end| 0..end)).collect()
+    }
+
     /// What products of queries and keys are multiplied by: `1 / sqrt(head_dim)`.
     #[must_use]
     pub fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
+}
+
+/// The log-sum-exp of no scores at all: finite, as shaders may assume that all numbers are; its
+/// exponential is zero all the same.
+pub const UNSEEN: f32 = -1e30;
+
+/// In place of a word or a target whose row of the vocabulary another rank holds.
+pub const ELSEWHERE: u32 = u32::MAX;
+
+/// A rank's part of the scores over the vocabulary, `[r, width]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScoreDims {
+    /// Width of a row.
+    pub width: usize,
+    /// Its columns that are words; what is beyond them counts for nothing.
+    pub words: usize,
 }
 
 /// Cosines and sines of every position and pair, `[length, head_dim / 2]` each.
@@ -135,6 +184,18 @@ pub trait Operators: Clone {
     fn recycle(&self, buffer: Vec<f32>);
     /// A copy of part of a tensor, bit for bit.
     fn slice(&self, tensor: &Self::Tensor, range: Range<usize>) -> Self::Tensor;
+    /// How many elements a tensor has.
+    fn elements(&self, tensor: &Self::Tensor) -> usize;
+    /// A copy of some columns of rows of `width`, bit for bit.
+    fn columns(&self, tensor: &Self::Tensor, width: usize, range: Range<usize>) -> Self::Tensor;
+    /// Puts columns, as [`Operators::columns`] copied them, in place of those from `first` on.
+    fn set_columns(
+        &self,
+        into: &mut Self::Tensor,
+        width: usize,
+        first: usize,
+        columns: &Self::Tensor,
+    );
     /// A copy rounded to the device's compute precision; the tensor itself when that is fp32.
     fn cast(&self, tensor: &Self::Tensor) -> Self::Tensor;
 
@@ -221,16 +282,31 @@ pub trait Operators: Clone {
         inverse: bool,
     );
     /// Weighted values `[r, heads * head_dim]`, and the log-sum-exp of every query's scores,
-    /// `[sequences, heads, length]`.
-    fn attention(&self, qkv: &Self::Tensor, dims: &AttentionDims) -> (Self::Tensor, Self::Tensor);
-    /// Gradient of `qkv`; scores are recomputed from the saved log-sum-exp.
+    /// `[sequences, heads, length]`. Where a query sees no key, that is [`UNSEEN`] or less, and its
+    /// weighted values are finite.
+    fn attention(
+        &self,
+        qkv: &Self::Tensor,
+        sight: Sight<'_, Self::Tensor>,
+        dims: &AttentionDims,
+    ) -> (Self::Tensor, Self::Tensor);
+    /// Joins what attention to other keys has found to what it found before.
+    fn attention_join(
+        &self,
+        found: (&mut Self::Tensor, &mut Self::Tensor),
+        other: (&Self::Tensor, &Self::Tensor),
+        dims: &AttentionDims,
+    );
+    /// Gradient of `qkv`, and of keys and values that stand apart, zero in `qkv` then. Scores are
+    /// recomputed from the log-sum-exp of all keys, seen here or elsewhere.
     fn attention_backward(
         &self,
         dy: &Self::Tensor,
         qkv: &Self::Tensor,
         saved: (&Self::Tensor, &Self::Tensor),
+        sight: Sight<'_, Self::Tensor>,
         dims: &AttentionDims,
-    ) -> Self::Tensor;
+    ) -> (Self::Tensor, Option<Self::Tensor>);
 
     /// `y[r, width] = silu(gate) * up` of `gate_up[r, 2 width]`.
     fn swiglu(&self, gate_up: &Self::Tensor, width: usize) -> Self::Tensor;
@@ -242,14 +318,14 @@ pub trait Operators: Clone {
         width: usize,
     ) -> Self::Tensor;
 
-    /// Rows of `table` picked by `words`.
+    /// Rows of `table` picked by `words`; zeros for a word that is [`ELSEWHERE`].
     fn embedding(
         &self,
         words: &[u32],
         table: Window<'_, Self::Tensor>,
         width: usize,
     ) -> Self::Tensor;
-    /// Adds each row of `dy` to the row of `dtable` its word names.
+    /// Adds each row of `dy` to the row of `dtable` its word names, if it is here.
     fn embedding_backward(
         &self,
         dy: &Self::Tensor,
@@ -265,6 +341,20 @@ pub trait Operators: Clone {
         logits: &mut Self::Tensor,
         targets: &[u32],
         width: usize,
+        gradient_scale: f32,
+    ) -> f64;
+
+    /// Of each row of a part of the scores, `[r, 3]`: the maximum, the sum of exponentials less it,
+    /// and the target's score or, where the target is [`ELSEWHERE`], zero.
+    fn log_sums(&self, logits: &Self::Tensor, targets: &[u32], dims: ScoreDims) -> Self::Tensor;
+    /// As [`Operators::cross_entropy`] where `logits` are a part of the scores; `log_sums` are those
+    /// of every part, one after the other.
+    fn cross_entropy_of_part(
+        &self,
+        logits: &mut Self::Tensor,
+        targets: &[u32],
+        dims: ScoreDims,
+        log_sums: &Self::Tensor,
         gradient_scale: f32,
     ) -> f64;
 

@@ -1,5 +1,7 @@
 //! What one rank holds, and how it carries out the instructions of its program.
 
+mod attend;
+mod exchanged;
 mod experts;
 mod memory;
 mod routing;
@@ -9,14 +11,16 @@ mod state;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use model::{Block, Config, Parameter, Role};
-use program::{Axis, Instruction, Mesh, Program, Value};
+use model::{Block, Config, Parameter, Place, Role, Segment, Shape};
+use program::{Axis, Buffer, Exchanges, Instruction, Piece, Program, Value};
 use serde::{Deserialize, Serialize};
 use units::Rank;
 
 use crate::operators::{AdamW, AttentionDims, Operators, Window};
 use crate::random;
+use exchanged::Work;
 use routing::Routing;
+use segments::Owed;
 
 /// The number format of values and of the parameters they meet. Master parameters, gradients of
 /// parameters, reductions and optimizer state are fp32 in either.
@@ -46,20 +50,25 @@ pub struct Optimizer {
     pub clip_norm: Option<f32>,
 }
 
-/// Words in and words wanted of one microbatch, `[sequences * sequence]` each.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Words in and words wanted of one microbatch, those of this rank's tokens in each sequence.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Microbatch {
     /// Input words.
     pub words: Vec<u32>,
     /// The word that follows each.
     pub targets: Vec<u32>,
+    /// Where in its sequence the document of each begins, before which it sees nothing; empty where
+    /// a sequence is one document.
+    pub starts: Vec<u32>,
 }
 
 /// One block's parameters, gradients and optimizer state on this rank.
 struct BlockState<T> {
+    /// What this rank holds of each when the block is whole, and how much that is.
     parameters: Vec<Parameter>,
     elements: usize,
-    /// The elements whose gradients are such, and count in their norm.
+    /// The elements whose gradients this rank counts in their norm: all that are gradients, and of
+    /// several ranks that hold the same, one counts them.
     counted: Vec<Range<usize>>,
     /// This rank's chunk among the ranks of the data axis.
     own: Range<usize>,
@@ -99,6 +108,12 @@ pub struct Stage<O: Operators> {
     gradients: BTreeMap<(u32, Value), O::Tensor>,
     /// Which experts the tokens of a microbatch visit, by microbatch and layer.
     routings: BTreeMap<(u32, u32), Routing>,
+    /// What is computed and must be exchanged before it is read, and what other ranks' parts were
+    /// gathered into for its next reader.
+    parts: BTreeMap<(Buffer, Piece), O::Tensor>,
+    gathered: BTreeMap<(Buffer, Piece), O::Tensor>,
+    /// What the gradients of weights will be made of, where they wait for a pass of their own.
+    owed: BTreeMap<(u32, Segment, u32), Owed<O::Tensor>>,
     /// The loss is a mean over this many tokens.
     global_tokens: f64,
     optimizer: Optimizer,
@@ -112,10 +127,11 @@ pub struct Stage<O: Operators> {
 #[derive(Debug, Clone)]
 pub struct StageSpec {
     rank: Rank,
-    mesh: Mesh,
+    exchanges: Exchanges,
+    shape: Shape,
+    place: Place,
     sharded: bool,
     attention: AttentionDims,
-    tokens: usize,
     blocks: Vec<Block>,
 }
 
@@ -123,31 +139,59 @@ impl StageSpec {
     /// The place of `rank` in `program`, holding `blocks`.
     #[must_use]
     pub fn new(config: &Config, program: &Program, rank: Rank, blocks: Vec<Block>) -> Self {
+        let shape = program.shape;
+        let (heads, kv_heads) = config.rank_heads(&shape);
         Self {
             rank,
-            mesh: program.mesh,
+            exchanges: program.exchanges(),
+            shape,
+            place: program.mesh.place(rank),
             sharded: program.optimizer_sharded,
             attention: AttentionDims {
-                sequences: program.shape.sequences as usize,
-                length: program.shape.sequence as usize,
-                heads: config.heads as usize,
-                kv_heads: config.kv_heads as usize,
+                sequences: shape.sequences as usize,
+                length: (shape.sequence / shape.context) as usize,
+                keys: (shape.sequence / shape.context) as usize,
+                heads: heads as usize,
+                kv_heads: kv_heads as usize,
                 head_dim: config.head_dim as usize,
             },
-            tokens: program.shape.tokens() as usize,
             blocks,
         }
     }
 
-    fn own(&self, block: Block, elements: usize) -> Range<usize> {
-        let axis = Program::data_axis(block);
-        let (degree, place) = (self.mesh.degree(axis), self.mesh.coordinate(self.rank, axis));
-        collective::chunk_range(elements, degree, place)
+    /// What this rank holds of a whole block.
+    fn part(&self, config: &Config, block: Block, whole: Vec<f32>) -> Vec<f32> {
+        if self.shape.tensor * self.shape.expert == 1 {
+            return whole;
+        }
+        let mut part = vec![0.0; config.rank_elements(block, &self.shape) as usize];
+        for run in config.rank_runs(block, &self.shape, self.place) {
+            let to = run.part as usize..(run.part + run.elements) as usize;
+            let from = run.whole as usize..(run.whole + run.elements) as usize;
+            part[to].copy_from_slice(&whole[from]);
+        }
+        part
+    }
+
+    fn ranks(&self) -> u32 {
+        self.exchanges.mesh.ranks()
+    }
+
+    /// Tokens of this rank's residual stream.
+    fn tokens(&self) -> usize {
+        self.shape.stream_tokens() as usize
     }
 
     /// Of the ranks that hold the same share, one in each replica, whether this is the first.
     fn is_first_replica(&self) -> bool {
-        self.mesh.coordinate(self.rank, Axis::Replica) == 0
+        self.exchanges.mesh.coordinate(self.rank, Axis::Replica) == 0
+    }
+
+    /// This rank's chunk of a buffer that the ranks along `axis` share out.
+    fn chunk(&self, axis: Axis, elements: usize) -> Range<usize> {
+        let mesh = &self.exchanges.mesh;
+        let (ranks, own) = (mesh.degree(axis), mesh.coordinate(self.rank, axis));
+        collective::chunk_range(elements, ranks, own)
     }
 }
 
@@ -172,13 +216,12 @@ impl<O: Operators> Stage<O> {
         config.architecture().unwrap_or_else(|error| panic!("{error}"));
         let mut blocks = BTreeMap::new();
         for block in &spec.blocks {
-            let mut values = vec![0.0; config.block_elements(*block) as usize];
-            initial(*block, &mut values)?;
-            let parameters = config.parameters(*block);
-            let own = spec.own(*block, values.len());
-            blocks.insert(*block, BlockState::new(&operators, &spec, own, parameters, values));
+            let mut whole = vec![0.0; config.block_elements(*block) as usize];
+            initial(*block, &mut whole)?;
+            let values = spec.part(&config, *block, whole);
+            blocks.insert(*block, BlockState::new(&operators, &config, &spec, *block, values));
         }
-        let rotation = rotation(&operators, &config, spec.attention.length);
+        let rotation = rotation(&operators, &config, &spec.positions(spec.context()));
         Ok(Self {
             operators,
             config,
@@ -190,6 +233,9 @@ impl<O: Operators> Stage<O> {
             saved: BTreeMap::new(),
             gradients: BTreeMap::new(),
             routings: BTreeMap::new(),
+            parts: BTreeMap::new(),
+            gathered: BTreeMap::new(),
+            owed: BTreeMap::new(),
             global_tokens: 1.0,
             optimizer,
             updates: 0,
@@ -222,6 +268,9 @@ impl<O: Operators> Stage<O> {
         self.saved.clear();
         self.gradients.clear();
         self.routings.clear();
+        self.parts.clear();
+        self.gathered.clear();
+        self.owed.clear();
         self.share = [0.0; 2];
         self.statistics.clear();
     }
@@ -229,8 +278,8 @@ impl<O: Operators> Stage<O> {
     /// Carries out an instruction that is neither a post nor a wait.
     pub fn run(&mut self, instruction: &Instruction) {
         match *instruction {
-            Instruction::Compute { segment, pass, layer, microbatch, .. } => {
-                self.compute(segment, pass, layer, microbatch);
+            Instruction::Compute { segment, pass, layer, microbatch, piece } => {
+                self.compute(Work { segment, layer, microbatch, piece }, pass);
             }
             Instruction::Accumulate { block } => self.accumulate(block),
             Instruction::SquareSum { block } => self.square_sum(block),
@@ -267,7 +316,7 @@ impl<O: Operators> Stage<O> {
 
     /// The sum over ranks, in the order of ranks, so that all ranks get the same bits.
     fn statistic(&self, which: usize) -> f64 {
-        if self.program.mesh.ranks() == 1 {
+        if self.program.ranks() == 1 {
             return f64::from(self.share[which] as f32);
         }
         self.statistics.chunks_exact(2).map(|share| f64::from(share[which])).sum()
@@ -296,12 +345,9 @@ impl<O: Operators> Stage<O> {
         let Reduced { tensor, start } = state.reduced.as_ref().expect("gradients are reduced");
         // Without sharding every rank holds all; each counts the chunk it would own.
         let first = if sharded { *start } else { state.own.start };
-        if !self.program.is_first_replica() {
-            return;
-        }
         for counted in &state.counted {
             let (from, to) = (counted.start.max(state.own.start), counted.end.min(state.own.end));
-            if from < to {
+            if from < to && self.program.is_first_replica() {
                 let range = first + from - state.own.start..first + to - state.own.start;
                 self.share[0] += self.operators.square_sum(tensor, range);
             }
@@ -369,18 +415,23 @@ impl<O: Operators> Stage<O> {
 impl<T> BlockState<T> {
     fn new<O: Operators<Tensor = T>>(
         operators: &O,
+        config: &Config,
         spec: &StageSpec,
-        own: Range<usize>,
-        parameters: Vec<Parameter>,
+        block: Block,
         values: Vec<f32>,
     ) -> Self {
         let elements = values.len();
+        let parameters = config.rank_parameters(block, &spec.shape);
+        let own = spec.chunk(Program::data_axis(block), elements);
         let whole = operators.upload(values);
         let held = if spec.sharded { own.clone() } else { 0..elements };
         let master = if spec.sharded { operators.slice(&whole, own.clone()) } else { whole };
         let moments = [operators.zeros(held.len()), operators.zeros(held.len())];
         Self {
-            counted: counted(&parameters),
+            counted: config.ranges(block, &spec.shape, |parameter| {
+                let speaks = config.speaks_for(parameter, &spec.shape, spec.place);
+                speaks && parameter.role != Role::RouterBias
+            }),
             parameters,
             elements,
             own,
@@ -409,25 +460,12 @@ impl<T> BlockState<T> {
     }
 }
 
-/// The elements of all parameters but the biases of routers, in runs.
-fn counted(parameters: &[Parameter]) -> Vec<Range<usize>> {
-    let mut runs: Vec<Range<usize>> = Vec::new();
-    for parameter in parameters.iter().filter(|parameter| parameter.role != Role::RouterBias) {
-        let range = parameter.range();
-        match runs.last_mut() {
-            Some(last) if last.end == range.start => last.end = range.end,
-            _ => runs.push(range),
-        }
-    }
-    runs
-}
-
-/// Cosines and sines of every position, `[length, head_dim / 2]`.
-fn rotation<O: Operators>(operators: &O, config: &Config, length: usize) -> [O::Tensor; 2] {
+/// Cosines and sines of every position, `[positions, head_dim / 2]`.
+fn rotation<O: Operators>(operators: &O, config: &Config, positions: &[u32]) -> [O::Tensor; 2] {
     let frequencies = config.rotary.frequencies(config.head_dim);
     let table = |f: fn(f32) -> f32| {
-        let angles = (0..length).flat_map(|position| {
-            frequencies.iter().map(move |frequency| f(position as f32 * frequency))
+        let angles = positions.iter().flat_map(|position| {
+            frequencies.iter().map(move |frequency| f(*position as f32 * frequency))
         });
         operators.upload(angles.collect())
     };

@@ -52,6 +52,7 @@ impl Golden {
         Microbatch {
             words: rows().flat_map(|row| row[..LENGTH].to_vec()).collect(),
             targets: rows().flat_map(|row| row[1..].to_vec()).collect(),
+            ..Microbatch::default()
         }
     }
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Activation, Config, Experts, LatentAttention, Norm, Positions, Scoring, Shape};
+use crate::{Activation, Config, Experts, LatentAttention, Norm, Place, Positions, Scoring, Shape};
 
 /// Parameters that live in one flat buffer: the unit of sharding, gathering and reduction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -132,22 +132,8 @@ impl Parameter {
 impl Split {
     /// The shape of one rank's part.
     fn part(self, config: &Config, shape: &Shape, mut dimensions: Vec<u64>) -> Vec<u64> {
-        let mut divide = |index: usize, degree: u64| {
-            dimensions[index] = dimensions[index].div_ceil(degree);
-        };
-        match self {
-            Self::Whole => {}
-            Self::Rows => divide(0, shape.tensor),
-            Self::KvHeads => divide(0, shape.tensor.min(config.kv_heads)),
-            Self::Columns => divide(1, shape.tensor),
-            Self::ExpertRows => {
-                divide(0, shape.expert);
-                divide(1, shape.expert_tensor);
-            }
-            Self::ExpertColumns => {
-                divide(0, shape.expert);
-                divide(2, shape.expert_tensor);
-            }
+        for cut in self.cuts(config, shape, Place::default()) {
+            dimensions[cut.dimension] = dimensions[cut.dimension].div_ceil(cut.degree);
         }
         dimensions
     }
@@ -226,32 +212,6 @@ impl Config {
     #[must_use]
     pub fn rank_elements(&self, block: Block, shape: &Shape) -> u64 {
         self.rank_parameters(block, shape).iter().map(Parameter::elements).sum()
-    }
-
-    /// Elements of `block` that several tensor-parallel ranks hold and of whose gradient each has
-    /// a part alone: those that work on the split sequence, on each rank's own heads, or on key
-    /// and value heads that several ranks share.
-    #[must_use]
-    pub fn replicated_elements(&self, block: Block, shape: &Shape) -> u64 {
-        let shared_heads = shape.tensor > self.kv_heads;
-        let is_part = |parameter: &Parameter| match parameter.split {
-            Split::Whole => {
-                let of_heads = matches!(parameter.role, Role::Latent | Role::HeadNorm);
-                shape.sequence_parallel || of_heads
-            }
-            Split::KvHeads => shared_heads,
-            Split::Rows | Split::Columns | Split::ExpertRows | Split::ExpertColumns => false,
-        };
-        if shape.tensor == 1 {
-            return 0;
-        }
-        let parameters = self.rank_parameters(block, shape);
-        let of = |parameter: &Parameter| match parameter.split {
-            // Every rank puts its part in the place of its head among all.
-            Split::KvHeads => parameter.elements() * self.kv_heads,
-            _ => parameter.elements(),
-        };
-        parameters.iter().filter(|parameter| is_part(parameter)).map(of).sum()
     }
 
     /// Parameters of the whole model.

@@ -1,5 +1,7 @@
 //! How much of a microbatch one rank sees.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 /// How attention is carried out.
@@ -75,6 +77,16 @@ impl Shape {
         } else {
             self.product_tokens()
         }
+    }
+
+    /// The tokens of each sequence that the rank at `place` along the context axis works on, in its
+    /// order: an early part and a late one, so that all ranks have the same share of the pairs of
+    /// query and key.
+    #[must_use]
+    pub fn token_ranges(&self, place: u64) -> [Range<u64>; 2] {
+        let parts = 2 * self.context;
+        let border = |index: u64| index * self.sequence / parts;
+        [place, parts - 1 - place].map(|index| border(index)..border(index + 1))
     }
 
     /// Rows that a rank's experts work on when the router is balanced: every copy of a token that

@@ -246,7 +246,7 @@ impl<'a, O: Operators> Session<'a, O> {
         }
         for run in std::iter::once(&*kept.path).chain(resume) {
             let store = checkpointing::store(self.job, run)?;
-            match train::resume(worker, &store, &self.job.model) {
+            match train::resume(worker, &self.programs.step, &store, &self.job.model) {
                 Ok(resumed) => return Ok((resumed.progress.step, StateSource::Checkpoint)),
                 Err(train::Error::NothingToResume { .. }) => {}
                 Err(error) => return Err(error.into()),
@@ -259,7 +259,7 @@ impl<'a, O: Operators> Session<'a, O> {
     fn fill_as_at_the_start(&self, worker: &mut Worker<O>) -> Result<()> {
         let model = &self.job.model;
         let weights = self.job.weights.as_deref().map(Weights::open).transpose()?;
-        train::restore(worker, 0, |block, kind, start, values| {
+        train::restore(worker, &self.programs.step, 0, |block, kind, start, values| {
             if kind != Kind::Parameter {
                 return Ok(());
             }
@@ -310,7 +310,8 @@ impl<'a, O: Operators> Session<'a, O> {
     /// Fills the ranks with the newest checkpoint of an earlier run.
     fn resume(&self, worker: &mut Worker<O>, run: &Path) -> Result<Progress> {
         let store = checkpointing::store_of(self.job, run)?;
-        let Resumed { progress, rejected } = train::resume(worker, &store, &self.job.model)?;
+        let Resumed { progress, rejected } =
+            train::resume(worker, &self.programs.step, &store, &self.job.model)?;
         checkpointing::check(progress, self.job, self.batches.fingerprint(), run)?;
         if self.speaks {
             for reason in rejected {

@@ -97,15 +97,9 @@ impl Layout {
     /// # Errors
     /// [`LayoutError::Unsupported`], which names the key.
     pub fn require_runnable(&self) -> Result<(), LayoutError> {
-        let Mesh { tensor, context, expert, .. } = self.mesh;
-        let split = matches!(self.schedule, Schedule::ZeroBubble | Schedule::Text(_));
-        let keys = [
-            ("tensor", tensor > 1),
-            ("context", context > 1),
-            ("expert", expert > 1),
-            ("schedule", split),
-            ("attention", self.attention != AttentionKernel::Flash),
-        ];
+        let Mesh { expert, .. } = self.mesh;
+        let keys =
+            [("expert", expert > 1), ("attention", self.attention != AttentionKernel::Flash)];
         match keys.into_iter().find(|(_, used)| *used) {
             Some((key, _)) => Err(LayoutError::Unsupported(key)),
             None => Ok(()),

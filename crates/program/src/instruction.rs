@@ -160,6 +160,18 @@ impl Piece {
     /// All of it.
     pub const WHOLE: Self = Self { index: 0, of: 1 };
 
+    /// Whether none comes after it.
+    #[must_use]
+    pub fn is_last(self) -> bool {
+        self.index + 1 == self.of
+    }
+
+    /// The piece before it; `None` for the first.
+    #[must_use]
+    pub fn before(self) -> Option<Self> {
+        Some(Self { index: self.index.checked_sub(1)?, ..self })
+    }
+
     /// Whether it is all there is.
     #[must_use]
     pub fn is_whole(self) -> bool {

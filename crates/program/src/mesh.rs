@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use model::Place;
 use serde::{Deserialize, Serialize};
 use units::Rank;
 
@@ -186,6 +187,18 @@ impl Mesh {
     #[must_use]
     pub fn batch_coordinate(&self, rank: Rank) -> u32 {
         rank.0 / (self.tensor * self.context) % self.data
+    }
+
+    /// The place of `rank` among those that split parameters.
+    #[must_use]
+    pub fn place(&self, rank: Rank) -> Place {
+        let coordinate = |axis| u64::from(self.coordinate(rank, axis));
+        let tensor = coordinate(Axis::Tensor);
+        Place {
+            tensor,
+            expert: coordinate(Axis::Expert),
+            expert_tensor: tensor % u64::from(self.expert_tensor),
+        }
     }
 
     /// Ranks in a group along `axis`.

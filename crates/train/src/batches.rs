@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use compute::Microbatch;
 use data::{Sampler, TokenFile};
-use program::Program;
+use program::{Axis, Program};
 use units::Rank;
 
 use crate::Error;
@@ -15,13 +15,23 @@ pub struct Batches {
     file: TokenFile,
     sampler: Sampler,
     held_out: Vec<Range<u64>>,
+    /// The token that ends a document, if none is to see another.
+    end_of_text: Option<u32>,
 }
 
 impl Batches {
     /// Batches of `file` in the order of `sampler`.
     #[must_use]
     pub fn new(file: TokenFile, sampler: Sampler) -> Self {
-        Self { file, sampler, held_out: sampler.evaluation_windows().collect() }
+        let held_out = sampler.evaluation_windows().collect();
+        Self { file, sampler, held_out, end_of_text: None }
+    }
+
+    /// The same, where the tokens of a document see nothing before its first: documents end with
+    /// `end_of_text`.
+    #[must_use]
+    pub fn masking(self, end_of_text: u32) -> Self {
+        Self { end_of_text: Some(end_of_text), ..self }
     }
 
     /// Tokens in the file.
@@ -69,16 +79,38 @@ impl Batches {
         window: impl Fn(u64) -> Range<u64>,
     ) -> Result<Vec<Microbatch>, Error> {
         let length = program.shape.sequence as usize;
+        let place = program.mesh.coordinate(rank, Axis::Context);
+        let own = program.shape.token_ranges(u64::from(place));
+        let own = own.map(|range| range.start as usize..range.end as usize);
         let mut tokens = vec![0; length + 1];
         let mut microbatch = |index| {
-            let (mut words, mut targets) = (Vec::new(), Vec::new());
+            let mut microbatch = Microbatch::default();
             for position in program.positions(rank, index) {
                 self.file.window(window(position).start, &mut tokens)?;
-                words.extend_from_slice(&tokens[..length]);
-                targets.extend_from_slice(&tokens[1..]);
+                let starts = self.end_of_text.map(|end| document_starts(&tokens[..length], end));
+                for range in own.clone() {
+                    microbatch.words.extend_from_slice(&tokens[range.clone()]);
+                    microbatch.targets.extend_from_slice(&tokens[range.start + 1..=range.end]);
+                    if let Some(starts) = &starts {
+                        microbatch.starts.extend_from_slice(&starts[range]);
+                    }
+                }
             }
-            Ok(Microbatch { words, targets })
+            Ok(microbatch)
         };
         (0..program.microbatches).map(&mut microbatch).collect()
     }
+}
+
+/// Where the document of every token begins within these tokens. The end of a text belongs to it.
+fn document_starts(tokens: &[u32], end_of_text: u32) -> Vec<u32> {
+    let mut start = 0;
+    let of_token = |(index, token): (usize, &u32)| {
+        let own = start;
+        if *token == end_of_text {
+            start = index as u32 + 1;
+        }
+        own
+    };
+    tokens.iter().enumerate().map(of_token).collect()
 }

@@ -29,12 +29,12 @@ pub fn export<O: Operators>(
     let mesh = &program.mesh;
     let stage = mesh.coordinate(rank, Axis::Pipeline);
     let first = |axis| mesh.coordinate(rank, axis) == 0;
-    let writes = first(Axis::Data) && first(Axis::Replica);
+    let writes = first(Axis::Data) && first(Axis::Replica) && first(Axis::Tensor);
     let writer = Writer::new(folder, config, Dtype::F32)?;
     let blocks = saved_blocks(program, rank);
     let mut whole = Vec::new();
     for block in &blocks {
-        whole.push(gather(worker, program, *block)?);
+        whole.push(gather(worker, program, config, *block)?);
     }
     if writes {
         let named: Vec<(Block, &[f32])> =
@@ -58,21 +58,50 @@ fn first_of(mesh: &Mesh, stage: u32) -> Rank {
     mesh.peer(Rank(0), Axis::Pipeline, stage)
 }
 
-/// All fp32 parameters of a block, from the chunks of the data axis.
+/// All fp32 parameters of a block, from the chunks of the data axis and the parts of the ranks that
+/// split products.
 fn gather<O: Operators>(
     worker: &mut Worker<O>,
     program: &Program,
+    config: &Config,
     block: Block,
 ) -> Result<Vec<f32>, Error> {
     let (held, values) = worker.stage().master(block);
     let elements = program.blocks[&block] as usize;
-    if held.len() == elements {
-        return Ok(values);
+    let part = if held.len() == elements {
+        values
+    } else {
+        let mut buffer = vec![0.0; elements];
+        buffer[held].copy_from_slice(&values);
+        all_gather(worker, Axis::Data, buffer, block)?
+    };
+    let (mesh, rank) = (&program.mesh, worker.rank());
+    if mesh.tensor == 1 {
+        return Ok(part);
     }
-    let mut buffer = vec![0.0; elements];
-    buffer[held].copy_from_slice(&values);
+    let mut parts = vec![0.0; elements * mesh.tensor as usize];
+    let own = mesh.coordinate(rank, Axis::Tensor) as usize * elements;
+    parts[own..own + elements].copy_from_slice(&part);
+    let parts = all_gather(worker, Axis::Tensor, parts, block)?;
+    let mut whole = vec![0.0; config.block_elements(block) as usize];
+    for (other, part) in mesh.group(rank, Axis::Tensor).into_iter().zip(parts.chunks(elements)) {
+        for run in config.rank_runs(block, &program.shape, mesh.place(other)) {
+            let to = run.whole as usize..(run.whole + run.elements) as usize;
+            let from = run.part as usize..(run.part + run.elements) as usize;
+            whole[to].copy_from_slice(&part[from]);
+        }
+    }
+    Ok(whole)
+}
+
+fn all_gather<O: Operators>(
+    worker: &mut Worker<O>,
+    axis: Axis,
+    buffer: Vec<f32>,
+    block: Block,
+) -> Result<Vec<f32>, Error> {
     let rank = worker.rank();
-    let (communicator, group) = worker.communication(Axis::Data);
+    let (communicator, group) = worker.communication(axis);
     let member = group.member(rank).expect("a rank is in its own groups");
     let gather = Collective::ring(Kind::AllGather, group.ranks.len() as u32);
     let operation = Operation {

@@ -5,30 +5,15 @@
 
 use std::sync::Arc;
 
-use checkpoint::sharded::{Kind, Run, Shard};
+use checkpoint::sharded::{Run, Shard};
 use compute::Operators;
 use program::{Axis, Program};
 use transport::{Action, Group, Operation, Ticket};
 use units::Rank;
 
 use crate::copies::{Copies, Delivery, agree, deliveries, overlap};
-use crate::state::{restore, saved_blocks, snapshot};
+use crate::state::{restore, snapshot, state_runs};
 use crate::{Error, Worker};
-
-/// The runs of a rank's part, or of all that it holds.
-fn runs(program: &Program, rank: Rank, all: bool) -> Vec<Run> {
-    let blocks = if all { program.held_blocks(rank) } else { saved_blocks(program, rank) };
-    let run = |block| {
-        let elements = program.blocks[&block] as usize;
-        let axis = Program::data_axis(block);
-        let (degree, place) = (program.mesh.degree(axis), program.mesh.coordinate(rank, axis));
-        let own = collective::chunk_range(elements, degree, place);
-        let range = if all && !program.optimizer_sharded { 0..elements } else { own };
-        let (start, elements) = (range.start as u64, range.len() as u64);
-        Kind::ALL.map(|kind| Run { block, kind, start, elements })
-    };
-    blocks.into_iter().flat_map(run).collect()
-}
 
 /// The copies in one rank's memory.
 pub struct Replicas {
@@ -98,7 +83,8 @@ impl Replicas {
             return Ok(());
         }
         let ward = Rank((rank.0 + ranks - self.distance) % ranks);
-        let expected: u64 = runs(program, ward, false).iter().map(|run| run.elements).sum();
+        let runs = state_runs(worker.stage().config(), program, ward, false);
+        let expected: u64 = runs.iter().map(|run| run.elements).sum();
         let to = Rank((rank.0 + self.distance) % ranks);
         let sent = post(worker, Action::Send { to }, shard.values().to_vec())?;
         let room = vec![0.0; expected as usize];
@@ -117,7 +103,8 @@ impl Replicas {
         let ward = Rank((worker.rank().0 + ranks - self.distance) % ranks);
         let values = wait(worker, received)?;
         wait(worker, sent)?;
-        self.copies.keep_ward(step, Arc::new(Shard::new(runs(program, ward, false), values)));
+        let runs = state_runs(worker.stage().config(), program, ward, false);
+        self.copies.keep_ward(step, Arc::new(Shard::new(runs, values)));
         Ok(())
     }
 
@@ -156,7 +143,9 @@ impl Replicas {
         let holdings: Result<Vec<_>, _> =
             all.iter().map(|json| serde_json::from_slice(json)).collect();
         let Some((step, holders)) = agree(&holdings.unwrap_or_default()) else { return Ok(None) };
-        let every = |all| (0..ranks).map(|rank| runs(program, Rank(rank), all)).collect::<Vec<_>>();
+        let config = worker.stage().config().clone();
+        let runs = |rank, all| state_runs(&config, program, Rank(rank), all);
+        let every = |all| (0..ranks).map(|rank| runs(rank, all)).collect::<Vec<_>>();
         let mut arrived = Vec::new();
         let mut waiting = Vec::new();
         for Delivery { of, from, to, runs } in deliveries(&holders, &every(false), &every(true)) {
@@ -178,7 +167,7 @@ impl Replicas {
             let values = wait(worker, ticket)?;
             arrived.extend(runs.map(|runs| Shard::new(runs, values)));
         }
-        let filled = restore(worker, step, |block, kind, start, values| {
+        let filled = restore(worker, program, step, |block, kind, start, values| {
             let elements = values.len() as u64;
             fill(&arrived, Run { block, kind, start, elements }, values);
             Ok::<(), std::convert::Infallible>(())

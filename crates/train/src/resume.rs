@@ -6,7 +6,7 @@ use checkpoint::sharded::{Checkpoint, Progress};
 use checkpoint::store::Store;
 use compute::Operators;
 use model::Config;
-use program::Axis;
+use program::{Axis, Program};
 use units::Rank;
 
 use crate::state::restore;
@@ -28,6 +28,7 @@ pub struct Resumed {
 /// [`Error::NothingToResume`] when there is none; when communication fails.
 pub fn resume<O: Operators>(
     worker: &mut Worker<O>,
+    program: &Program,
     store: &Arc<dyn Store>,
     config: &Config,
 ) -> Result<Resumed, Error> {
@@ -43,7 +44,7 @@ pub fn resume<O: Operators>(
         let opened = Checkpoint::open(Arc::clone(store), &name, config);
         let read = opened.and_then(|checkpoint| {
             let progress = checkpoint.progress();
-            restore(worker, progress.step, |block, kind, start, values| {
+            restore(worker, program, progress.step, |block, kind, start, values| {
                 checkpoint.read(block, kind, start, values)
             })?;
             Ok(progress)

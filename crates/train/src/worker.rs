@@ -9,7 +9,7 @@ use compute::{Microbatch, Operators, Optimizer, Stage, StageSpec};
 use model::{Block, Config};
 use program::{Action, Axis, Executor, Instruction, Lane, Mesh, Next, Program, Span, Transfer};
 use rustix::time::{ClockId, clock_gettime};
-use transport::{Communicator, Group, Operation};
+use transport::{Communicator, Completed, Group, Operation};
 use units::{Rank, Seconds};
 
 use crate::Error;
@@ -54,6 +54,8 @@ pub fn seconds(clock: ClockId) -> Seconds {
 /// A posted transfer on its way, or back and not yet waited for.
 enum Posted {
     Under(transport::Ticket),
+    /// Two at once: what goes on around the ring, and what comes.
+    Shift(transport::Ticket, transport::Ticket),
     Back(Vec<f32>),
 }
 
@@ -145,7 +147,7 @@ impl<O: Operators> Worker<O> {
         match instruction {
             Instruction::Post { ticket, transfer } => {
                 let start = execution.now();
-                let posted = Posted::Under(self.post(transfer)?);
+                let posted = self.post(transfer)?;
                 execution.posted.insert(*ticket, (index, *transfer, posted));
                 execution.span(index, Lane::Compute, start);
             }
@@ -163,24 +165,38 @@ impl<O: Operators> Worker<O> {
         Ok(())
     }
 
-    fn post(&mut self, transfer: &Transfer) -> Result<transport::Ticket, Error> {
+    fn post(&mut self, transfer: &Transfer) -> Result<Posted, Error> {
         let group = self.groups[&transfer.axis].clone();
+        let member = group.member(self.rank).expect("a rank is in its own groups");
+        let ranks = group.ranks.len() as u32;
         let peer = |coordinate: u32| group.ranks[coordinate as usize];
+        let buffer = self.stage.take(transfer);
         let action = match transfer.action {
             Action::Collective(kind) => {
-                let member = group.member(self.rank).expect("a rank is in its own groups");
-                let ring = || Collective::ring(kind, group.ranks.len() as u32).part(member);
+                let ring = || Collective::ring(kind, ranks).part(member);
                 let part = self.parts.entry((transfer.axis, kind));
                 transport::Action::Collective(Arc::clone(part.or_insert_with(|| Arc::new(ring()))))
             }
             Action::Send { to } => transport::Action::Send { to: peer(to) },
             Action::Receive { from } => transport::Action::Receive { from: peer(from) },
             Action::Shift => {
-                unreachable!("layouts that need it are not carried out yet")
+                let (to, from) = (peer((member + 1) % ranks), peer((member + ranks - 1) % ranks));
+                let room = vec![0.0; buffer.len()];
+                let going = self.operate(transfer, transport::Action::Send { to }, buffer)?;
+                let coming = self.operate(transfer, transport::Action::Receive { from }, room)?;
+                return Ok(Posted::Shift(going, coming));
             }
         };
-        let buffer = self.stage.take(transfer);
-        let label = transfer.to_string().into();
+        self.operate(transfer, action, buffer).map(Posted::Under)
+    }
+
+    fn operate(
+        &mut self,
+        transfer: &Transfer,
+        action: transport::Action,
+        buffer: Vec<f32>,
+    ) -> Result<transport::Ticket, Error> {
+        let (group, label) = (self.groups[&transfer.axis].clone(), transfer.to_string().into());
         let operation = Operation { group, action, buffer, label };
         self.communicator.post(operation).map_err(|source| self.failed(source))
     }
@@ -192,15 +208,25 @@ impl<O: Operators> Worker<O> {
         index: usize,
         ticket: program::Ticket,
     ) -> Result<(), Error> {
-        let Some((post, transfer, Posted::Under(under))) = execution.posted.remove(&ticket) else {
-            unreachable!("the executor blocks only on what is under way");
-        };
+        let (post, transfer, posted) =
+            execution.posted.remove(&ticket).expect("the executor blocks on what was posted");
         let start = execution.now();
-        let done = self.communicator.wait(under).map_err(|source| self.failed(source))?;
+        let done = match posted {
+            Posted::Under(under) => self.wait(under)?,
+            Posted::Shift(going, coming) => {
+                self.wait(going)?;
+                self.wait(coming)?
+            }
+            Posted::Back(_) => unreachable!("the executor blocks only on what is under way"),
+        };
         execution.span(index, Lane::Wait, start);
         execution.transfer(post, done.posted, done.finished);
         execution.posted.insert(ticket, (post, transfer, Posted::Back(done.buffer)));
         Ok(())
+    }
+
+    fn wait(&mut self, ticket: transport::Ticket) -> Result<Completed, Error> {
+        self.communicator.wait(ticket).map_err(|source| self.failed(source))
     }
 
     fn failed(&self, source: transport::Error) -> Error {

@@ -1,37 +1,35 @@
-//! Causal attention in blocks of queries, each against only the keys it may see, so that the
+//! Attention in blocks of queries, each against only the keys that some of them may see, so that the
 //! scores held at once stay linear in the sequence.
 //!
 //! Queries of one group lie below each other as rows of one matrix: keys and values are shared
 //! without being repeated, and their gradients sum over the group by themselves.
 
-use burn_tensor::{Bool, Tensor};
+use std::ops::Range;
 
-use super::flat;
-use crate::operators::AttentionDims;
+use burn_tensor::{Bool, Device, Tensor, TensorData};
+
+use super::{flat, split};
+use crate::operators::{AttentionDims, Sight, UNSEEN};
 
 /// Queries of a head whose scores are held at once.
 const BLOCK: usize = 128;
 
-/// The score of a key that a query may not see. Finite, as shaders may assume that all numbers
-/// are; its exponential is zero all the same.
-const HIDDEN: f32 = -1e30;
-
 /// Queries as `[sequences * kv_heads, group, length, head_dim]`, keys and values as
-/// `[sequences * kv_heads, length, head_dim]`.
+/// `[sequences * kv_heads, keys, head_dim]`.
 struct Heads<'a> {
     dims: &'a AttentionDims,
+    seen: &'a [Range<u32>],
     queries: Tensor<4>,
     keys: Tensor<3>,
     values: Tensor<3>,
 }
 
-/// A block of queries.
-#[derive(Clone, Copy)]
+/// A block of queries, and the keys that any of them may see in any sequence.
+#[derive(Clone)]
 struct Block {
     first: usize,
     queries: usize,
-    /// Keys that its last query may see.
-    keys: usize,
+    keys: Range<usize>,
 }
 
 impl AttentionDims {
@@ -60,70 +58,93 @@ impl AttentionDims {
 }
 
 impl<'a> Heads<'a> {
-    fn new(qkv: &Tensor<1>, dims: &'a AttentionDims) -> Self {
-        let AttentionDims { sequences, length, heads, kv_heads, head_dim } = *dims;
+    fn new(qkv: &Tensor<1>, sight: Sight<'a, Tensor<1>>, dims: &'a AttentionDims) -> Self {
+        let AttentionDims { sequences, length, keys, heads, kv_heads, head_dim } = *dims;
         let qkv = qkv.clone().reshape([sequences, length, heads + 2 * kv_heads, head_dim]);
-        let shared = |first| {
-            let slots = qkv.clone().narrow(2, first, kv_heads).permute([0, 2, 1, 3]);
-            slots.reshape([sequences * kv_heads, length, head_dim])
+        let [queries, beside] = split(qkv, 2, heads);
+        let apart = |keys_of: &Tensor<1>| {
+            keys_of.clone().reshape([sequences, keys, 2 * kv_heads, head_dim])
         };
-        let queries = qkv.clone().narrow(2, 0, heads);
-        Self {
-            dims,
-            queries: dims.by_head(flat(queries)),
-            keys: shared(heads),
-            values: shared(heads + kv_heads),
+        let shared = split(sight.keys.map_or(beside, apart), 2, kv_heads).map(|slots| {
+            slots.permute([0, 2, 1, 3]).reshape([sequences * kv_heads, keys, head_dim])
+        });
+        let [keys, values] = shared;
+        Self { dims, seen: sight.seen, queries: dims.by_head(flat(queries)), keys, values }
+    }
+
+    fn keys(&self, block: &Block) -> Tensor<3> {
+        self.keys.clone().narrow(1, block.keys.start, block.keys.len())
+    }
+
+    fn values(&self, block: &Block) -> Tensor<3> {
+        self.values.clone().narrow(1, block.keys.start, block.keys.len())
+    }
+
+    fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
+        let length = self.dims.length;
+        let block = |first: usize| {
+            let queries = BLOCK.min(length - first);
+            let of_block = |of_sequence: &'a [Range<u32>]| &of_sequence[first..first + queries];
+            let seen = || self.seen.chunks(length).flat_map(of_block).filter(|s| !s.is_empty());
+            // Of none, one key stands for what is hidden from all.
+            let start = seen().map(|seen| seen.start).min().unwrap_or(0) as usize;
+            let end = seen().map(|seen| seen.end).max().unwrap_or(1) as usize;
+            Block { first, queries, keys: start..end }
+        };
+        (0..length).step_by(BLOCK).map(block).collect::<Vec<_>>().into_iter()
+    }
+
+    /// Which scores of a block, `[sequences, 1, queries, keys]`, are of keys that are not seen.
+    fn hidden(&self, block: &Block, device: &Device) -> Tensor<4, Bool> {
+        let Block { first, queries, ref keys } = *block;
+        let causal = |(query, seen): (usize, &Range<u32>)| {
+            seen.start == 0 && seen.end as usize == query % self.dims.length + 1
+        };
+        if self.seen.iter().enumerate().all(causal) {
+            let hidden = Tensor::<2, Bool>::tril_mask([queries, keys.len()], first as i64, device);
+            return hidden.reshape([1, 1, queries, keys.len()]);
         }
-    }
-
-    fn keys(&self, block: Block) -> Tensor<3> {
-        self.keys.clone().narrow(1, 0, block.keys)
-    }
-
-    fn values(&self, block: Block) -> Tensor<3> {
-        self.values.clone().narrow(1, 0, block.keys)
+        let of_block = |seen: &'a [Range<u32>]| &seen[first..first + queries];
+        let rows = self.seen.chunks(self.dims.length).flat_map(of_block);
+        let hides = |seen: &Range<u32>, key: usize| !seen.contains(&(key as u32));
+        let hidden: Vec<bool> =
+            rows.flat_map(|seen| keys.clone().map(|key| hides(seen, key))).collect();
+        let shape = [self.dims.sequences, 1, queries, keys.len()];
+        Tensor::from_data(TensorData::new(hidden, shape), device)
     }
 
     /// Scores `[sequences * kv_heads, group * queries, keys]`.
-    fn scores(&self, block: Block) -> Tensor<3> {
+    fn scores(&self, block: &Block) -> Tensor<3> {
         let queries = rows_of(&self.queries, block);
         let scores = queries.matmul(self.keys(block).transpose()) * self.dims.scale();
-        let shape = [self.dims.batch(), self.dims.group_size(), block.queries, block.keys];
-        let unseen = Tensor::<2, Bool>::tril_mask(
-            [block.queries, block.keys],
-            block.first as i64,
-            &scores.device(),
-        );
-        let unseen = unseen.reshape([1, 1, block.queries, block.keys]).expand(shape);
+        let shape = [self.dims.sequences, self.dims.heads, block.queries, block.keys.len()];
+        let hidden = self.hidden(block, &scores.device()).expand(shape);
         let rows = scores.dims();
-        scores.reshape(shape).mask_fill(unseen, HIDDEN).reshape(rows)
+        scores.reshape(shape).mask_fill(hidden, UNSEEN).reshape(rows)
     }
 }
 
-fn blocks(length: usize) -> impl Iterator<Item = Block> {
-    (0..length).step_by(BLOCK).map(move |first| {
-        let queries = BLOCK.min(length - first);
-        Block { first, queries, keys: first + queries }
-    })
-}
-
 /// A block's rows of every head of a group, below each other.
-fn rows_of(heads: &Tensor<4>, block: Block) -> Tensor<3> {
+fn rows_of(heads: &Tensor<4>, block: &Block) -> Tensor<3> {
     let [batch, group, _, width] = heads.dims();
     let rows = heads.clone().narrow(2, block.first, block.queries);
     rows.reshape([batch, group * block.queries, width])
 }
 
 /// Weighted values `[r, heads * head_dim]` and log-sum-exps `[sequences, heads, length]`.
-pub fn forward(qkv: &Tensor<1>, dims: &AttentionDims) -> (Tensor<1>, Tensor<1>) {
-    let heads = Heads::new(qkv, dims);
+pub fn forward(
+    qkv: &Tensor<1>,
+    sight: Sight<'_, Tensor<1>>,
+    dims: &AttentionDims,
+) -> (Tensor<1>, Tensor<1>) {
+    let heads = Heads::new(qkv, sight, dims);
     let (mut y, mut log_sums) = (Vec::new(), Vec::new());
-    for block in blocks(dims.length) {
-        let scores = heads.scores(block);
+    for block in heads.blocks() {
+        let scores = heads.scores(&block);
         let max = scores.clone().max_dim(2);
         let weights = (scores - max.clone()).exp();
         let sums = weights.clone().sum_dim(2);
-        let weighted = weights.matmul(heads.values(block)) / sums.clone();
+        let weighted = weights.matmul(heads.values(&block)) / sums.clone();
         y.push(dims.by_token(weighted, block.queries));
         let log_sum = max + sums.log();
         log_sums.push(log_sum.reshape([dims.sequences, dims.heads, block.queries]));
@@ -131,36 +152,65 @@ pub fn forward(qkv: &Tensor<1>, dims: &AttentionDims) -> (Tensor<1>, Tensor<1>) 
     (flat(Tensor::cat(y, 1)), flat(Tensor::cat(log_sums, 2)))
 }
 
-/// Gradient of `qkv` (Dao et al. 2022, eq. 4, with `delta = rowsum(dy * y)`).
+/// Joins what was found among other keys.
+pub fn join(
+    (y, log_sums): (&mut Tensor<1>, &mut Tensor<1>),
+    (other, other_sums): (&Tensor<1>, &Tensor<1>),
+    dims: &AttentionDims,
+) {
+    let AttentionDims { sequences, length, heads, head_dim, .. } = *dims;
+    let by_token = |sums: &Tensor<1>| {
+        sums.clone().reshape([sequences, heads, length, 1]).permute([0, 2, 1, 3])
+    };
+    let values = |y: &Tensor<1>| y.clone().reshape([sequences, length, heads, head_dim]);
+    let (own, others) = (by_token(log_sums), by_token(other_sums));
+    let max = own.clone().max_pair(others.clone());
+    let (own, others) = ((own - max.clone()).exp(), (others - max.clone()).exp());
+    let sum = own.clone() + others.clone();
+    *y = flat((values(y) * own + values(other) * others) / sum.clone());
+    *log_sums = flat((max + sum.log()).permute([0, 2, 1, 3]));
+}
+
+/// Gradients of `qkv`, and of keys and values that stand apart (Dao et al. 2022, eq. 4, with
+/// `delta = rowsum(dy * y)`).
 pub fn backward(
     dy: &Tensor<1>,
     qkv: &Tensor<1>,
     (y, log_sums): (&Tensor<1>, &Tensor<1>),
+    sight: Sight<'_, Tensor<1>>,
     dims: &AttentionDims,
-) -> Tensor<1> {
-    let heads = Heads::new(qkv, dims);
+) -> (Tensor<1>, Option<Tensor<1>>) {
+    let heads = Heads::new(qkv, sight, dims);
     let deltas = dims.by_head(dy.clone() * y.clone()).sum_dim(3);
     let dy = dims.by_head(dy.clone());
     let log_sums = log_sums.clone().reshape([dims.batch(), dims.group_size(), dims.length, 1]);
     let mut dq = Vec::new();
     let (mut dk, mut dv) = (heads.keys.zeros_like(), heads.values.zeros_like());
-    for block in blocks(dims.length) {
-        let weights = (heads.scores(block) - rows_of(&log_sums, block)).exp();
-        let dy = rows_of(&dy, block);
-        let dweights = dy.clone().matmul(heads.values(block).transpose());
-        let dscores = weights.clone() * (dweights - rows_of(&deltas, block)) * dims.scale();
-        dq.push(dims.by_token(dscores.clone().matmul(heads.keys(block)), block.queries));
-        let queries = rows_of(&heads.queries, block);
-        dk = add_rows(dk, dscores.transpose().matmul(queries));
-        dv = add_rows(dv, weights.transpose().matmul(dy));
+    for block in heads.blocks() {
+        let weights = (heads.scores(&block) - rows_of(&log_sums, &block)).exp();
+        let dy = rows_of(&dy, &block);
+        let dweights = dy.clone().matmul(heads.values(&block).transpose());
+        let dscores = weights.clone() * (dweights - rows_of(&deltas, &block)) * dims.scale();
+        dq.push(dims.by_token(dscores.clone().matmul(heads.keys(&block)), block.queries));
+        let queries = rows_of(&heads.queries, &block);
+        dk = add_rows(dk, block.keys.start, dscores.transpose().matmul(queries));
+        dv = add_rows(dv, block.keys.start, weights.transpose().matmul(dy));
     }
-    let (dk, dv) = (dims.by_token(dk, dims.length), dims.by_token(dv, dims.length));
-    flat(Tensor::cat(vec![Tensor::cat(dq, 1), dk, dv], 2))
+    let (dk, dv) = (dims.by_token(dk, dims.keys), dims.by_token(dv, dims.keys));
+    let (dq, dkv) = (Tensor::cat(dq, 1), Tensor::cat(vec![dk, dv], 2));
+    match sight.keys {
+        None => (flat(Tensor::cat(vec![dq, dkv], 2)), None),
+        Some(_) => {
+            let shape = [dims.sequences, dims.length, 2 * dims.kv_heads, dims.head_dim];
+            let beside = Tensor::zeros(shape, &dq.device());
+            (flat(Tensor::cat(vec![dq, beside], 2)), Some(flat(dkv)))
+        }
+    }
 }
 
-/// Adds to the first rows of every matrix.
-fn add_rows(into: Tensor<3>, first: Tensor<3>) -> Tensor<3> {
-    let [batch, rows, width] = first.dims();
-    let sum = into.clone().narrow(1, 0, rows) + first;
-    into.slice_assign([0..batch, 0..rows, 0..width], sum)
+/// Adds to rows of every matrix from `start` on.
+fn add_rows(into: Tensor<3>, start: usize, added: Tensor<3>) -> Tensor<3> {
+    let [batch, rows, width] = added.dims();
+    let sum = into.clone().narrow(1, start, rows) + added;
+    into.slice_assign([0..batch, start..start + rows, 0..width], sum)
 }

@@ -1,6 +1,8 @@
 //! The operators' definitions, written out naively in f64. Their gradients are central
 //! differences of these definitions, so that no formula is trusted twice.
 
+use std::ops::Range;
+
 use crate::operators::{AdamW, AttentionDims, ProductDims};
 
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {
@@ -79,28 +81,40 @@ pub fn rotary(qkv: &[f64], cos: &[f64], sin: &[f64], dims: &AttentionDims) -> Ve
     rotated
 }
 
-/// Weighted values `[r, heads * head_dim]` and log-sum-exps `[sequences, heads, length]`.
-pub fn attention(qkv: &[f64], dims: &AttentionDims) -> (Vec<f64>, Vec<f64>) {
+/// Weighted values `[r, heads * head_dim]` and log-sum-exps `[sequences, heads, length]` of the keys
+/// that are `seen`, beside the queries or in `apart`.
+pub fn attention(
+    qkv: &[f64],
+    apart: Option<&[f64]>,
+    seen: &[Range<u32>],
+    dims: &AttentionDims,
+) -> (Vec<f64>, Vec<f64>) {
     let (heads, width) = (dims.heads, dims.head_dim);
-    let slot = |token: usize, slot: usize| {
-        let start = token * dims.qkv_width() + slot * width;
-        &qkv[start..start + width]
+    let query =
+        |token: usize, head: usize| &qkv[token * dims.qkv_width() + head * width..][..width];
+    let beside = |key: usize, slot: usize| query(key, heads + slot);
+    let key = |sequence: usize, key: u32, slot: usize| {
+        let key = sequence * dims.keys + key as usize;
+        apart.map_or_else(
+            || beside(key, slot),
+            |apart| &apart[key * dims.keys_width() + slot * width..][..width],
+        )
     };
     let mut y = vec![0.0; dims.sequences * dims.length * heads * width];
     let mut log_sums = Vec::new();
     for sequence in 0..dims.sequences {
         for head in 0..heads {
-            let key = heads + head / (heads / dims.kv_heads);
-            for query in 0..dims.length {
-                let first = sequence * dims.length;
-                let token = first + query;
-                let score = |seen| dot(slot(token, head), slot(seen, key)) / (width as f64).sqrt();
-                let scores: Vec<f64> = (first..=token).map(score).collect();
+            let shared = head / (heads / dims.kv_heads);
+            for token in sequence * dims.length..(sequence + 1) * dims.length {
+                let seen = seen[token].clone();
+                let of_key = |at| dot(query(token, head), key(sequence, at, shared));
+                let scores = seen.clone().map(|at| of_key(at) / (width as f64).sqrt());
+                let scores: Vec<f64> = scores.collect();
                 let log_sum = log_sum_exp(&scores);
                 let y = &mut y[(token * heads + head) * width..][..width];
-                for (seen, score) in (first..=token).zip(scores) {
+                for (at, score) in seen.zip(scores) {
                     let weight = (score - log_sum).exp();
-                    let value = slot(seen, key + dims.kv_heads);
+                    let value = key(sequence, at, shared + dims.kv_heads);
                     y.iter_mut().zip(value).for_each(|(y, v)| *y += weight * v);
                 }
                 log_sums.push(log_sum);

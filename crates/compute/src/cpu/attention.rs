@@ -1,13 +1,16 @@
-//! Causal attention in blocks of queries: scores of one block at a time, and only against keys
-//! that it may see, so that memory stays linear in the sequence and half the work is skipped.
+//! Attention in blocks of queries: scores of one block at a time, and only against keys that some
+//! of them may see, so that memory stays linear in the sequence and half the work is skipped.
 //!
 //! Forward as in Dao et al. 2022 (FlashAttention) with whole rows of scores; backward as in its
 //! eq. 4 with `delta = rowsum(dy * y)`. A head's rows are copied together first: a power of two
 //! apart, as they lie in `qkv`, they would all fall into the same few cache lines.
 
+use std::ops::Range;
+
+use super::Tensor;
 use super::kernels;
 use super::product::{Matrix, MatrixMut, multiply};
-use crate::operators::AttentionDims;
+use crate::operators::{AttentionDims, Sight, UNSEEN};
 
 /// Queries whose scores are held at once: large enough for efficient products, small enough for
 /// the scores to stay in cache.
@@ -36,30 +39,73 @@ impl Columns {
     }
 }
 
+/// A block of queries, and the keys that any of them may see.
+#[derive(Clone)]
+struct Block {
+    first: usize,
+    queries: usize,
+    keys: Range<usize>,
+}
+
+impl Block {
+    /// The keys that a query of the block may see, counted from the block's first.
+    fn seen(&self, row: usize, seen: &[Range<u32>]) -> Range<usize> {
+        let Range { start, end } = seen[self.first + row];
+        if start < end {
+            start as usize - self.keys.start..end as usize - self.keys.start
+        } else {
+            0..0
+        }
+    }
+}
+
+fn blocks(seen: &[Range<u32>]) -> impl Iterator<Item = Block> {
+    seen.chunks(BLOCK).enumerate().map(|(index, seen)| {
+        let some = || seen.iter().filter(|seen| !seen.is_empty());
+        let start = some().map(|seen| seen.start).min().unwrap_or_default() as usize;
+        let end = some().map(|seen| seen.end).max().unwrap_or_default() as usize;
+        Block { first: index * BLOCK, queries: seen.len(), keys: start..end }
+    })
+}
+
+/// Where the keys and values of each head lie: beside the queries or apart.
+#[derive(Clone, Copy)]
+struct KeyColumns<'a> {
+    rows: &'a [f32],
+    /// The column of the first key, and the width of a row.
+    first: usize,
+    width: usize,
+}
+
+impl<'a> KeyColumns<'a> {
+    fn new(qkv: &'a [f32], sight: Sight<'a, Tensor>, dims: &AttentionDims) -> Self {
+        match sight.keys {
+            None => Self { rows: qkv, first: dims.output_width(), width: dims.qkv_width() },
+            Some(keys) => Self { rows: keys.values(), first: 0, width: dims.keys_width() },
+        }
+    }
+
+    fn sequence(self, index: usize, dims: &AttentionDims) -> &'a [f32] {
+        let elements = dims.keys * self.width;
+        &self.rows[index * elements..(index + 1) * elements]
+    }
+
+    fn key(self, kv_head: usize, dims: &AttentionDims) -> Columns {
+        Columns { first: self.first + kv_head * dims.head_dim, width: self.width }
+    }
+
+    fn value(self, kv_head: usize, dims: &AttentionDims) -> Columns {
+        self.key(dims.kv_heads + kv_head, dims)
+    }
+}
+
 impl AttentionDims {
     fn output_width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Elements of one head's queries, keys, values or outputs in one sequence.
-    fn head_elements(&self) -> usize {
-        self.length * self.head_dim
-    }
-
-    fn qkv_columns(&self, index: usize) -> Columns {
-        Columns { first: index * self.head_dim, width: self.qkv_width() }
-    }
-
     fn query(&self, head: usize) -> Columns {
-        self.qkv_columns(head)
-    }
-
-    fn key(&self, kv_head: usize) -> Columns {
-        self.qkv_columns(self.heads + kv_head)
-    }
-
-    fn value(&self, kv_head: usize) -> Columns {
-        self.qkv_columns(self.heads + self.kv_heads + kv_head)
+        Columns { first: head * self.head_dim, width: self.qkv_width() }
     }
 
     fn output(&self, head: usize) -> Columns {
@@ -67,53 +113,60 @@ impl AttentionDims {
     }
 
     /// The query heads that share a key/value head.
-    fn group(&self, kv_head: usize) -> std::ops::Range<usize> {
+    fn group(&self, kv_head: usize) -> Range<usize> {
         let size = self.heads / self.kv_heads;
         kv_head * size..(kv_head + 1) * size
     }
 
-    /// Blocks of queries as (first query, queries, keys they may see).
-    fn blocks(&self) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
-        let length = self.length;
-        (0..length).step_by(BLOCK).map(move |first| {
-            let queries = BLOCK.min(length - first);
-            (first, queries, first + queries)
-        })
+    fn rows<'a>(&self, dense: &'a [f32], rows: Range<usize>) -> Matrix<'a> {
+        Matrix::rows(&dense[rows.start * self.head_dim..], rows.len(), self.head_dim)
     }
 
-    fn rows<'a>(&self, dense: &'a [f32], first: usize, rows: usize) -> Matrix<'a> {
-        Matrix::rows(&dense[first * self.head_dim..], rows, self.head_dim)
+    fn rows_mut<'a>(&self, dense: &'a mut [f32], rows: Range<usize>) -> MatrixMut<'a> {
+        MatrixMut::rows(&mut dense[rows.start * self.head_dim..], rows.len(), self.head_dim)
     }
 
-    fn rows_mut<'a>(&self, dense: &'a mut [f32], first: usize, rows: usize) -> MatrixMut<'a> {
-        MatrixMut::rows(&mut dense[first * self.head_dim..], rows, self.head_dim)
+    /// Room for one head's queries or outputs in one sequence.
+    fn of_queries(&self) -> Vec<f32> {
+        vec![0.0; self.length * self.head_dim]
     }
 
-    fn dense(&self) -> Vec<f32> {
-        vec![0.0; self.head_elements()]
+    /// Room for one head's keys or values in one sequence.
+    fn of_keys(&self) -> Vec<f32> {
+        vec![0.0; self.keys * self.head_dim]
     }
 
     fn scores(&self) -> Vec<f32> {
-        vec![0.0; BLOCK.min(self.length) * self.length]
+        vec![0.0; BLOCK.min(self.length) * self.keys]
     }
 }
 
 /// Fills `y` `[r, heads * head_dim]` and `log_sums` `[sequences, heads, length]`.
-pub fn forward(qkv: &[f32], dims: &AttentionDims, y: &mut [f32], log_sums: &mut [f32]) {
-    let [mut q, mut k, mut v, mut out] = [dims.dense(), dims.dense(), dims.dense(), dims.dense()];
+pub fn forward(
+    qkv: &[f32],
+    sight: Sight<'_, Tensor>,
+    dims: &AttentionDims,
+    y: &mut [f32],
+    log_sums: &mut [f32],
+) {
+    let [mut q, mut out] = [dims.of_queries(), dims.of_queries()];
+    let [mut k, mut v] = [dims.of_keys(), dims.of_keys()];
     let mut scores = dims.scores();
+    let keys = KeyColumns::new(qkv, sight, dims);
     let sequences = qkv
         .chunks_exact(dims.length * dims.qkv_width())
         .zip(y.chunks_exact_mut(dims.length * dims.output_width()))
-        .zip(log_sums.chunks_exact_mut(dims.heads * dims.length));
-    for ((qkv, y), log_sums) in sequences {
+        .zip(log_sums.chunks_exact_mut(dims.heads * dims.length))
+        .zip(sight.seen.chunks_exact(dims.length));
+    for (index, (((qkv, y), log_sums), seen)) in sequences.enumerate() {
+        let beside = keys.sequence(index, dims);
         for kv_head in 0..dims.kv_heads {
-            dims.key(kv_head).copy(qkv, &mut k, dims.head_dim);
-            dims.value(kv_head).copy(qkv, &mut v, dims.head_dim);
+            keys.key(kv_head, dims).copy(beside, &mut k, dims.head_dim);
+            keys.value(kv_head, dims).copy(beside, &mut v, dims.head_dim);
             for head in dims.group(kv_head) {
                 dims.query(head).copy(qkv, &mut q, dims.head_dim);
                 let log_sums = &mut log_sums[head * dims.length..(head + 1) * dims.length];
-                head_forward([&q, &k, &v], dims, &mut scores, &mut out, log_sums);
+                head_forward([&q, &k, &v], seen, dims, &mut scores, (&mut out, log_sums));
                 dims.output(head).fill(y, &out, dims.head_dim);
             }
         }
@@ -122,46 +175,74 @@ pub fn forward(qkv: &[f32], dims: &AttentionDims, y: &mut [f32], log_sums: &mut 
 
 fn head_forward(
     [q, k, v]: [&[f32]; 3],
+    seen: &[Range<u32>],
     dims: &AttentionDims,
     scores: &mut [f32],
-    out: &mut [f32],
-    log_sums: &mut [f32],
+    (out, log_sums): (&mut [f32], &mut [f32]),
 ) {
-    for (first, queries, keys) in dims.blocks() {
+    for block in blocks(seen) {
+        let (queries, keys) = (block.queries, block.keys.len());
+        let rows = block.first..block.first + queries;
+        if keys == 0 {
+            out[rows.start * dims.head_dim..rows.end * dims.head_dim].fill(0.0);
+            log_sums[rows].fill(UNSEEN);
+            continue;
+        }
         let scores = &mut scores[..queries * keys];
-        let q = dims.rows(q, first, queries);
-        let k = dims.rows(k, 0, keys).transposed();
+        let q = dims.rows(q, rows.clone());
+        let k = dims.rows(k, block.keys.clone()).transposed();
         multiply(q, k, dims.scale(), MatrixMut::rows(scores, queries, keys), false, 1);
         for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
-            log_sums[first + row] = kernels::softmax_prefix(scores, first + row + 1);
+            log_sums[block.first + row] = kernels::softmax(scores, block.seen(row, seen));
         }
         let p = Matrix::rows(scores, queries, keys);
-        let out = dims.rows_mut(out, first, queries);
-        multiply(p, dims.rows(v, 0, keys), 1.0, out, false, 1);
+        let out = dims.rows_mut(out, rows);
+        multiply(p, dims.rows(v, block.keys.clone()), 1.0, out, false, 1);
     }
 }
 
-/// Fills `dqkv` from the gradient `dy` of the output and what the forward pass saved.
+/// Joins what was found among other keys; see [`kernels::join`].
+pub fn join(
+    (y, log_sums): (&mut [f32], &mut [f32]),
+    (other, other_sums): (&[f32], &[f32]),
+    dims: &AttentionDims,
+) {
+    let heads = y.chunks_exact_mut(dims.head_dim).zip(other.chunks_exact(dims.head_dim));
+    for (index, (y, other)) in heads.enumerate() {
+        let (token, head) = (index / dims.heads, index % dims.heads);
+        let (sequence, query) = (token / dims.length, token % dims.length);
+        let at = (sequence * dims.heads + head) * dims.length + query;
+        log_sums[at] = kernels::join(y, log_sums[at], other, other_sums[at]);
+    }
+}
+
+/// Fills `dqkv` from the gradient `dy` of the output and what the forward pass saved; where keys
+/// stand apart, their gradient goes to `apart`.
 pub fn backward(
     dy: &[f32],
     qkv: &[f32],
     (y, log_sums): (&[f32], &[f32]),
+    sight: Sight<'_, Tensor>,
     dims: &AttentionDims,
-    dqkv: &mut [f32],
+    (dqkv, mut apart): (&mut [f32], Option<&mut [f32]>),
 ) {
     let mut head = Head::new(dims);
-    let [mut dk, mut dv] = [dims.dense(), dims.dense()];
+    let [mut dk, mut dv] = [dims.of_keys(), dims.of_keys()];
+    let keys = KeyColumns::new(qkv, sight, dims);
     let rows = dims.length * dims.output_width();
     let sequences = dy
         .chunks_exact(rows)
         .zip(y.chunks_exact(rows))
         .zip(qkv.chunks_exact(dims.length * dims.qkv_width()))
         .zip(log_sums.chunks_exact(dims.heads * dims.length))
-        .zip(dqkv.chunks_exact_mut(dims.length * dims.qkv_width()));
-    for ((((dy, y), qkv), log_sums), dqkv) in sequences {
+        .zip(dqkv.chunks_exact_mut(dims.length * dims.qkv_width()))
+        .zip(sight.seen.chunks_exact(dims.length));
+    for (sequence, (((((dy, y), qkv), log_sums), dqkv), seen)) in sequences.enumerate() {
+        let beside = keys.sequence(sequence, dims);
         for kv_head in 0..dims.kv_heads {
-            dims.key(kv_head).copy(qkv, &mut head.k, dims.head_dim);
-            dims.value(kv_head).copy(qkv, &mut head.v, dims.head_dim);
+            let (key, value) = (keys.key(kv_head, dims), keys.value(kv_head, dims));
+            key.copy(beside, &mut head.k, dims.head_dim);
+            value.copy(beside, &mut head.v, dims.head_dim);
             dk.fill(0.0); // the heads of a group add to the same keys and values
             dv.fill(0.0);
             for index in dims.group(kv_head) {
@@ -169,11 +250,16 @@ pub fn backward(
                 dims.output(index).copy(dy, &mut head.dy, dims.head_dim);
                 dims.output(index).copy(y, &mut head.y, dims.head_dim);
                 let log_sums = &log_sums[index * dims.length..(index + 1) * dims.length];
-                head.backward(dims, log_sums, &mut dk, &mut dv);
+                head.backward(dims, seen, log_sums, (&mut dk, &mut dv));
                 dims.query(index).fill(dqkv, &head.dq, dims.head_dim);
             }
-            dims.key(kv_head).fill(dqkv, &dk, dims.head_dim);
-            dims.value(kv_head).fill(dqkv, &dv, dims.head_dim);
+            let elements = dims.keys * keys.width;
+            let into = match &mut apart {
+                Some(apart) => &mut apart[sequence * elements..(sequence + 1) * elements],
+                None => &mut *dqkv,
+            };
+            key.fill(into, &dk, dims.head_dim);
+            value.fill(into, &dv, dims.head_dim);
         }
     }
 }
@@ -193,43 +279,51 @@ struct Head {
 impl Head {
     fn new(dims: &AttentionDims) -> Self {
         Self {
-            q: dims.dense(),
-            k: dims.dense(),
-            v: dims.dense(),
-            y: dims.dense(),
-            dy: dims.dense(),
-            dq: dims.dense(),
+            q: dims.of_queries(),
+            k: dims.of_keys(),
+            v: dims.of_keys(),
+            y: dims.of_queries(),
+            dy: dims.of_queries(),
+            dq: dims.of_queries(),
             weights: dims.scores(),
             gradients: dims.scores(),
         }
     }
 
-    fn backward(&mut self, dims: &AttentionDims, log_sums: &[f32], dk: &mut [f32], dv: &mut [f32]) {
-        for (first, queries, keys) in dims.blocks() {
+    fn backward(
+        &mut self,
+        dims: &AttentionDims,
+        seen: &[Range<u32>],
+        log_sums: &[f32],
+        (dk, dv): (&mut [f32], &mut [f32]),
+    ) {
+        for block in blocks(seen) {
+            let (queries, keys) = (block.queries, block.keys.len());
+            let rows = block.first..block.first + queries;
+            if keys == 0 {
+                self.dq[rows.start * dims.head_dim..rows.end * dims.head_dim].fill(0.0);
+                continue;
+            }
             let p = &mut self.weights[..queries * keys];
             let ds = &mut self.gradients[..queries * keys];
-            let (q, dy) = (dims.rows(&self.q, first, queries), dims.rows(&self.dy, first, queries));
-            let (k, v) = (dims.rows(&self.k, 0, keys), dims.rows(&self.v, 0, keys));
+            let (q, dy) = (dims.rows(&self.q, rows.clone()), dims.rows(&self.dy, rows.clone()));
+            let [k, v] = [&self.k, &self.v].map(|dense| dims.rows(dense, block.keys.clone()));
             multiply(q, k.transposed(), dims.scale(), MatrixMut::rows(p, queries, keys), false, 1);
             multiply(dy, v.transposed(), 1.0, MatrixMut::rows(ds, queries, keys), false, 1);
             for row in 0..queries {
-                let (place, scores) = (first + row, row * keys..(row + 1) * keys);
+                let (place, scores) = (block.first + row, row * keys..(row + 1) * keys);
                 let values = place * dims.head_dim..(place + 1) * dims.head_dim;
                 let delta = kernels::dot(&self.dy[values.clone()], &self.y[values]);
                 let saved = (log_sums[place], delta);
-                kernels::softmax_backward(
-                    &mut p[scores.clone()],
-                    &mut ds[scores],
-                    place + 1,
-                    saved,
-                );
+                let seen = block.seen(row, seen);
+                kernels::softmax_backward(&mut p[scores.clone()], &mut ds[scores], seen, saved);
             }
             let p = Matrix::rows(p, queries, keys).transposed();
-            multiply(p, dy, 1.0, dims.rows_mut(dv, 0, keys), true, 1);
+            multiply(p, dy, 1.0, dims.rows_mut(dv, block.keys.clone()), true, 1);
             let ds = Matrix::rows(ds, queries, keys);
-            let dq = dims.rows_mut(&mut self.dq, first, queries);
-            multiply(ds, k, dims.scale(), dq, false, 1);
-            multiply(ds.transposed(), q, dims.scale(), dims.rows_mut(dk, 0, keys), true, 1);
+            multiply(ds, k, dims.scale(), dims.rows_mut(&mut self.dq, rows), false, 1);
+            let dk = dims.rows_mut(dk, block.keys.clone());
+            multiply(ds.transposed(), q, dims.scale(), dk, true, 1);
         }
     }
 }

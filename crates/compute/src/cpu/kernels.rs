@@ -4,9 +4,11 @@
 //! Sums run over [`LANES`] partial sums in a fixed order, so a result does not depend on which
 //! version ran.
 
+use std::ops::Range;
+
 use multiversion::multiversion;
 
-use crate::operators::AdamW;
+use crate::operators::{AdamW, UNSEEN};
 
 /// Partial sums of a reduction: one AVX-512 register of fp32.
 const LANES: usize = 16;
@@ -156,11 +158,17 @@ pub fn rotate(row: &mut [f32], (cos, sin): (&[f32], &[f32]), inverse: bool) {
     }
 }
 
-/// Softmax over the first `seen` scores of a row, zero beyond; returns their log-sum-exp.
+/// Softmax over the scores of a row that are `seen`, zero elsewhere; returns their log-sum-exp,
+/// [`UNSEEN`] of none.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
-pub fn softmax_prefix(scores: &mut [f32], seen: usize) -> f32 {
-    let (scores, hidden) = scores.split_at_mut(seen);
-    hidden.fill(0.0);
+pub fn softmax(scores: &mut [f32], seen: Range<usize>) -> f32 {
+    let (before, rest) = scores.split_at_mut(seen.start);
+    let (scores, after) = rest.split_at_mut(seen.len());
+    before.fill(0.0);
+    after.fill(0.0);
+    if scores.is_empty() {
+        return UNSEEN;
+    }
     let max = max_of(scores);
     for score in scores.iter_mut() {
         *score = exp(*score - max);
@@ -174,22 +182,37 @@ pub fn softmax_prefix(scores: &mut [f32], seen: usize) -> f32 {
 }
 
 /// From scores and the gradient of the weights: weights into `scores`, the gradient of the scores
-/// into `gradients`, zero beyond the first `seen`.
+/// into `gradients`, zero where they are not `seen`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
 pub fn softmax_backward(
     scores: &mut [f32],
     gradients: &mut [f32],
-    seen: usize,
+    seen: Range<usize>,
     (log_sum, delta): (f32, f32),
 ) {
-    let (scores, hidden) = scores.split_at_mut(seen);
-    hidden.fill(0.0);
-    let (gradients, hidden) = gradients.split_at_mut(seen);
-    hidden.fill(0.0);
+    for hidden in [0..seen.start, seen.end..scores.len()] {
+        scores[hidden.clone()].fill(0.0);
+        gradients[hidden].fill(0.0);
+    }
+    let (scores, gradients) = (&mut scores[seen.clone()], &mut gradients[seen]);
     for (score, gradient) in scores.iter_mut().zip(gradients) {
         *score = exp(*score - log_sum);
         *gradient = *score * (*gradient - delta);
     }
+}
+
+/// Joins the values of a query, weighted by what it found among some keys, to those of others;
+/// returns the log-sum-exp of all.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+pub fn join(y: &mut [f32], log_sum: f32, other: &[f32], other_sum: f32) -> f32 {
+    let max = log_sum.max(other_sum);
+    let (own, others) = (exp(log_sum - max), exp(other_sum - max));
+    let sum = own + others;
+    let (own, others) = (own / sum, others / sum);
+    for (y, other) in y.iter_mut().zip(other) {
+        *y = *y * own + other * others;
+    }
+    max + sum.ln()
 }
 
 /// `silu(gate) * up` of rows `[gate | up]` (Shazeer 2020, eq. 6).
@@ -234,6 +257,32 @@ pub fn cross_entropy(row: &mut [f32], target: usize, gradient_scale: f32) -> f64
     }
     row[target] -= gradient_scale;
     f64::from(max) + f64::from(sum).ln() - f64::from(target_logit)
+}
+
+/// The maximum of some scores, and the sum of their exponentials less it.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+pub fn log_sum(scores: &[f32]) -> (f32, f32) {
+    let max = max_of(scores);
+    (max, sum_pairs(scores, scores, |score, _| exp(score - max)))
+}
+
+/// The maximum, the sum and the target's score of a row of which each part begins with its own.
+pub fn join_log_sums<'a>(parts: impl Iterator<Item = &'a [f32]> + Clone) -> (f32, f32, f32) {
+    let max = parts.clone().fold(f32::NEG_INFINITY, |max, part| max.max(part[0]));
+    let (mut sum, mut score) = (0.0, 0.0);
+    for part in parts {
+        sum += part[1] * exp(part[0] - max);
+        score += part[2];
+    }
+    (max, sum, score)
+}
+
+/// `e^(score - max)` times a factor, in place.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
+pub fn softmax_times(scores: &mut [f32], max: f32, factor: f32) {
+    for score in scores.iter_mut() {
+        *score = exp(*score - max) * factor;
+    }
 }
 
 /// See [`AdamW`].

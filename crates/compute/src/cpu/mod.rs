@@ -11,7 +11,10 @@ mod tensor;
 use std::ops::Range;
 use std::rc::Rc;
 
-use crate::operators::{AdamW, AttentionDims, Operators, ProductDims, Rotation, Window, WindowMut};
+use crate::operators::{
+    AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, Window,
+    WindowMut,
+};
 use crate::stage::Precision;
 
 use self::product::{Matrix, MatrixMut, multiply};
@@ -102,6 +105,27 @@ impl Operators for Cpu {
         let mut slice = self.uninitialised(source.len());
         slice.values_mut().copy_from_slice(source);
         slice
+    }
+
+    fn elements(&self, tensor: &Tensor) -> usize {
+        tensor.values().len()
+    }
+
+    fn columns(&self, tensor: &Tensor, width: usize, range: Range<usize>) -> Tensor {
+        let rows = tensor.values().chunks_exact(width);
+        let mut columns = self.uninitialised(rows.len() * range.len());
+        for (row, into) in rows.zip(columns.values_mut().chunks_exact_mut(range.len())) {
+            into.copy_from_slice(&row[range.clone()]);
+        }
+        columns
+    }
+
+    fn set_columns(&self, into: &mut Tensor, width: usize, first: usize, columns: &Tensor) {
+        let rows = into.values_mut().chunks_exact_mut(width);
+        let narrow = columns.values().len() / rows.len();
+        for (row, columns) in rows.zip(columns.values().chunks_exact(narrow)) {
+            row[first..first + narrow].copy_from_slice(columns);
+        }
     }
 
     fn cast(&self, tensor: &Tensor) -> Tensor {
@@ -296,13 +320,29 @@ impl Operators for Cpu {
         self.round(values);
     }
 
-    fn attention(&self, qkv: &Tensor, dims: &AttentionDims) -> (Tensor, Tensor) {
+    fn attention(
+        &self,
+        qkv: &Tensor,
+        sight: Sight<'_, Tensor>,
+        dims: &AttentionDims,
+    ) -> (Tensor, Tensor) {
         let queries = dims.sequences * dims.length * dims.heads;
         let mut log_sums = self.uninitialised(queries);
         let y = self.written(queries * dims.head_dim, |y| {
-            attention::forward(qkv.values(), dims, y, log_sums.values_mut());
+            attention::forward(qkv.values(), sight, dims, y, log_sums.values_mut());
         });
         (y, log_sums)
+    }
+
+    fn attention_join(
+        &self,
+        (y, log_sums): (&mut Tensor, &mut Tensor),
+        (other, other_sums): (&Tensor, &Tensor),
+        dims: &AttentionDims,
+    ) {
+        let found = (y.values_mut(), log_sums.values_mut());
+        attention::join(found, (other.values(), other_sums.values()), dims);
+        self.round(y.values_mut());
     }
 
     fn attention_backward(
@@ -310,12 +350,22 @@ impl Operators for Cpu {
         dy: &Tensor,
         qkv: &Tensor,
         (y, log_sums): (&Tensor, &Tensor),
+        sight: Sight<'_, Tensor>,
         dims: &AttentionDims,
-    ) -> Tensor {
+    ) -> (Tensor, Option<Tensor>) {
         let saved = (y.values(), log_sums.values());
-        self.written(qkv.values().len(), |dqkv| {
-            attention::backward(dy.values(), qkv.values(), saved, dims, dqkv);
-        })
+        let mut apart = sight.keys.map(|keys| self.uninitialised(keys.values().len()));
+        let dqkv = self.written(qkv.values().len(), |dqkv| {
+            let apart = apart.as_mut().map(Tensor::values_mut);
+            if apart.is_some() {
+                dqkv.fill(0.0);
+            }
+            attention::backward(dy.values(), qkv.values(), saved, sight, dims, (dqkv, apart));
+        });
+        if let Some(apart) = &mut apart {
+            self.round(apart.values_mut());
+        }
+        (dqkv, apart)
     }
 
     fn swiglu(&self, gate_up: &Tensor, width: usize) -> Tensor {
@@ -333,6 +383,10 @@ impl Operators for Cpu {
     fn embedding(&self, words: &[u32], table: Window<'_, Tensor>, width: usize) -> Tensor {
         self.written(words.len() * width, |y| {
             for (word, row) in words.iter().zip(y.chunks_exact_mut(width)) {
+                if *word == ELSEWHERE {
+                    row.fill(0.0);
+                    continue;
+                }
                 let start = table.start + *word as usize * width;
                 row.copy_from_slice(&table.flat.values()[start..start + width]);
             }
@@ -347,7 +401,8 @@ impl Operators for Cpu {
         dtable: WindowMut<'_, Tensor>,
     ) {
         let table = &mut dtable.flat.values_mut()[dtable.start..];
-        for (word, row) in words.iter().zip(dy.values().chunks_exact(width)) {
+        let rows = words.iter().zip(dy.values().chunks_exact(width));
+        for (word, row) in rows.filter(|(word, _)| **word != ELSEWHERE) {
             let start = *word as usize * width;
             kernels::add(&mut table[start..start + width], row);
         }
@@ -365,6 +420,43 @@ impl Operators for Cpu {
             .zip(targets)
             .map(|(row, target)| kernels::cross_entropy(row, *target as usize, gradient_scale));
         let loss = losses.sum();
+        self.round(logits.values_mut());
+        loss
+    }
+
+    fn log_sums(&self, logits: &Tensor, targets: &[u32], dims: ScoreDims) -> Tensor {
+        let mut sums = self.uninitialised(3 * targets.len());
+        let rows = logits.values().chunks_exact(dims.width).zip(targets);
+        for ((row, target), sums) in rows.zip(sums.values_mut().chunks_exact_mut(3)) {
+            let score = if *target == ELSEWHERE { 0.0 } else { row[*target as usize] };
+            let (max, sum) = kernels::log_sum(&row[..dims.words]);
+            sums.copy_from_slice(&[max, sum, score]);
+        }
+        sums
+    }
+
+    fn cross_entropy_of_part(
+        &self,
+        logits: &mut Tensor,
+        targets: &[u32],
+        dims: ScoreDims,
+        log_sums: &Tensor,
+        gradient_scale: f32,
+    ) -> f64 {
+        let parts = log_sums.values();
+        let mut loss = 0.0;
+        let rows = logits.values_mut().chunks_exact_mut(dims.width).zip(targets);
+        for (index, (row, target)) in rows.enumerate() {
+            let of_row = parts.chunks_exact(3 * targets.len()).map(|part| &part[3 * index..]);
+            let (max, sum, score) = kernels::join_log_sums(of_row);
+            let (row, padding) = row.split_at_mut(dims.words);
+            padding.fill(0.0);
+            kernels::softmax_times(row, max, gradient_scale / sum);
+            if *target != ELSEWHERE {
+                row[*target as usize] -= gradient_scale;
+            }
+            loss += f64::from(max) + f64::from(sum).ln() - f64::from(score);
+        }
         self.round(logits.values_mut());
         loss
     }

@@ -37,7 +37,7 @@ impl<O: Operators> Stage<O> {
 
     fn router_dims(&self) -> ProductDims {
         let (k, n) = (self.config.hidden as usize, self.experts().count as usize);
-        ProductDims { r: self.program.tokens, k, n }
+        ProductDims { r: self.program.tokens(), k, n }
     }
 
     // Forward.
@@ -109,7 +109,7 @@ impl<O: Operators> Stage<O> {
     /// The rows of copies, each added to that of its token.
     fn added_up(&self, copies: &O::Tensor, tokens: &[u32], into: Option<O::Tensor>) -> O::Tensor {
         let width = self.config.hidden as usize;
-        let elements = self.program.tokens * width;
+        let elements = self.program.tokens() * width;
         let mut sum = into.unwrap_or_else(|| self.operators.zeros(elements));
         let window = WindowMut { flat: &mut sum, start: 0, fresh: false };
         self.operators.embedding_backward(copies, tokens, width, window);

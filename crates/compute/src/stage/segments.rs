@@ -2,55 +2,74 @@
 //!
 //! Forward leaves in `values` what the next segment or the backward pass reads, and in `saved`
 //! what only the segment's own backward needs. Backward takes the gradient of the segment's
-//! output, leaves that of its input, and frees both passes' values behind it.
+//! output, leaves that of its input, and frees both passes' values behind it. The gradients of
+//! weights are found from what is `owed`, at once or in a pass of their own.
 
-use model::{Block, Pass, Role, Segment};
-use program::Value;
+use model::{Block, Parameter, Pass, Role, Segment};
+use program::{Buffer, Piece, Value};
 
+use super::exchanged::{Rows, Work};
 use super::{BlockState, Stage};
-use crate::operators::{Operators, ProductDims, Rotation, Window, WindowMut};
+use crate::operators::{ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Window, WindowMut};
+
+/// What the gradients of a segment's weights are made of.
+pub(super) struct Owed<T> {
+    /// The gradient of its output.
+    output: T,
+    /// The gradient of what stands between its two products, if it has two.
+    inner: Option<T>,
+    /// Its input, if others need it too; else it stays among the values.
+    input: Option<T>,
+}
 
 impl<O: Operators> Stage<O> {
-    pub(super) fn compute(&mut self, segment: Segment, pass: Pass, layer: u32, microbatch: u32) {
+    pub(super) fn compute(&mut self, work: Work, pass: Pass) {
         match pass {
-            Pass::Forward => self.forward(segment, layer, microbatch),
-            Pass::Recompute if is_feed_forward(segment) => {
-                self.feed_forward_again(segment, layer, microbatch);
+            Pass::Forward => self.forward(work),
+            Pass::Recompute if is_feed_forward(work.segment) => {
+                // Nothing reads the delta a second time; the gate and up products are what is missed.
+                let x = self.input(work);
+                let gate_up = self.product(&x, work);
+                self.save_gate_up(work, gate_up);
             }
-            Pass::Recompute => self.forward(segment, layer, microbatch),
-            Pass::Backward => self.backward(segment, layer, microbatch),
-            Pass::BackwardInput | Pass::BackwardWeight => {
-                unreachable!("the layout refuses split backward passes")
+            Pass::Recompute => self.forward(work),
+            Pass::BackwardInput => self.backward_input(work),
+            Pass::BackwardWeight => self.backward_weight(work),
+            Pass::Backward => {
+                self.backward_input(work);
+                self.backward_weight(work);
             }
         }
     }
 
-    fn forward(&mut self, segment: Segment, layer: u32, mb: u32) {
-        let hidden = self.config.hidden as usize;
+    fn forward(&mut self, work: Work) {
+        let Work { segment, layer, microbatch: mb, .. } = work;
         match segment {
             Segment::Embed => {
+                let words = self.in_part(&self.microbatches[mb as usize].words);
                 let table = self.window(Block::Embedding, Role::Embedding);
-                let words = &self.microbatches[mb as usize].words;
-                let stream = self.operators.embedding(words, table, hidden);
-                self.values.insert((mb, Value::Stream(0)), stream);
+                let width = self.config.hidden as usize;
+                let stream = self.operators.embedding(&words, table, width);
+                self.leave(work, stream);
             }
             Segment::AttentionNorm | Segment::FeedForwardNorm | Segment::FinalNorm => {
                 self.norm_forward(segment, layer, mb);
             }
             Segment::Qkv => {
-                let mut qkv = self.product((mb, Value::AttentionNormed(layer)), segment, layer);
-                self.rotate(&mut qkv, false);
-                self.values.insert((mb, Value::Qkv(layer)), qkv);
+                let x = self.input(work);
+                let qkv = self.product(&x, work);
+                self.leave(work, qkv);
+                if work.is_last() {
+                    let mut qkv = take(&mut self.values, work.of(Value::Qkv(layer)));
+                    self.rotate(&mut qkv, false);
+                    self.values.insert(work.of(Value::Qkv(layer)), qkv);
+                }
             }
-            Segment::Attend => {
-                let qkv = &self.values[&(mb, Value::Qkv(layer))];
-                let (y, log_sums) = self.operators.attention(qkv, &self.program.attention);
-                self.values.insert((mb, Value::Attended(layer)), y);
-                self.saved.insert((mb, Value::Attended(layer)), log_sums);
-            }
-            Segment::Project => {
-                let delta = self.product((mb, Value::Attended(layer)), segment, layer);
-                self.values.insert((mb, Value::AttentionDelta(layer)), delta);
+            Segment::Attend => self.attend(work),
+            Segment::Project | Segment::Logits => {
+                let x = self.input(work);
+                let y = self.product(&x, work);
+                self.leave(work, y);
             }
             Segment::AttentionAdd | Segment::FeedForwardAdd => {
                 let (stream, delta, sum) = addition(segment, layer);
@@ -58,17 +77,17 @@ impl<O: Operators> Stage<O> {
                 self.operators.add(&mut delta, &self.values[&(mb, stream)]);
                 self.values.insert((mb, sum), delta);
             }
-            Segment::FeedForward | Segment::SharedExperts => {
-                self.feed_forward(segment, layer, mb);
-            }
+            Segment::FeedForward | Segment::SharedExperts => self.feed_forward(work),
             Segment::Route | Segment::Dispatch | Segment::Experts | Segment::Combine => {
                 self.experts_forward(segment, layer, mb);
             }
-            Segment::Logits => {
-                let logits = self.product((mb, Value::FinalNormed(layer)), segment, layer);
-                self.values.insert((mb, Value::Logits(layer)), logits);
+            Segment::LogSums => {
+                let targets = self.in_part(&self.microbatches[mb as usize].targets);
+                let logits = &self.values[&(mb, Value::Logits(layer))];
+                let sums = self.operators.log_sums(logits, &targets, self.scores());
+                self.values.insert((mb, Value::LogSums(layer)), sums);
             }
-            Segment::Loss => self.loss_forward(layer, mb),
+            Segment::Loss => self.loss_forward(work),
             other => unreachable!("{other} is no segment of a Llama"),
         }
     }
@@ -85,43 +104,53 @@ impl<O: Operators> Stage<O> {
         self.saved.insert((mb, output), inverse);
     }
 
-    fn feed_forward(&mut self, segment: Segment, layer: u32, mb: u32) {
-        let input = (mb, Value::FeedForwardNormed(layer));
-        let gate_up = self.product(input, segment, layer);
-        let dims = self.down_dims(segment);
+    fn feed_forward(&mut self, work: Work) {
+        let x = self.input(work);
+        let gate_up = self.product(&x, work);
+        let dims = self.down_dims(work);
         let inner = self.operators.swiglu(&gate_up, dims.k);
-        let w = self.window(Block::Layer(layer), down(segment));
+        self.save_gate_up(work, gate_up);
+        let w = self.window(Block::Layer(work.layer), down(work.segment));
         let delta = self.operators.product(&inner, w, dims);
-        let output = (mb, Value::of(segment, layer).1);
-        self.values.insert(output, delta);
-        self.saved.insert(output, gate_up);
+        self.leave(work, delta);
     }
 
-    /// Nothing reads the delta a second time; the gate and up products are all that is missed.
-    fn feed_forward_again(&mut self, segment: Segment, layer: u32, mb: u32) {
-        let input = (mb, Value::FeedForwardNormed(layer));
-        let gate_up = self.product(input, segment, layer);
-        self.saved.insert((mb, Value::of(segment, layer).1), gate_up);
+    fn save_gate_up(&mut self, work: Work, piece: O::Tensor) {
+        let key = work.of(work.output());
+        let saved = self.saved.remove(&key);
+        let gate_up = self.joined(saved, piece, Rows::Product, work.piece);
+        self.saved.insert(key, gate_up);
     }
 
-    fn loss_forward(&mut self, layer: u32, mb: u32) {
-        let mut logits = take(&mut self.values, (mb, Value::Logits(layer)));
-        let targets = &self.microbatches[mb as usize].targets;
-        let words = self.config.vocabulary as usize;
+    /// The loss, and the gradient of the logits in their place. Where ranks split the vocabulary,
+    /// all find the same loss and the first tells of it.
+    fn loss_forward(&mut self, work: Work) {
+        let Work { layer, microbatch, .. } = work;
+        let mut logits = take(&mut self.values, work.of(Value::Logits(layer)));
         let weight = 1.0 / self.global_tokens;
-        let loss = self.operators.cross_entropy(&mut logits, targets, words, weight as f32);
-        self.share[1] += loss * weight;
-        self.gradients.insert((mb, Value::Logits(layer)), logits);
+        let targets = &self.microbatches[microbatch as usize].targets;
+        let loss = if self.program.exchanges.before(Segment::Loss, layer).is_none() {
+            let words = self.config.vocabulary as usize;
+            self.operators.cross_entropy(&mut logits, targets, words, weight as f32)
+        } else {
+            let (targets, dims) = (self.in_part(targets), self.scores());
+            let sums = Buffer::Activation { value: Value::LogSums(layer), microbatch };
+            let sums = self.take_gathered(sums, work.piece);
+            self.values.remove(&work.of(Value::LogSums(layer)));
+            let weight = weight as f32;
+            self.operators.cross_entropy_of_part(&mut logits, &targets, dims, &sums, weight)
+        };
+        if self.program.place.tensor == 0 {
+            self.share[1] += loss * weight;
+        }
+        self.gradients.insert(work.of(Value::Logits(layer)), logits);
     }
 
-    fn backward(&mut self, segment: Segment, layer: u32, mb: u32) {
-        let hidden = self.config.hidden as usize;
+    /// The gradients of a segment's inputs; of its weights too where these are the scale of a norm.
+    fn backward_input(&mut self, work: Work) {
+        let Work { segment, layer, microbatch: mb, .. } = work;
         match segment {
             Segment::Loss => {} // the forward pass left the gradient in place of the logits
-            Segment::Logits => {
-                let dy = take(&mut self.gradients, (mb, Value::Logits(layer)));
-                self.product_backward(&dy, (mb, Value::FinalNormed(layer)), segment, layer);
-            }
             Segment::FinalNorm | Segment::FeedForwardNorm | Segment::AttentionNorm => {
                 self.norm_backward(segment, layer, mb);
             }
@@ -132,39 +161,13 @@ impl<O: Operators> Stage<O> {
                 self.gradients.insert((mb, stream), gradient.clone());
                 self.gradients.insert((mb, delta), gradient);
             }
-            Segment::FeedForward | Segment::SharedExperts => {
-                self.feed_forward_backward(segment, layer, mb);
-            }
+            Segment::FeedForward | Segment::SharedExperts => self.feed_forward_backward(work),
             Segment::Route | Segment::Dispatch | Segment::Experts | Segment::Combine => {
                 self.experts_backward(segment, layer, mb);
             }
-            Segment::Project => {
-                let dy = take(&mut self.gradients, (mb, Value::AttentionDelta(layer)));
-                // The weighted values stay: the attention's own backward needs them.
-                let x = self.values[&(mb, Value::Attended(layer))].clone();
-                self.product_backward(&dy, (mb, Value::Attended(layer)), segment, layer);
-                self.values.insert((mb, Value::Attended(layer)), x);
-            }
-            Segment::Attend => {
-                let dy = take(&mut self.gradients, (mb, Value::Attended(layer)));
-                let y = take(&mut self.values, (mb, Value::Attended(layer)));
-                let log_sums = take(&mut self.saved, (mb, Value::Attended(layer)));
-                let qkv = take(&mut self.values, (mb, Value::Qkv(layer)));
-                let dims = &self.program.attention;
-                let dqkv = self.operators.attention_backward(&dy, &qkv, (&y, &log_sums), dims);
-                self.gradients.insert((mb, Value::Qkv(layer)), dqkv);
-            }
-            Segment::Qkv => {
-                let mut dy = take(&mut self.gradients, (mb, Value::Qkv(layer)));
-                self.rotate(&mut dy, true);
-                self.product_backward(&dy, (mb, Value::AttentionNormed(layer)), segment, layer);
-            }
-            Segment::Embed => {
-                let dy = take(&mut self.gradients, (mb, Value::Stream(0)));
-                let words = std::mem::take(&mut self.microbatches[mb as usize].words);
-                let (operators, window) = self.gradient(Block::Embedding, Role::Embedding);
-                operators.embedding_backward(&dy, &words, hidden, window);
-            }
+            Segment::Attend => self.attend_backward(work),
+            Segment::Qkv | Segment::Project | Segment::Logits => self.product_backward(work),
+            Segment::Embed => {} // words have no gradient
             other => unreachable!("{other} is no segment of a Llama"),
         }
     }
@@ -177,8 +180,8 @@ impl<O: Operators> Stage<O> {
         let inverse = take(&mut self.saved, (mb, output));
         // The stream's gradient comes past the norm; at the head it starts here.
         let passing = self.gradients.remove(&(mb, input));
-        let rows = self.program.tokens * width;
-        let mut dx = passing.unwrap_or_else(|| self.operators.zeros(rows));
+        let elements = self.operators.elements(&x);
+        let mut dx = passing.unwrap_or_else(|| self.operators.zeros(elements));
         let scale_of = self.weights(block).clone();
         let (operators, dscale) = self.gradient(block, role);
         let scale = Window { flat: &scale_of, start: dscale.start };
@@ -186,80 +189,164 @@ impl<O: Operators> Stage<O> {
         self.gradients.insert((mb, input), dx);
     }
 
-    fn feed_forward_backward(&mut self, segment: Segment, layer: u32, mb: u32) {
-        let output = (mb, Value::of(segment, layer).1);
-        let dy = take(&mut self.gradients, output);
-        let gate_up = take(&mut self.saved, output);
-        let dims = self.down_dims(segment);
-        let w = self.window(Block::Layer(layer), down(segment));
-        let dinner = self.operators.product_input_gradient(&dy, w, dims);
-        let inner = self.operators.swiglu(&gate_up, dims.k);
-        let (operators, dw) = self.gradient(Block::Layer(layer), down(segment));
-        operators.product_weight_gradient(&dy, &inner, dims, dw);
-        drop(inner);
-        let dgate_up = self.operators.swiglu_backward(&dinner, &gate_up, dims.k);
-        let input = (mb, Value::FeedForwardNormed(layer));
-        // Routed experts read the same input, and come after.
-        let x = (segment == Segment::SharedExperts).then(|| self.values[&input].clone());
-        self.product_backward(&dgate_up, input, segment, layer);
-        self.values.extend(x.map(|x| (input, x)));
-    }
-
-    /// The product at the start of `segment`: of the value at `input` with the segment's weights.
-    fn product(&self, input: (u32, Value), segment: Segment, layer: u32) -> O::Tensor {
-        let (block, role, dims) = self.linear(segment, layer);
-        self.operators.product(&self.values[&input], self.window(block, role), dims)
-    }
-
-    /// Both gradients of [`Self::product`]; frees its input.
-    fn product_backward(
-        &mut self,
-        dy: &O::Tensor,
-        input: (u32, Value),
-        segment: Segment,
-        layer: u32,
-    ) {
-        let (block, role, dims) = self.linear(segment, layer);
+    /// The gradient of the input of a segment that is one product.
+    fn product_backward(&mut self, work: Work) {
+        if work.segment == Segment::Qkv && work.is_first() {
+            let key = work.of(Value::Qkv(work.layer));
+            let mut dy = take(&mut self.gradients, key);
+            self.join_keys(work, &mut dy);
+            self.rotate(&mut dy, true);
+            self.gradients.insert(key, dy);
+        }
+        let dy = self.output_gradient(work);
+        let (block, role, dims) = self.linear(work);
         let w = self.window(block, role);
-        let dx = self.operators.product_input_gradient(dy, w, dims);
-        let x = take(&mut self.values, input);
+        let dx = self.operators.product_input_gradient(&dy, w, dims);
+        self.owe(work, dy, None);
+        self.leave_gradient(work, Value::of(work.segment, work.layer).0[0], dx);
+    }
+
+    fn feed_forward_backward(&mut self, work: Work) {
+        let dy = self.output_gradient(work);
+        let gate_up = self.piece(&self.saved[&work.of(work.output())], Rows::Product, work.piece);
+        let dims = self.down_dims(work);
+        let w = self.window(Block::Layer(work.layer), down(work.segment));
+        let dinner = self.operators.product_input_gradient(&dy, w, dims);
+        let dgate_up = self.operators.swiglu_backward(&dinner, &gate_up, dims.k);
+        drop((gate_up, dinner));
+        let (block, role, dims) = self.linear(work);
+        let w = self.window(block, role);
+        let dx = self.operators.product_input_gradient(&dgate_up, w, dims);
+        self.owe(work, dy, Some(dgate_up));
+        self.leave_gradient(work, Value::FeedForwardNormed(work.layer), dx);
+    }
+
+    /// Keeps what the gradients of weights are made of.
+    fn owe(&mut self, work: Work, output: O::Tensor, inner: Option<O::Tensor>) {
+        let Work { segment, layer, microbatch, piece } = work;
+        let key = (microbatch, segment, layer);
+        let (earlier, earlier_inner) = match self.owed.remove(&key) {
+            Some(owed) => (Some(owed.output), owed.inner),
+            None => (None, None),
+        };
+        let output = self.joined(earlier, output, Rows::Product, piece);
+        let inner = inner.map(|inner| self.joined(earlier_inner, inner, Rows::Product, piece));
+        // Others read the input too, and free it: the backward pass of attention what it left, the
+        // router what it chose experts for.
+        let shared = matches!(segment, Segment::Project | Segment::SharedExperts);
+        let gathered = self.program.exchanges.before(segment, layer).is_some();
+        let value = Value::of(segment, layer).0[0];
+        let input = (shared && !gathered).then(|| self.values[&work.of(value)].clone());
+        self.owed.insert(key, Owed { output, inner, input });
+    }
+
+    /// The gradients of a segment's weights.
+    fn backward_weight(&mut self, work: Work) {
+        let Work { segment, layer, microbatch, .. } = work;
+        if segment == Segment::Embed {
+            return self.embedding_backward(work);
+        }
+        let Some(owed) = self.owed.remove(&(microbatch, segment, layer)) else {
+            return; // without weights, or those of a norm
+        };
+        let Owed { mut output, inner, input } = owed;
+        if let Some(dgate_up) = inner {
+            let gate_up = take(&mut self.saved, work.of(work.output()));
+            let dims = self.down_dims(work);
+            let inner = self.operators.swiglu(&gate_up, dims.k);
+            let (operators, dw) = self.gradient(Block::Layer(layer), down(segment));
+            operators.product_weight_gradient(&output, &inner, dims, dw);
+            output = dgate_up;
+        }
+        let value = Value::of(segment, layer).0[0];
+        let x = match self.program.exchanges.before(segment, layer) {
+            Some(_) => {
+                let gathered = self.input(work);
+                if segment != Segment::SharedExperts {
+                    self.values.remove(&work.of(value));
+                }
+                gathered
+            }
+            None => input.unwrap_or_else(|| take(&mut self.values, work.of(value))),
+        };
+        let (block, role, dims) = self.linear(work);
         let (operators, dw) = self.gradient(block, role);
-        operators.product_weight_gradient(dy, &x, dims, dw);
-        self.gradients.insert(input, dx);
+        operators.product_weight_gradient(&output, &x, dims, dw);
+    }
+
+    fn embedding_backward(&mut self, work: Work) {
+        let dy = self.output_gradient(work);
+        let words = std::mem::take(&mut self.microbatches[work.microbatch as usize].words);
+        let (words, hidden) = (self.in_part(&words), self.config.hidden as usize);
+        let (operators, window) = self.gradient(Block::Embedding, Role::Embedding);
+        operators.embedding_backward(&dy, &words, hidden, window);
+    }
+
+    /// The product at the start of a segment, of `x` with the segment's weights.
+    fn product(&self, x: &O::Tensor, work: Work) -> O::Tensor {
+        let (block, role, dims) = self.linear(work);
+        self.operators.product(x, self.window(block, role), dims)
+    }
+
+    // The size of this rank's part.
+
+    /// Rows of a piece of what enters products.
+    fn rows(&self, piece: Piece) -> usize {
+        self.program.shape.product_tokens() as usize / usize::from(piece.of)
+    }
+
+    fn down_dims(&self, work: Work) -> ProductDims {
+        let (k, n) = (self.feed_forward_width(work.segment), self.config.hidden as usize);
+        ProductDims { r: self.rows(work.piece), k, n }
+    }
+
+    fn feed_forward_width(&self, segment: Segment) -> usize {
+        let whole = match self.config.experts {
+            Some(experts) if segment == Segment::SharedExperts => experts.shared_width,
+            _ => self.config.feed_forward,
+        };
+        (whole / self.program.shape.tensor) as usize
+    }
+
+    /// Words of the vocabulary in each rank's part.
+    fn words(&self) -> usize {
+        self.config.vocabulary.div_ceil(self.program.shape.tensor) as usize
+    }
+
+    /// The vocabulary may not divide: the last part may have rows that are no words.
+    fn scores(&self) -> ScoreDims {
+        let (width, all) = (self.words(), self.config.vocabulary as usize);
+        let first = self.program.place.tensor as usize * width;
+        ScoreDims { width, words: all.saturating_sub(first).min(width) }
+    }
+
+    /// Words as rows of this rank's part of the vocabulary.
+    fn in_part(&self, words: &[u32]) -> Vec<u32> {
+        let first = self.program.place.tensor as u32 * self.words() as u32;
+        let part = first..first + self.words() as u32;
+        let row = |word: &u32| if part.contains(word) { word - first } else { ELSEWHERE };
+        words.iter().map(row).collect()
     }
 
     /// The weights of the product at the start of a segment: adjacent parameters count as one.
-    fn linear(&self, segment: Segment, layer: u32) -> (Block, Role, ProductDims) {
-        let (r, hidden) = (self.program.tokens, self.config.hidden as usize);
-        let dims = |k, n: u64| ProductDims { r, k, n: n as usize };
-        let block = Block::Layer(layer);
-        match segment {
-            Segment::Qkv => (block, Role::Query, dims(hidden, self.config.qkv_width())),
-            Segment::Project => {
-                (block, Role::Output, dims(self.config.query_width() as usize, self.config.hidden))
-            }
-            Segment::FeedForward => (block, Role::Gate, dims(hidden, 2 * self.config.feed_forward)),
-            Segment::SharedExperts => {
-                (block, Role::SharedUp, dims(hidden, 2 * self.feed_forward_width(segment)))
+    fn linear(&self, work: Work) -> (Block, Role, ProductDims) {
+        let (hidden, dims) = (self.config.hidden as usize, &self.program.attention);
+        let block = Block::Layer(work.layer);
+        let (block, role, k, n) = match work.segment {
+            Segment::Qkv => (block, Role::Query, hidden, dims.qkv_width()),
+            Segment::Project => (block, Role::Output, dims.heads * dims.head_dim, hidden),
+            Segment::FeedForward | Segment::SharedExperts => {
+                let role =
+                    if work.segment == Segment::FeedForward { Role::Gate } else { Role::SharedUp };
+                (block, role, hidden, 2 * self.feed_forward_width(work.segment))
             }
             Segment::Logits if self.config.tied_embeddings => {
-                (Block::Embedding, Role::Embedding, dims(hidden, self.config.vocabulary))
+                (Block::Embedding, Role::Embedding, hidden, self.words())
             }
-            Segment::Logits => (Block::Head, Role::Head, dims(hidden, self.config.vocabulary)),
-            _ => unreachable!("{segment} starts with no product"),
-        }
-    }
-
-    fn down_dims(&self, segment: Segment) -> ProductDims {
-        let (k, n) = (self.feed_forward_width(segment) as usize, self.config.hidden as usize);
-        ProductDims { r: self.program.tokens, k, n }
-    }
-
-    fn feed_forward_width(&self, segment: Segment) -> u64 {
-        match self.config.experts {
-            Some(experts) if segment == Segment::SharedExperts => experts.shared_width,
-            _ => self.config.feed_forward,
-        }
+            Segment::Logits => (Block::Head, Role::Head, hidden, self.words()),
+            other => unreachable!("{other} starts with no product"),
+        };
+        (block, role, ProductDims { r: self.rows(work.piece), k, n })
     }
 
     fn rotate(&self, qkv: &mut O::Tensor, inverse: bool) {
@@ -294,10 +381,22 @@ impl<O: Operators> Stage<O> {
         let fresh = state.written.insert(role) && block != Block::Embedding;
         (operators, WindowMut { flat, start, fresh })
     }
-}
 
-pub(super) fn take<K: Ord, T>(from: &mut std::collections::BTreeMap<K, T>, key: K) -> T {
-    from.remove(&key).expect("the verifier has seen this value written")
+    /// Zeros in place of gradients that no microbatch has written since the last reduction: where
+    /// the gradients of weights have a pass of their own, a norm's come earlier.
+    pub(super) fn clear_unwritten(&mut self, block: Block) {
+        let operators = self.operators.clone();
+        let state = self.state(block);
+        let unwritten = |p: &&Parameter| !state.written.contains(&written_as(p.role));
+        let whole = block == Block::Embedding; // made of zeros
+        let ranges: Vec<_> =
+            state.parameters.iter().filter(unwritten).map(Parameter::range).collect();
+        let Some(gradients) = state.gradients.as_mut().filter(|_| !whole) else { return };
+        for range in ranges {
+            let zeros = operators.zeros(range.len());
+            operators.set_columns(gradients, state.elements, range.start, &zeros);
+        }
+    }
 }
 
 fn is_feed_forward(segment: Segment) -> bool {
@@ -307,6 +406,19 @@ fn is_feed_forward(segment: Segment) -> bool {
 /// The second product of a feed-forward block.
 fn down(segment: Segment) -> Role {
     if segment == Segment::SharedExperts { Role::SharedDown } else { Role::Down }
+}
+
+/// Adjacent parameters of one product are written as the first of them.
+fn written_as(role: Role) -> Role {
+    match role {
+        Role::Key | Role::Value => Role::Query,
+        Role::Up => Role::Gate,
+        other => other,
+    }
+}
+
+pub(super) fn take<K: Ord, T>(from: &mut std::collections::BTreeMap<K, T>, key: K) -> T {
+    from.remove(&key).expect("the verifier has seen this value written")
 }
 
 /// A norm's input, output and scale.

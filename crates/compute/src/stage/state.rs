@@ -2,20 +2,26 @@
 
 use std::ops::Range;
 
-use model::Block;
+use model::{Block, Config};
 
 use super::Stage;
 use crate::operators::Operators;
 
 impl<O: Operators> Stage<O> {
-    /// The elements of a block that this rank updates.
+    /// The model.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The elements of this rank's part of a block that it updates.
     #[must_use]
     pub fn held(&self, block: Block) -> Range<usize> {
         self.blocks[&block].held.clone()
     }
 
-    /// The elements of a block that are this rank's chunk among the ranks of the data axis, which
-    /// together hold each element once.
+    /// The elements of this rank's part of a block that are its chunk among the ranks of the data
+    /// axis, which together hold each element once.
     #[must_use]
     pub fn own(&self, block: Block) -> Range<usize> {
         self.blocks[&block].own.clone()

@@ -202,7 +202,7 @@ impl Lowering<'_> {
         }
         let every_microbatch = shards(self.layout, Shard::Gradients);
         let pending = if every_microbatch { PENDING_REDUCTIONS } else { PENDING_LAST_REDUCTIONS };
-        self.drain_reductions(pending - 1);
+        self.drain_reductions(pending - 1, Some(block));
         let sharded = shards(self.layout, Shard::Optimizer);
         let kind = if sharded { Kind::ReduceScatter } else { Kind::AllReduce };
         let elements = self.common.blocks[&block];
@@ -223,7 +223,8 @@ impl Lowering<'_> {
         }
     }
 
-    fn drain_reductions(&mut self, pending: usize) {
+    /// Waits for all but some reductions; one of `coming` will be posted next.
+    fn drain_reductions(&mut self, pending: usize, coming: Option<Block>) {
         while self.reducing.len() > pending
             && let Some((block, ticket)) = self.reducing.pop_front()
         {
@@ -231,7 +232,8 @@ impl Lowering<'_> {
             if shards(self.layout, Shard::Gradients) {
                 self.list.push(Instruction::Accumulate { block });
             }
-            let more = self.reducing.iter().any(|(later, _)| *later == block);
+            let more =
+                coming == Some(block) || self.reducing.iter().any(|(later, _)| *later == block);
             if self.uses.step.get(&block) == Some(&0) && !more {
                 self.join(block);
             }
@@ -259,7 +261,7 @@ impl Lowering<'_> {
         for block in blocks.iter().filter(|_| late) {
             self.reduce(*block);
         }
-        self.drain_reductions(0);
+        self.drain_reductions(0, None);
         while let Some(ticket) = self.joining.pop() {
             self.wait(ticket);
         }

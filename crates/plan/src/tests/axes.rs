@@ -118,6 +118,10 @@ fn state_is_shared_out_within_replicas() {
             continue;
         }
         proved(&config(4, true), &layout, &batch(&mesh, 2));
+        // A block's gradients of several microbatches are reduced one after the other.
+        let (schedule, virtual_stages) = (Schedule::Interleaved, 2);
+        let layout = Layout { schedule, virtual_stages, ..layout };
+        proved(&config(4, true), &layout, &batch(&mesh, 4));
     });
 }
 

@@ -47,6 +47,8 @@ pub(super) struct Dataflow<'p> {
     unreduced: FxHashSet<Block>,
     /// Blocks whose reduced gradients the other replicas have not added theirs to.
     apart: FxHashSet<Block>,
+    /// Blocks whose sums over the replicas are complete: nothing may be added to them.
+    joined: FxHashSet<Block>,
     /// Reduced gradients that have arrived and are not yet accumulated.
     reduced: Vec<Block>,
     posted: BTreeMap<Ticket, Transfer>,
@@ -72,6 +74,7 @@ impl<'p> Dataflow<'p> {
             unsummed: FxHashSet::default(),
             unreduced: FxHashSet::default(),
             apart: FxHashSet::default(),
+            joined: FxHashSet::default(),
             reduced: Vec::new(),
             posted: BTreeMap::new(),
             updated: FxHashSet::default(),
@@ -347,6 +350,9 @@ impl<'p> Dataflow<'p> {
                 self.unsummed.remove(&block);
             }
             Buffer::Gradients(block) => {
+                if self.joined.contains(&block) {
+                    return Err(format!("{block} has been summed over the replicas"));
+                }
                 if self.unsummed.contains(&block) {
                     return Err(format!("parts of {block} are not summed over tensor"));
                 }
@@ -407,6 +413,7 @@ impl<'p> Dataflow<'p> {
             }
             Buffer::ReducedGradients(block) if transfer.axis == Axis::Replica => {
                 self.apart.remove(&block);
+                self.joined.insert(block);
             }
             Buffer::ReducedGradients(_) | Buffer::ReplicatedGradients(_) | Buffer::Statistics => {}
         }
@@ -465,7 +472,12 @@ impl<'p> Dataflow<'p> {
 }
 
 /// Whether a transfer is the next thing due on a piece of `buffer`.
-fn is_due(partial: &FxHashMap<Buffer, Vec<Partial>>, buffer: Buffer, piece: Piece, due: Due) -> bool {
+fn is_due(
+    partial: &FxHashMap<Buffer, Vec<Partial>>,
+    buffer: Buffer,
+    piece: Piece,
+    due: Due,
+) -> bool {
     let parts = partial.get(&buffer).map(Vec::as_slice).unwrap_or_default();
     parts.iter().any(|part| part.piece == piece && part.dues[0] == due)
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use checkpoint::sharded::{Checkpoint, Progress, Saver, Setup};
 use checkpoint::store::simulated::{Faults, SimulatedDisk};
 use checkpoint::store::{Folder, Store};
+use program::Program;
 
 use super::*;
 
@@ -33,12 +34,13 @@ impl Keeping {
     pub fn start(
         &self,
         worker: &mut Worker<Cpu>,
+        program: &Program,
         job: &Job,
         settings: &mut Settings,
     ) -> Result<Safekeeping, Error> {
         let Some(store) = &self.store else { return Ok(Safekeeping::default()) };
         if self.resume {
-            settings.first_step = resume(worker, store, &job.config)?.progress.step;
+            settings.first_step = resume(worker, program, store, &job.config)?.progress.step;
         }
         let (communicator, world) = worker.communication(program::Axis::World);
         let setup = Setup {
@@ -183,5 +185,30 @@ fn nothing_to_resume_is_said_with_the_reasons() {
     for said in try_it() {
         let reason = format!("\n  rank 0: /{name}/rank-00001.safetensors is damaged: the checksum");
         assert!(said.contains(&reason), "{said}");
+    }
+}
+
+#[test]
+fn parameters_that_ranks_split_are_resumed_on_any_mesh() {
+    let job = Job { batch: Batch { sequence: 16, global_batch: 12 }, ..Job::new(true) };
+    let expected = train(&job, &job.reference());
+    let with = |mesh, shard| Layout { sequence_parallel: true, ..Layout::new(mesh, 1, shard) };
+    let layouts = [
+        with(Mesh { tensor: 2, data: 2, ..Mesh::ONE }, Shard::Parameters),
+        layout(1, 1, 4, Shard::None),
+        with(Mesh { tensor: 4, pipeline: 2, ..Mesh::ONE }, Shard::None),
+        with(Mesh { tensor: 2, context: 2, ..Mesh::ONE }, Shard::Optimizer),
+    ];
+    for (index, before) in layouts.iter().enumerate() {
+        let after = &layouts[(index + 1) % layouts.len()];
+        let (disk, store) = memory();
+        let ranks = in_process(before.mesh.ranks());
+        train_keeping(&job, before, ranks, &Keeping::in_store(&store));
+        let newest = Checkpoint::names(&*store).unwrap().remove(0);
+        disk.truncate(&PathBuf::from(format!("/{newest}/manifest.json")), 0);
+        let mut resumed = resumed(&job, after, &store);
+        resumed.steps = [expected.steps[..15].to_vec(), resumed.steps].concat();
+        resumed.evaluations = [vec![expected.evaluations[0]], resumed.evaluations].concat();
+        assert_same(after, &resumed, &expected);
     }
 }
