@@ -70,6 +70,8 @@ struct BlockState<T> {
     /// The elements whose gradients this rank counts in their norm: all that are gradients, and of
     /// several ranks that hold the same, one counts them.
     counted: Vec<Range<usize>>,
+    /// Whether the ranks of the data axis share out its state.
+    sharded: bool,
     /// This rank's chunk among the ranks of the data axis.
     own: Range<usize>,
     /// The elements this rank updates: the own chunk when the optimizer is sharded, else all.
@@ -175,11 +177,6 @@ impl StageSpec {
 
     fn ranks(&self) -> u32 {
         self.exchanges.mesh.ranks()
-    }
-
-    /// Tokens of this rank's residual stream.
-    fn tokens(&self) -> usize {
-        self.shape.stream_tokens() as usize
     }
 
     /// Of the ranks that hold the same share, one in each replica, whether this is the first.
@@ -339,12 +336,11 @@ impl<O: Operators> Stage<O> {
     }
 
     fn square_sum(&mut self, block: Block) {
-        let sharded = self.program.sharded;
         self.state(block).settle();
         let state = &self.blocks[&block];
         let Reduced { tensor, start } = state.reduced.as_ref().expect("gradients are reduced");
         // Without sharding every rank holds all; each counts the chunk it would own.
-        let first = if sharded { *start } else { state.own.start };
+        let first = if state.sharded { *start } else { state.own.start };
         for counted in &state.counted {
             let (from, to) = (counted.start.max(state.own.start), counted.end.min(state.own.end));
             if from < to && self.program.is_first_replica() {
@@ -360,7 +356,6 @@ impl<O: Operators> Stage<O> {
         let settings = self.settings();
         let balance = self.balance();
         let operators = self.operators.clone();
-        let sharded = self.program.sharded;
         let state = self.state(block);
         state.settle();
         state.gathered = None; // it may share the master's memory
@@ -384,7 +379,7 @@ impl<O: Operators> Stage<O> {
                 operators.adamw(&settings, [&mut state.master, mean, square], gradient, range);
             }
         }
-        state.gathered = (!sharded).then(|| operators.cast(&state.master));
+        state.gathered = (!state.sharded).then(|| operators.cast(&state.master));
     }
 
     /// The mean load of a routed expert, and how far biases move against the loads.
@@ -424,8 +419,10 @@ impl<T> BlockState<T> {
         let parameters = config.rank_parameters(block, &spec.shape);
         let own = spec.chunk(Program::data_axis(block), elements);
         let whole = operators.upload(values);
-        let held = if spec.sharded { own.clone() } else { 0..elements };
-        let master = if spec.sharded { operators.slice(&whole, own.clone()) } else { whole };
+        // A block that no other rank holds is not shared out.
+        let sharded = spec.sharded && own.len() < elements;
+        let held = if sharded { own.clone() } else { 0..elements };
+        let master = if sharded { operators.slice(&whole, own.clone()) } else { whole };
         let moments = [operators.zeros(held.len()), operators.zeros(held.len())];
         Self {
             counted: config.ranges(block, &spec.shape, |parameter| {
@@ -436,7 +433,8 @@ impl<T> BlockState<T> {
             elements,
             own,
             held,
-            gathered: (!spec.sharded).then(|| operators.cast(&master)),
+            sharded,
+            gathered: (!sharded).then(|| operators.cast(&master)),
             master,
             moments,
             gradients: None,

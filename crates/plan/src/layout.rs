@@ -97,9 +97,10 @@ impl Layout {
     /// # Errors
     /// [`LayoutError::Unsupported`], which names the key.
     pub fn require_runnable(&self) -> Result<(), LayoutError> {
-        let Mesh { expert, .. } = self.mesh;
-        let keys =
-            [("expert", expert > 1), ("attention", self.attention != AttentionKernel::Flash)];
+        let keys = [
+            ("expert_tensor", self.mesh.expert_tensor > 1),
+            ("attention", self.attention != AttentionKernel::Flash),
+        ];
         match keys.into_iter().find(|(_, used)| *used) {
             Some((key, _)) => Err(LayoutError::Unsupported(key)),
             None => Ok(()),

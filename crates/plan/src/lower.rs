@@ -264,7 +264,8 @@ impl<'a> Lowering<'a> {
             Buffer::Gradients(_) | Buffer::ReplicatedGradients(_) | Buffer::ReducedGradients(_) => {
                 self.layout.gradient_bytes
             }
-            Buffer::Activation { value: Value::LogSums(_), .. } | Buffer::Statistics => 4,
+            Buffer::Activation { value: Value::LogSums(_) | Value::Routes(_), .. }
+            | Buffer::Statistics => 4,
             Buffer::Activation { .. } | Buffer::ActivationGradient { .. } => {
                 self.layout.activation_bytes
             }

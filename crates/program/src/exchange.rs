@@ -61,8 +61,8 @@ impl Exchanges {
         (self.mesh.expert_tensor > 1).then_some((action, Axis::Tensor))
     }
 
-    fn along_expert(self) -> Option<Due> {
-        (self.mesh.expert > 1).then_some((EXCHANGE, Axis::Expert))
+    fn along_expert(self, action: Action) -> Option<Due> {
+        (self.mesh.expert > 1).then_some((action, Axis::Expert))
     }
 
     fn reduction(self) -> Option<Due> {
@@ -91,8 +91,10 @@ impl Exchanges {
     /// What is due on the output of `segment`, in order.
     pub fn after(self, segment: Segment) -> impl Iterator<Item = Due> {
         let dues = match segment {
-            Segment::Dispatch => [None, self.along_expert()],
-            Segment::Experts => [self.along_expert_tensor(SCATTER), self.along_expert()],
+            // Ranks tell each other how many copies each expert gets: the size of what they exchange.
+            Segment::Route => [None, self.along_expert(GATHER)],
+            Segment::Dispatch => [None, self.along_expert(EXCHANGE)],
+            Segment::Experts => [self.along_expert_tensor(SCATTER), self.along_expert(EXCHANGE)],
             _ if splits_terms(segment) => [self.reduction(), None],
             _ => [None, None],
         };
@@ -113,8 +115,10 @@ impl Exchanges {
     /// order.
     pub fn after_backward(self, segment: Segment, value: Value) -> impl Iterator<Item = Due> {
         let dues = match (segment, value) {
-            (Segment::Combine, Value::Expertise(_)) => [self.along_expert(), None],
-            (Segment::Experts, _) => [self.along_expert_tensor(SCATTER), self.along_expert()],
+            (Segment::Combine, Value::Expertise(_)) => [self.along_expert(EXCHANGE), None],
+            (Segment::Experts, _) => {
+                [self.along_expert_tensor(SCATTER), self.along_expert(EXCHANGE)]
+            }
             (_, Value::KeyValues(_)) => {
                 [(self.mesh.context > 1).then_some((SCATTER, Axis::Context)), None]
             }

@@ -73,18 +73,23 @@ fn gather<O: Operators>(
     } else {
         let mut buffer = vec![0.0; elements];
         buffer[held].copy_from_slice(&values);
-        all_gather(worker, Axis::Data, buffer, block)?
+        all_gather(worker, Program::data_axis(block), buffer, block)?
     };
     let (mesh, rank) = (&program.mesh, worker.rank());
-    if mesh.tensor == 1 {
+    let axis = match block {
+        Block::Experts(_) => Axis::Expert,
+        _ => Axis::Tensor,
+    };
+    let degree = mesh.degree(axis) as usize;
+    if degree == 1 {
         return Ok(part);
     }
-    let mut parts = vec![0.0; elements * mesh.tensor as usize];
-    let own = mesh.coordinate(rank, Axis::Tensor) as usize * elements;
+    let mut parts = vec![0.0; elements * degree];
+    let own = mesh.coordinate(rank, axis) as usize * elements;
     parts[own..own + elements].copy_from_slice(&part);
-    let parts = all_gather(worker, Axis::Tensor, parts, block)?;
+    let parts = all_gather(worker, axis, parts, block)?;
     let mut whole = vec![0.0; config.block_elements(block) as usize];
-    for (other, part) in mesh.group(rank, Axis::Tensor).into_iter().zip(parts.chunks(elements)) {
+    for (other, part) in mesh.group(rank, axis).into_iter().zip(parts.chunks(elements)) {
         for run in config.rank_runs(block, &program.shape, mesh.place(other)) {
             let to = run.whole as usize..(run.whole + run.elements) as usize;
             let from = run.part as usize..(run.part + run.elements) as usize;

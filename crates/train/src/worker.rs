@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use collective::{Collective, Part};
+use collective::{Collective, Kind, Part, Placement};
 use compute::{Microbatch, Operators, Optimizer, Stage, StageSpec};
 use model::{Block, Config};
 use program::{Action, Axis, Executor, Instruction, Lane, Mesh, Next, Program, Span, Transfer};
@@ -56,6 +56,8 @@ enum Posted {
     Under(transport::Ticket),
     /// Two at once: what goes on around the ring, and what comes.
     Shift(transport::Ticket, transport::Ticket),
+    /// With the places of what comes.
+    AllToAll(transport::Ticket, Arc<Placement>),
     Back(Vec<f32>),
 }
 
@@ -65,7 +67,7 @@ pub struct Worker<O: Operators> {
     stage: Stage<O>,
     communicator: Communicator,
     groups: BTreeMap<Axis, Group>,
-    parts: BTreeMap<(Axis, collective::Kind), Arc<Part>>,
+    parts: BTreeMap<(Axis, Kind), Arc<Part>>,
 }
 
 impl<O: Operators> Worker<O> {
@@ -170,8 +172,21 @@ impl<O: Operators> Worker<O> {
         let member = group.member(self.rank).expect("a rank is in its own groups");
         let ranks = group.ranks.len() as u32;
         let peer = |coordinate: u32| group.ranks[coordinate as usize];
-        let buffer = self.stage.take(transfer);
+        let mut buffer = self.stage.take(transfer);
         let action = match transfer.action {
+            Action::Collective(Kind::AllToAll) => {
+                // Direct, so that a rank knows the size of all that passes through it.
+                let part = self.parts.entry((transfer.axis, Kind::AllToAll));
+                let direct = || Arc::new(Collective::direct(Kind::AllToAll, ranks).part(member));
+                let part = Arc::clone(part.or_insert_with(direct));
+                let rows = |from, to| self.stage.exchanged(transfer, from, to);
+                let placement = Arc::new(Placement::new(&part, rows));
+                buffer.resize(placement.elements(), 0.0);
+                let action =
+                    transport::Action::AllToAll { part, placement: Arc::clone(&placement) };
+                let under = self.operate(transfer, action, buffer)?;
+                return Ok(Posted::AllToAll(under, placement));
+            }
             Action::Collective(kind) => {
                 let ring = || Collective::ring(kind, ranks).part(member);
                 let part = self.parts.entry((transfer.axis, kind));
@@ -216,6 +231,13 @@ impl<O: Operators> Worker<O> {
             Posted::Shift(going, coming) => {
                 self.wait(going)?;
                 self.wait(coming)?
+            }
+            Posted::AllToAll(under, placement) => {
+                let done = self.wait(under)?;
+                let ranks = self.groups[&transfer.axis].ranks.len() as u32;
+                let places = (0..ranks).flat_map(|from| placement.incoming(from));
+                let rows = places.flat_map(|place| done.buffer[place].iter().copied());
+                Completed { buffer: rows.collect(), ..done }
             }
             Posted::Back(_) => unreachable!("the executor blocks only on what is under way"),
         };

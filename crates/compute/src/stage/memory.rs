@@ -88,6 +88,9 @@ impl<O: Operators> Stage<O> {
                 self.operators.add(&mut part, &arrived);
             }
             let part = self.operators.download(part);
+            if action == Action::Collective(Kind::AllToAll) {
+                return self.outgoing(transfer, part);
+            }
             return if is_keys(buffer) && piece.is_whole() {
                 self.in_order(transfer, part, false)
             } else {
@@ -121,6 +124,9 @@ impl<O: Operators> Stage<O> {
             Buffer::Activation { value: Value::KeyValues(layer), microbatch } => {
                 return self.own_keys(microbatch, layer);
             }
+            Buffer::Activation { value: Value::Routes(layer), microbatch } => {
+                return self.own_loads(layer, microbatch);
+            }
             Buffer::Activation { value, microbatch } => self.values.get(&(microbatch, value)),
             Buffer::ActivationGradient { value, microbatch } => {
                 self.gradients.get(&(microbatch, value))
@@ -142,7 +148,15 @@ impl<O: Operators> Stage<O> {
     /// the next segments read.
     fn put_value(&mut self, transfer: &Transfer, buffer: Vec<f32>) {
         let Transfer { action, piece, .. } = *transfer;
+        if let Buffer::Activation { value: Value::Routes(layer), microbatch } = transfer.buffer {
+            self.put_loads(layer, microbatch, &buffer);
+            return self.operators.recycle(buffer);
+        }
         let arrived = match action {
+            Action::Collective(Kind::AllToAll) => {
+                let rows = self.incoming(transfer, buffer);
+                self.operators.upload(rows)
+            }
             Action::Collective(Kind::AllGather) => {
                 let keys = is_keys(transfer.buffer);
                 let buffer = if keys { self.in_order(transfer, buffer, true) } else { buffer };
@@ -169,6 +183,14 @@ impl<O: Operators> Stage<O> {
                 let whole = self.values.remove(&(microbatch, value));
                 let whole = self.joined(whole, arrived, Rows::Stream, piece);
                 self.values.insert((microbatch, value), whole);
+            }
+            // Other readers may have left their gradients of what the shared experts read.
+            Buffer::ActivationGradient {
+                value: value @ Value::FeedForwardNormed(_),
+                microbatch,
+            } => {
+                let more = self.joined(None, arrived, Rows::Stream, piece);
+                self.add_gradient((microbatch, value), more);
             }
             Buffer::ActivationGradient { value, microbatch } => {
                 let whole = self.gradients.remove(&(microbatch, value));

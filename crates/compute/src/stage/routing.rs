@@ -13,8 +13,11 @@ pub(super) struct Routing {
     sigmoids: Vec<f32>,
     /// The copies of tokens in the order of their experts, by their place among the choices.
     pub order: Vec<u32>,
-    /// Copies that each expert gets from these tokens.
-    pub loads: Vec<u32>,
+    /// Experts there are.
+    count: usize,
+    /// Copies that each expert gets from the tokens of each rank of the expert group,
+    /// `[ranks, experts]`; from these tokens alone until the ranks have told each other.
+    pub of_ranks: Vec<u32>,
 }
 
 impl Routing {
@@ -26,7 +29,8 @@ impl Routing {
             shares: Vec::new(),
             sigmoids: Vec::new(),
             order: Vec::new(),
-            loads: vec![0; count],
+            count,
+            of_ranks: vec![],
         };
         for scores in scores.chunks_exact(count) {
             match experts.scoring {
@@ -49,7 +53,31 @@ impl Routing {
         let mut order: Vec<u32> = (0..routing.choices.len() as u32).collect();
         order.sort_by_key(|copy| routing.choices[*copy as usize]); // stable: tokens stay in order
         routing.order = order;
+        routing.of_ranks = routing.loads();
         routing
+    }
+
+    /// Copies that each expert gets from these tokens.
+    pub fn loads(&self) -> Vec<u32> {
+        let mut loads = vec![0; self.count];
+        self.choices.iter().for_each(|expert| loads[*expert as usize] += 1);
+        loads
+    }
+
+    /// The experts that one of so many ranks holds.
+    pub fn experts_of(&self, rank: usize, ranks: usize) -> std::ops::Range<usize> {
+        let each = self.count / ranks;
+        rank * each..(rank + 1) * each
+    }
+
+    /// Rows that an expert gets from the tokens of a rank.
+    pub fn rows(&self, rank: usize, expert: usize) -> usize {
+        self.of_ranks[rank * self.count + expert] as usize
+    }
+
+    /// Rows that an expert gets.
+    pub fn rows_of(&self, expert: usize) -> usize {
+        self.of_ranks.chunks_exact(self.count).map(|loads| loads[expert] as usize).sum()
     }
 
     fn choose(&mut self, chosen: &[usize], parts: &[f32]) {
@@ -57,7 +85,6 @@ impl Routing {
         for (expert, part) in chosen.iter().zip(parts) {
             self.choices.push(*expert as u32);
             self.shares.push(part / sum);
-            self.loads[*expert] += 1;
         }
     }
 
@@ -144,7 +171,7 @@ mod tests {
         let experts = Experts::new(6, 2, 1);
         let routing = Routing::new(&experts, &SCORES, &[]);
         assert_eq!(routing.choices, [2, 4, 1, 0]);
-        assert_eq!(routing.loads, [1, 1, 1, 0, 1, 0]);
+        assert_eq!(routing.loads(), [1, 1, 1, 0, 1, 0]);
         assert_eq!(routing.tokens(2), [1, 1, 0, 0]);
         let weights = routing.weights(&experts);
         assert!((weights[0] + weights[1] - 1.0).abs() < 1e-6);

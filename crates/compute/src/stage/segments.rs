@@ -15,11 +15,11 @@ use crate::operators::{ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, W
 /// What the gradients of a segment's weights are made of.
 pub(super) struct Owed<T> {
     /// The gradient of its output.
-    output: T,
+    pub output: T,
     /// The gradient of what stands between its two products, if it has two.
-    inner: Option<T>,
+    pub inner: Option<T>,
     /// Its input, if others need it too; else it stays among the values.
-    input: Option<T>,
+    pub input: Option<T>,
 }
 
 impl<O: Operators> Stage<O> {
@@ -79,7 +79,7 @@ impl<O: Operators> Stage<O> {
             }
             Segment::FeedForward | Segment::SharedExperts => self.feed_forward(work),
             Segment::Route | Segment::Dispatch | Segment::Experts | Segment::Combine => {
-                self.experts_forward(segment, layer, mb);
+                self.experts_forward(work);
             }
             Segment::LogSums => {
                 let targets = self.in_part(&self.microbatches[mb as usize].targets);
@@ -88,7 +88,7 @@ impl<O: Operators> Stage<O> {
                 self.values.insert((mb, Value::LogSums(layer)), sums);
             }
             Segment::Loss => self.loss_forward(work),
-            other => unreachable!("{other} is no segment of a Llama"),
+            other => unreachable!("{other} is not carried out"),
         }
     }
 
@@ -163,12 +163,12 @@ impl<O: Operators> Stage<O> {
             }
             Segment::FeedForward | Segment::SharedExperts => self.feed_forward_backward(work),
             Segment::Route | Segment::Dispatch | Segment::Experts | Segment::Combine => {
-                self.experts_backward(segment, layer, mb);
+                self.experts_backward(work);
             }
             Segment::Attend => self.attend_backward(work),
             Segment::Qkv | Segment::Project | Segment::Logits => self.product_backward(work),
             Segment::Embed => {} // words have no gradient
-            other => unreachable!("{other} is no segment of a Llama"),
+            other => unreachable!("{other} is not carried out"),
         }
     }
 
@@ -222,7 +222,7 @@ impl<O: Operators> Stage<O> {
     }
 
     /// Keeps what the gradients of weights are made of.
-    fn owe(&mut self, work: Work, output: O::Tensor, inner: Option<O::Tensor>) {
+    pub(super) fn owe(&mut self, work: Work, output: O::Tensor, inner: Option<O::Tensor>) {
         let Work { segment, layer, microbatch, piece } = work;
         let key = (microbatch, segment, layer);
         let (earlier, earlier_inner) = match self.owed.remove(&key) {
@@ -249,6 +249,9 @@ impl<O: Operators> Stage<O> {
         let Some(owed) = self.owed.remove(&(microbatch, segment, layer)) else {
             return; // without weights, or those of a norm
         };
+        if segment == Segment::Experts {
+            return self.experts_weights(work, owed);
+        }
         let Owed { mut output, inner, input } = owed;
         if let Some(dgate_up) = inner {
             let gate_up = take(&mut self.saved, work.of(work.output()));
@@ -257,6 +260,9 @@ impl<O: Operators> Stage<O> {
             let (operators, dw) = self.gradient(Block::Layer(layer), down(segment));
             operators.product_weight_gradient(&output, &inner, dims, dw);
             output = dgate_up;
+        }
+        if segment == Segment::Route {
+            self.routings.remove(&(microbatch, layer)); // the last that needs it
         }
         let value = Value::of(segment, layer).0[0];
         let x = match self.program.exchanges.before(segment, layer) {
@@ -301,11 +307,11 @@ impl<O: Operators> Stage<O> {
     }
 
     fn feed_forward_width(&self, segment: Segment) -> usize {
-        let whole = match self.config.experts {
+        let width = match self.config.experts {
             Some(experts) if segment == Segment::SharedExperts => experts.shared_width,
             _ => self.config.feed_forward,
         };
-        (whole / self.program.shape.tensor) as usize
+        (width / self.program.shape.tensor) as usize
     }
 
     /// Words of the vocabulary in each rank's part.
@@ -329,17 +335,19 @@ impl<O: Operators> Stage<O> {
     }
 
     /// The weights of the product at the start of a segment: adjacent parameters count as one.
-    fn linear(&self, work: Work) -> (Block, Role, ProductDims) {
+    pub(super) fn linear(&self, work: Work) -> (Block, Role, ProductDims) {
         let (hidden, dims) = (self.config.hidden as usize, &self.program.attention);
         let block = Block::Layer(work.layer);
         let (block, role, k, n) = match work.segment {
             Segment::Qkv => (block, Role::Query, hidden, dims.qkv_width()),
             Segment::Project => (block, Role::Output, dims.heads * dims.head_dim, hidden),
-            Segment::FeedForward | Segment::SharedExperts => {
-                let role =
-                    if work.segment == Segment::FeedForward { Role::Gate } else { Role::SharedUp };
-                (block, role, hidden, 2 * self.feed_forward_width(work.segment))
+            Segment::FeedForward => {
+                (block, Role::Gate, hidden, 2 * self.feed_forward_width(work.segment))
             }
+            Segment::SharedExperts => {
+                (block, Role::SharedUp, hidden, 2 * self.feed_forward_width(work.segment))
+            }
+            Segment::Route => return (block, Role::Router, self.router_dims()),
             Segment::Logits if self.config.tied_embeddings => {
                 (Block::Embedding, Role::Embedding, hidden, self.words())
             }
@@ -399,15 +407,6 @@ impl<O: Operators> Stage<O> {
     }
 }
 
-fn is_feed_forward(segment: Segment) -> bool {
-    matches!(segment, Segment::FeedForward | Segment::SharedExperts)
-}
-
-/// The second product of a feed-forward block.
-fn down(segment: Segment) -> Role {
-    if segment == Segment::SharedExperts { Role::SharedDown } else { Role::Down }
-}
-
 /// Adjacent parameters of one product are written as the first of them.
 fn written_as(role: Role) -> Role {
     match role {
@@ -419,6 +418,15 @@ fn written_as(role: Role) -> Role {
 
 pub(super) fn take<K: Ord, T>(from: &mut std::collections::BTreeMap<K, T>, key: K) -> T {
     from.remove(&key).expect("the verifier has seen this value written")
+}
+
+fn is_feed_forward(segment: Segment) -> bool {
+    matches!(segment, Segment::FeedForward | Segment::SharedExperts)
+}
+
+/// The second product of a feed-forward block.
+fn down(segment: Segment) -> Role {
+    if segment == Segment::SharedExperts { Role::SharedDown } else { Role::Down }
 }
 
 /// A norm's input, output and scale.

@@ -44,7 +44,7 @@ impl<O: Operators> Stage<O> {
     /// # Panics
     /// If one of them has not the length of what is held.
     pub fn restore(&mut self, block: Block, state: [Vec<f32>; 3]) {
-        let (operators, sharded) = (self.operators.clone(), self.program.sharded);
+        let operators = self.operators.clone();
         let found = self.state(block);
         for values in &state {
             assert_eq!(values.len(), found.held.len(), "{block}");
@@ -52,7 +52,7 @@ impl<O: Operators> Stage<O> {
         let [master, first, second] = state.map(|values| operators.upload(values));
         found.master = master;
         found.moments = [first, second];
-        found.gathered = (!sharded).then(|| operators.cast(&found.master));
+        found.gathered = (!found.sharded).then(|| operators.cast(&found.master));
     }
 
     /// How many updates the state has seen: the bias correction of the moments depends on it.

@@ -117,6 +117,9 @@ impl Lowering<'_> {
                 shape.tokens() * heads * (key + value)
             }
             Value::LogSums(_) => 3 * shape.tensor * shape.product_tokens(),
+            // The loads of all experts, of every rank.
+            Value::Routes(_) => shape.expert * config.experts.map_or(0, |experts| experts.count),
+            // Where loads are even; each rank finds out what it has to send and receive.
             Value::Dispatched(_) | Value::Expertise(_) => {
                 let per_token = config.experts.map_or(0, |experts| experts.per_token);
                 shape.expert_rows(per_token) * config.hidden

@@ -76,3 +76,67 @@ fn recomputation_changes_no_bit_with_experts() {
         }
     }
 }
+
+/// The layout with its experts spread over `expert` ranks.
+fn spread(expert: u32, layout: Layout) -> Layout {
+    Layout { mesh: Mesh { expert, ..layout.mesh }, ..layout }
+}
+
+#[test]
+fn expert_parallel_ranks_change_nothing() {
+    for job in [mixtral(), deepseek()] {
+        let shards = SHARDS.map(|shard| spread(2, layout(4, 1, 1, shard)));
+        let others = [
+            spread(2, layout(2, 1, 2, Shard::Optimizer)),
+            spread(4, layout(4, 1, 2, Shard::Parameters)),
+            spread(4, layout(8, 1, 1, Shard::Gradients)),
+            spread(2, layout(4, 2, 1, Shard::Parameters)),
+        ];
+        trains_the_same(&job, shards.into_iter().chain(others));
+    }
+    let every_expert_alone = spread(8, layout(8, 1, 1, Shard::Optimizer));
+    trains_the_same(&deepseek(), [every_expert_alone]);
+}
+
+/// Layouts in which experts meet the other axes.
+fn with_other_axes() -> Vec<Layout> {
+    let mesh =
+        |tensor, context, data, pipeline| Mesh { tensor, context, data, pipeline, ..Mesh::ONE };
+    let with = |mesh: Mesh, expert, shard| Layout {
+        sequence_parallel: mesh.tensor > 1,
+        ..spread(expert, Layout::new(mesh, 1, shard))
+    };
+    vec![
+        with(mesh(2, 1, 1, 1), 2, Shard::None),
+        with(mesh(2, 1, 2, 1), 4, Shard::Optimizer),
+        with(mesh(2, 1, 2, 2), 2, Shard::Parameters),
+        with(mesh(1, 2, 2, 1), 2, Shard::Gradients),
+        with(mesh(2, 2, 2, 1), 4, Shard::Parameters),
+        Layout {
+            schedule: Schedule::ZeroBubble,
+            recompute: Recompute::Full,
+            ..with(mesh(1, 1, 2, 2), 2, Shard::Optimizer)
+        },
+        Layout {
+            schedule: Schedule::Interleaved,
+            virtual_stages: 2,
+            recompute: Recompute::Segments(vec![model::Segment::Experts]),
+            ..with(mesh(1, 1, 4, 2), 4, Shard::Parameters)
+        },
+    ]
+}
+
+#[test]
+fn expert_parallelism_goes_with_every_other_axis() {
+    for job in [mixtral(), deepseek()] {
+        trains_the_same(&job, with_other_axes());
+    }
+}
+
+#[test]
+fn experts_change_no_bit_when_repeated() {
+    let job = deepseek();
+    for layout in [spread(4, layout(4, 1, 1, Shard::Gradients)), with_other_axes().remove(4)] {
+        assert!(train(&job, &layout) == train(&job, &layout), "{layout:?}");
+    }
+}
