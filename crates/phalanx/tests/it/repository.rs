@@ -170,6 +170,18 @@ fn every_figure_of_the_catalogue_has_a_source_and_a_date() {
     assert!(entries > 10, "found only {entries} entries");
 }
 
+/// What the readme says of the simulator's error is what was recorded last.
+#[test]
+fn the_readme_tells_the_recorded_errors() {
+    let readme = read(&root().join("README.md"));
+    let accuracy: serde_json::Value =
+        serde_json::from_str(&read(&root().join("measured/accuracy.json"))).unwrap();
+    let error = |of: &str| accuracy[format!("step time, {of}")].as_f64().unwrap();
+    let (all, held_out) = (error("all"), error("held out"));
+    let told = format!("error is {all:.1} % ({held_out:.1} % on those that nothing was fitted on)");
+    assert!(readme.contains(&told), "the readme should say: {told}");
+}
+
 /// The readme's two commands are the ones that are run on every change, and it stays a page.
 #[test]
 fn the_readme_is_short_and_its_commands_are_run() {
