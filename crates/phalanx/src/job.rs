@@ -159,6 +159,8 @@ pub struct Data {
     pub tokenizer: Option<String>,
     /// Share of the text held out for evaluation.
     pub held_out: f64,
+    /// Documents that share a sequence do not see each other.
+    pub mask_documents: bool,
 }
 
 impl Default for Data {
@@ -168,6 +170,7 @@ impl Default for Data {
             limit_bytes: None,
             tokenizer: None,
             held_out: data::Sampling::HELD_OUT,
+            mask_documents: false,
         }
     }
 }

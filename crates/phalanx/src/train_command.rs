@@ -221,7 +221,10 @@ fn rank_on<O: Operators>(
         None => prepare(job, true)?,
     };
     let Prepared { tokens, tokenizer, documents, bytes, .. } = prepared;
-    let batches = Batches::new(tokens, sampler);
+    let mut batches = Batches::new(tokens, sampler);
+    if job.data.mask_documents {
+        batches = batches.masking(tokenizer.end_of_text());
+    }
     let measure_only = environment(MEASURE_ONLY);
     let speaks = rank == Rank(0) && !args.json && measure_only.is_none();
     let mut session = Session::new(operators, job, rank, &batches, speaks)?;

@@ -96,7 +96,7 @@ fn a_layout_that_does_not_divide() {
     insta::assert_snapshot!(refusal(&place, &over(4, "pipeline = 3")), @"phalanx: job.toml: layout: tensor 1 x context 1 x pipeline 3 does not divide 4 ranks; choose degrees whose product does, or change [cluster] accelerators");
     insta::assert_snapshot!(refusal(&place, &over(3, "pipeline = 3")), @"phalanx: job.toml: layout: pipeline 3 does not divide the model's 4 layers; choose one of [1, 2, 4], or set embedding_is_layer, head_is_layer, first_layers, last_layers or stage_layers");
     insta::assert_snapshot!(refusal(&place, &over(2, "micro_batch = 3")), @"phalanx: job.toml: layout: data 2 x micro_batch 3 does not divide global_batch 8; each data-parallel rank needs a whole number of microbatches");
-    insta::assert_snapshot!(refusal(&place, &over(2, "tensor = 2")), @"phalanx: layout: `tensor` is planned and simulated, but cannot be trained with yet; leave it out");
+    insta::assert_snapshot!(refusal(&place, &over(2, "attention = \"unfused\"")), @"phalanx: layout: `attention` is planned and simulated, but cannot be trained with yet; leave it out");
 }
 
 #[test]
