@@ -27,6 +27,7 @@ mod axes;
 mod experts;
 mod grid;
 mod hybrid;
+mod memory;
 mod recomputing;
 mod resuming;
 
@@ -164,6 +165,8 @@ struct View {
     steps: Vec<[f64; 2]>,
     /// Held-out losses.
     evaluations: Vec<f64>,
+    /// Bytes in tensors after a step, and the most there were, before the first evaluation.
+    live: [u64; 2],
     /// What the rank updates, and where in the model's blocks it lies.
     held: Vec<(Block, Range<usize>, Vec<f32>)>,
 }
@@ -189,8 +192,9 @@ fn run_rank(
         step: lower(&job.config, layout, &job.batch).unwrap(),
         evaluation: lower_evaluation(&job.config, layout, &job.batch).unwrap(),
     };
+    let operators = Cpu::new(1, job.precision);
     let device = Device {
-        operators: Cpu::new(1, job.precision),
+        operators: operators.clone(),
         config: job.config.clone(),
         optimizer: job.optimizer(),
     };
@@ -199,7 +203,8 @@ fn run_rank(
         Stage::<Cpu>::fresh(&job.config, 11, block, values);
         Ok::<(), Infallible>(())
     });
-    let mut view = View { steps: Vec::new(), evaluations: Vec::new(), held: Vec::new() };
+    let mut view =
+        View { steps: Vec::new(), evaluations: Vec::new(), live: [0; 2], held: Vec::new() };
     let mut settings = job.settings();
     let mut safekeeping = keeping.start(&mut worker, &programs.step, job, &mut settings)?;
     let mut batches = batches(job.batch);
@@ -212,7 +217,13 @@ fn run_rank(
     run(&mut worker, &programs, &batches, &settings, &mut safekeeping, &mut |event| {
         keeping.see(event, &view);
         match *event {
-            Event::Step { loss, gradient_norm, .. } => view.steps.push([loss, gradient_norm]),
+            Event::Step { loss, gradient_norm, .. } => {
+                view.steps.push([loss, gradient_norm]);
+                if view.evaluations.is_empty() {
+                    let (now, most) = operators.live();
+                    view.live = [now.0, most.0];
+                }
+            }
             Event::Evaluation { loss, .. } => view.evaluations.push(loss),
             _ => {}
         }

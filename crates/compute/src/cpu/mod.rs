@@ -11,6 +11,8 @@ mod tensor;
 use std::ops::Range;
 use std::rc::Rc;
 
+use units::Bytes;
+
 use crate::operators::{
     AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, Window,
     WindowMut,
@@ -34,6 +36,15 @@ impl Cpu {
     #[must_use]
     pub fn new(threads: usize, precision: Precision) -> Self {
         Self { pool: Rc::default(), threads, precision }
+    }
+
+    /// Bytes in tensors of this device and its clones now, and the most there have been: an exact
+    /// count, in which buffers that are handed to transfers have no part.
+    #[must_use]
+    pub fn live(&self) -> (Bytes, Bytes) {
+        let (now, most) = self.pool.live();
+        let bytes = |elements: usize| Bytes(size_of::<f32>() as u64 * elements as u64);
+        (bytes(now), bytes(most))
     }
 
     /// A tensor of unspecified contents.

@@ -1,26 +1,44 @@
 //! Flat fp32 buffers that are recycled instead of freed: a step allocates the same sizes over and
 //! over, and fresh pages from the system cost more than the arithmetic done on them.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// Idle buffers by length.
+/// Idle buffers by length, and a count of the elements that are in tensors.
 #[derive(Debug, Default)]
-pub struct Pool(RefCell<BTreeMap<usize, Vec<Vec<f32>>>>);
+pub struct Pool {
+    idle: RefCell<BTreeMap<usize, Vec<Vec<f32>>>>,
+    live: Cell<usize>,
+    most: Cell<usize>,
+}
 
 impl Pool {
     /// A buffer of unspecified contents.
     pub fn take(&self, elements: usize) -> Vec<f32> {
-        let idle = self.0.borrow_mut().get_mut(&elements).and_then(Vec::pop);
+        let idle = self.idle.borrow_mut().get_mut(&elements).and_then(Vec::pop);
         idle.unwrap_or_else(|| vec![0.0; elements])
     }
 
     /// Keeps a buffer for the next taker of its length.
     pub fn give(&self, buffer: Vec<f32>) {
         if !buffer.is_empty() {
-            self.0.borrow_mut().entry(buffer.len()).or_default().push(buffer);
+            self.idle.borrow_mut().entry(buffer.len()).or_default().push(buffer);
         }
+    }
+
+    /// Elements in tensors now, and the most there have been.
+    pub fn live(&self) -> (usize, usize) {
+        (self.live.get(), self.most.get())
+    }
+
+    fn made(&self, elements: usize) {
+        self.live.set(self.live.get() + elements);
+        self.most.set(self.most.get().max(self.live.get()));
+    }
+
+    fn unmade(&self, elements: usize) {
+        self.live.set(self.live.get() - elements);
     }
 }
 
@@ -34,12 +52,14 @@ impl Clone for Pooled {
     fn clone(&self) -> Self {
         let mut values = self.pool.take(self.values.len());
         values.copy_from_slice(&self.values);
+        self.pool.made(values.len());
         Self { values, pool: Rc::clone(&self.pool) }
     }
 }
 
 impl Drop for Pooled {
     fn drop(&mut self) {
+        self.pool.unmade(self.values.len());
         self.pool.give(std::mem::take(&mut self.values));
     }
 }
@@ -50,6 +70,7 @@ pub struct Tensor(Rc<Pooled>);
 
 impl Tensor {
     pub(super) fn new(values: Vec<f32>, pool: &Rc<Pool>) -> Self {
+        pool.made(values.len());
         Self(Rc::new(Pooled { values, pool: Rc::clone(pool) }))
     }
 
@@ -63,6 +84,7 @@ impl Tensor {
 
     pub(super) fn into_values(self) -> Vec<f32> {
         let mut pooled = Rc::unwrap_or_clone(self.0);
+        pooled.pool.unmade(pooled.values.len());
         std::mem::take(&mut pooled.values)
     }
 }
