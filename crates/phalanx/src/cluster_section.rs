@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::device::DeviceName;
 
 /// The name of the machine at hand.
-const LOCAL: &str = "local";
+pub const LOCAL: &str = "local";
 
 /// Where it runs: on this machine, or on a described cluster. That is one of the catalogue, one in
 /// a file, or one made of parts; parts beside a name replace those of the named cluster.
@@ -46,6 +46,15 @@ pub struct ClusterSection {
     /// Nodes that are kept beside the job's, to take the place of lost ones.
     #[serde(skip_serializing_if = "is_zero")]
     pub spare_nodes: u32,
+    /// The software whose fitted parameters are used; the accelerator's usual one unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub software: Option<String>,
+    /// Facility power over computing power.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pue: Option<f64>,
+    /// What an accelerator costs; the cluster's list price, if it has one, unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usd_per_accelerator_hour: Option<f64>,
 }
 
 fn is_zero(number: &u32) -> bool {
@@ -67,6 +76,9 @@ impl Default for ClusterSection {
             link_gbps_per_accelerator: None,
             drained: Vec::new(),
             spare_nodes: 0,
+            software: None,
+            pue: None,
+            usd_per_accelerator_hour: None,
         }
     }
 }
@@ -108,6 +120,15 @@ impl ClusterSection {
         Ok(())
     }
 
+    /// Refuses this machine, which has no other size.
+    pub fn require_described(&self) -> Result<()> {
+        ensure!(
+            !self.is_local(),
+            "[cluster] is this machine; give the `name` of a described cluster, or an `accelerator`: `phalanx catalogue` lists them"
+        );
+        Ok(())
+    }
+
     /// The described cluster as the job sees it.
     pub fn described(&self) -> Result<Cluster> {
         Ok(match self.fragment()? {
@@ -137,6 +158,7 @@ impl ClusterSection {
             per_node: self.per_node,
             per_domain: self.per_domain.clone(),
             link_gbps_per_accelerator: self.link_gbps_per_accelerator,
+            pue: self.pue,
             ..Composition::default()
         };
         if self.name != LOCAL {
@@ -159,6 +181,9 @@ impl ClusterSection {
             ("link_gbps_per_accelerator", self.link_gbps_per_accelerator.is_some()),
             ("drained", !self.drained.is_empty()),
             ("spare_nodes", self.spare_nodes > 0),
+            ("software", self.software.is_some()),
+            ("pue", self.pue.is_some()),
+            ("usd_per_accelerator_hour", self.usd_per_accelerator_hour.is_some()),
         ];
         if let Some((key, _)) = given.into_iter().find(|(_, given)| *given) {
             bail!("[cluster] {key} needs an `accelerator`, or the `name` of a described cluster");

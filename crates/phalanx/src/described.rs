@@ -13,7 +13,7 @@ use units::Seconds;
 use crate::cluster_section::ClusterSection;
 
 /// The share of peak where nothing was fitted: what large products reach in training.
-const USUAL_SHARE: f64 = 0.6;
+pub const USUAL_SHARE: f64 = 0.6;
 
 /// How well described accelerators are taken to be used.
 #[derive(Debug, Clone, Default, Args)]
@@ -42,7 +42,7 @@ impl<'c> Described<'c> {
         among: &'c [Calibration],
     ) -> Result<Self> {
         let cluster = section.described()?;
-        let software = costing.software.as_deref();
+        let software = costing.software.as_deref().or(section.software.as_deref());
         let found = Calibration::find(among, software, &cluster.accelerator.name);
         let calibration = match (costing.efficiency, software) {
             (Some(_), _) => None,

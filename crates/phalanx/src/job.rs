@@ -17,6 +17,7 @@ use units::{Bytes, Seconds};
 pub use crate::cluster_section::ClusterSection;
 use crate::described::Costing;
 use crate::planner;
+use crate::scale::section::{GoodputSection, IslandsSection, ScaleSection, Scenario};
 
 /// A job file as written.
 #[derive(Debug, Clone, Deserialize)]
@@ -37,6 +38,12 @@ struct File {
     recovery: RecoverySection,
     #[serde(default)]
     run: RunSection,
+    #[serde(default)]
+    scale: ScaleSection,
+    #[serde(default)]
+    goodput: GoodputSection,
+    islands: Option<IslandsSection>,
+    scenario: Option<Scenario>,
 }
 
 /// Which model: a catalogue name, a Hugging Face folder, or dimensions; dimensions given beside
@@ -83,6 +90,9 @@ pub struct Training {
     /// Steps.
     #[serde(default = "defaults::steps")]
     pub steps: u64,
+    /// Tokens to train on, which say how many steps there are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<f64>,
     /// Highest learning rate.
     #[serde(default = "defaults::learning_rate")]
     pub learning_rate: f64,
@@ -264,6 +274,18 @@ pub struct Job {
     pub run: RunSection,
     /// The job file's name without its ending.
     pub name: String,
+    /// At which sizes, and beside what, it is thought through.
+    #[serde(skip)]
+    pub scale: ScaleSection,
+    /// What goes wrong in a long run.
+    #[serde(skip)]
+    pub goodput: GoodputSection,
+    /// Parts that slow links join.
+    #[serde(skip)]
+    pub islands: Option<IslandsSection>,
+    /// A claim of the field that the job is about.
+    #[serde(skip)]
+    pub scenario: Option<Scenario>,
 }
 
 impl Draft {
@@ -276,10 +298,12 @@ impl Draft {
         Self::parse(&text, &name).with_context(|| path.display().to_string())
     }
 
-    fn parse(text: &str, name: &str) -> Result<Self> {
+    pub(crate) fn parse(text: &str, name: &str) -> Result<Self> {
         let file: File = toml::from_str(text).map_err(explain)?;
         let (model, weights) = file.model.resolve()?;
         let File { mut training, cluster, data, mut checkpoint, recovery, run, .. } = file;
+        let File { scale, goodput, islands, scenario, .. } = file;
+        goodput.check()?;
         training.complete()?;
         checkpoint.complete(training.steps)?;
         cluster.check()?;
@@ -304,6 +328,10 @@ impl Draft {
             recovery,
             run,
             name,
+            scale,
+            goodput,
+            islands,
+            scenario,
         };
         Ok(Self { given, job })
     }
@@ -311,6 +339,25 @@ impl Draft {
     /// The job, but for its layout.
     pub fn job(&self) -> &Job {
         &self.job
+    }
+
+    /// The same, open to changes of all but its layout.
+    pub fn job_mut(&mut self) -> &mut Job {
+        &mut self.job
+    }
+
+    /// The layout on another cluster, over another number of ranks, or of another batch: given,
+    /// planned where it is open.
+    pub fn layout_on(
+        &self,
+        cluster: &ClusterSection,
+        accelerators: u32,
+        batch: &Batch,
+    ) -> Result<Layout> {
+        let mut draft = self.clone();
+        draft.job.cluster = ClusterSection { accelerators, ..cluster.clone() };
+        draft.job.training.global_batch = batch.global_batch;
+        Ok(Job::of(draft, &Costing::default())?.layout)
     }
 
     /// Whether a planner is needed: how much is split is open, on hardware that is described.
@@ -402,6 +449,13 @@ impl CheckpointSection {
 
 impl Training {
     fn complete(&mut self) -> Result<()> {
+        if let Some(tokens) = self.tokens {
+            if !(tokens.is_finite() && tokens >= 1.0) {
+                bail!("[training] tokens = {tokens} is no number of tokens");
+            }
+            let step = (self.sequence * self.global_batch).max(1);
+            self.steps = (tokens / step as f64).ceil() as u64;
+        }
         let positive = [("steps", self.steps), ("evaluation_sequences", self.evaluation_sequences)];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| *value == 0) {
             bail!("[training] {key} is 0; it must be at least 1");
@@ -578,7 +632,7 @@ mod tests {
           |
         6 | globel_batch = 2
           | ^^^^^^^^^^^^
-        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `seed`, `evaluate_every`, `evaluation_sequences`
+        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `seed`, `evaluate_every`, `evaluation_sequences`
         did you mean `global_batch` instead of `globel_batch`?
         ");
         let text = format!("[model]\nname = \"tiny\"\n{TRAINING}[layout]\nshard = \"gradient\"\n");

@@ -17,6 +17,7 @@ mod plan_report;
 mod planner;
 mod prediction;
 mod run_folder;
+mod scale;
 mod session;
 mod simulate_command;
 mod train_command;
@@ -79,6 +80,13 @@ enum Command {
     /// Run the code that recovers runs under simulated faults
     #[command(subcommand)]
     Faults(faults_command::FaultsCommand),
+    /// How a job scales: efficiency, what bounds it, cost, energy and goodput at many sizes
+    Scale {
+        #[command(flatten)]
+        job: JobArgs,
+        #[command(flatten)]
+        options: scale::ScaleArgs,
+    },
     /// Recompute published measurements: how wrong the simulator is, by source
     Validate(validate::ValidateArgs),
 }
@@ -153,6 +161,7 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Plan { job, options } => plan_command::plan(&job, &options),
         Command::Faults(command) => faults_command::faults(&command),
+        Command::Scale { job, options } => scale::scale(&job, &options),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }
@@ -181,6 +190,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         || error.is::<faults_command::Violated>()
     {
         return FAILED;
+    }
+    if error.is::<scale::Stopped>() {
+        return STOPPED;
     }
     match error.downcast_ref::<Train>() {
         Some(Train::Process { code: Some(code), .. }) => *code as u8,

@@ -11,6 +11,7 @@ mod agenda;
 mod cores;
 pub mod device;
 mod exchange;
+pub mod goodput;
 mod machine;
 mod measured;
 pub mod nccl;

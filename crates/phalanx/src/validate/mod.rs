@@ -71,6 +71,13 @@ fn style() -> Result<ProgressStyle> {
     Ok(ProgressStyle::with_template("{bar:30} {pos}/{len} rows, {eta} left")?)
 }
 
+/// A built-in row, by its id.
+pub fn measured_step(id: &str) -> Result<Row> {
+    let rows = row::rows(None)?;
+    let found = rows.into_iter().find(|row| row.id == id);
+    found.with_context(|| format!("measured/steps.csv has no row {id}"))
+}
+
 /// Where errors are recorded, seen from the project's folder.
 const ACCURACY: &str = "measured/accuracy.json";
 

@@ -7,6 +7,7 @@ mod catalogue;
 mod place;
 mod plan_and_simulate;
 mod repository;
+mod scale;
 mod survive;
 mod together;
 mod train;

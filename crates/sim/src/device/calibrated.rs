@@ -44,6 +44,14 @@ impl<'a> Calibrated<'a> {
         })
     }
 
+    /// The same with or without reduction in the fabric's switches, where those can (SHARP); off at
+    /// first.
+    #[must_use]
+    pub fn with_in_network_reduction(mut self, asked: bool) -> Self {
+        self.network = self.network.with_in_network_reduction(asked);
+        self
+    }
+
     fn representative(program: &Program, class: usize) -> Rank {
         program.mesh.peer(Rank(0), Axis::Pipeline, class as u32)
     }

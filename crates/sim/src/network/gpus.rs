@@ -37,9 +37,19 @@ pub(super) fn collective(network: &Network, group: &Group, kind: Kind, bytes: By
     let sent = sent(group, kind, choice.algorithm, bytes);
     let slowdown = group.slowdown.neighbours;
     let channels = communicator.channels(choice.algorithm);
+    let phases = if kind == Kind::AllReduce { 2.0 } else { 1.0 };
+    let distance = fabric::distance(cluster, group, |domains| match choice.algorithm {
+        Algorithm::Ring => phases * (domains - 1.0),
+        Algorithm::Tree | Algorithm::NvlsTree => 2.0 * domains.log2(),
+        Algorithm::Pat => domains.log2(),
+        // Up to the switch that reduces, and down again.
+        Algorithm::Nvls | Algorithm::CollnetDirect | Algorithm::CollnetChain => {
+            2.0 * f64::from(u8::from(domains > 1.0))
+        }
+    });
     Estimate {
         cost: TransferCost {
-            latency: choice.latency,
+            latency: (choice.latency + distance).max(Seconds::ZERO),
             wire: wires(cluster, group, sent, bytes / choice.bandwidth, slowdown),
             compute_slowdown: compute_slowdown(cluster, channels),
         },
@@ -58,12 +68,17 @@ pub(super) fn message(network: &Network, from: Rank, to: Rank, bytes: Bytes) -> 
     let way = nccl::message(near, bandwidth, bytes);
     let slowdown = fabric::message_slowdown(cluster, pair.tier, pair.stride);
     let resource = if near { DOMAIN } else { NIC };
+    let distance = fabric::distance(cluster, &pair, |domains| domains - 1.0);
     let (mut wire, mut sent) = ([Seconds::ZERO; 2], [Bytes::ZERO; 2]);
     wire[resource] = way.wire * if near { 1.0 } else { slowdown };
     sent[resource] = bytes;
     let compute_slowdown = compute_slowdown(cluster, way.channels);
     Estimate {
-        cost: TransferCost { latency: way.latency, wire, compute_slowdown },
+        cost: TransferCost {
+            latency: (way.latency + distance).max(Seconds::ZERO),
+            wire,
+            compute_slowdown,
+        },
         method: Method::Message(way.protocol),
         bytes: sent,
     }
@@ -86,10 +101,12 @@ pub(super) fn all_to_all(network: &Network, group: &Group, bytes: Bytes) -> Esti
     let first = if several { far_way } else { near_way };
     // One request to each other domain, posted one after the other.
     let posts = nccl::POST * f64::from(group.domains - 1);
+    // All are under way at once.
+    let distance = fabric::distance(cluster, group, |domains| f64::from(u8::from(domains > 1.0)));
     let far_wire = if several { far_way.wire * slowdown } else { Seconds::ZERO };
     Estimate {
         cost: TransferCost {
-            latency: first.latency + posts,
+            latency: (first.latency + posts + distance).max(Seconds::ZERO),
             wire: [near_way.wire, far_wire],
             compute_slowdown: compute_slowdown(cluster, near_way.channels),
         },
