@@ -117,7 +117,8 @@ fn a_point_adds_up() {
 #[test]
 fn tokens_grow_with_the_batch_above_the_critical_one() {
     let text = format!("{JOB}\n[scale]\ncritical_batch_tokens = {}\n", 64 * 8192);
-    let job = job(&text);
+    let draft = job(&text);
+    let job = draft.job();
     let tokens =
         |global_batch| job.tokens_to_train(&plan::Batch { global_batch, ..job.batch() }).unwrap();
     assert!((tokens(128) / tokens(64) - 1.5).abs() < 1e-12);
