@@ -92,17 +92,17 @@ fn in_short(figure: &Figure, predicted: Option<f64>) -> String {
     let mut words = Vec::new();
     match (figure.claimed, figure.recorded) {
         (Some(claimed), Some(recorded)) => {
-            words.push(format!("record {} of claim", off(recorded, claimed)))
+            words.push(format!("record {} of claim", off(recorded, claimed)));
         }
         (Some(_), None) => words.push("no record".to_owned()),
         _ => {}
     }
     match (predicted, figure.recorded, figure.claimed) {
         (Some(predicted), Some(recorded), _) => {
-            words.push(format!("prediction {} of record", off(predicted, recorded)))
+            words.push(format!("prediction {} of record", off(predicted, recorded)));
         }
         (Some(predicted), None, Some(claimed)) => {
-            words.push(format!("prediction {} of claim", off(predicted, claimed)))
+            words.push(format!("prediction {} of claim", off(predicted, claimed)));
         }
         _ => {}
     }
