@@ -41,7 +41,7 @@ impl Machine {
             ranks_per_host: ranks,
             threads_per_rank: threads,
             segments: segments
-                .map(|&(segment, pass, time)| SegmentTime { segment, pass, time })
+                .map(|&(segment, pass, pieces, time)| SegmentTime { segment, pass, pieces, time })
                 .collect(),
             // The own chunk is copied out, then added: two reads and a write beside a copy's one of
             // each.

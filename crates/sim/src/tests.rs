@@ -90,7 +90,12 @@ fn receive(ticket: u32, from: u32, elements: u64) -> Instruction {
 
 /// A host whose messages cost nothing.
 fn profile(cores: u32, ranks_per_host: u32) -> Profile {
-    let time = |pass, time| SegmentTime { segment: Segment::Project, pass, time: Seconds(time) };
+    let time = |pass, time| SegmentTime {
+        segment: Segment::Project,
+        pass,
+        pieces: 1,
+        time: Seconds(time),
+    };
     Profile {
         cores,
         ranks_per_host,

@@ -53,8 +53,15 @@ pub struct SegmentTime {
     pub segment: Segment,
     /// In which direction.
     pub pass: Pass,
+    /// Of how many pieces one is timed; all of it is one.
+    #[serde(default = "whole")]
+    pub pieces: u8,
     /// For one microbatch.
     pub time: Seconds,
+}
+
+fn whole() -> u8 {
+    1
 }
 
 /// How messages travel between two ranks' progress threads.
@@ -81,7 +88,9 @@ impl Profile {
         instruction: &Instruction,
     ) -> Result<Seconds, Error> {
         match *instruction {
-            Instruction::Compute { segment, pass, .. } => self.segment(segment, pass),
+            Instruction::Compute { segment, pass, piece, .. } => {
+                self.segment(segment, pass, piece.of)
+            }
             Instruction::Post { transfer, .. } => {
                 Ok(self.post_overhead + self.copy * own_chunk(program, &transfer))
             }
@@ -98,8 +107,9 @@ impl Profile {
         }
     }
 
-    fn segment(&self, segment: Segment, pass: Pass) -> Result<Seconds, Error> {
-        let measured = self.segments.iter().find(|m| (m.segment, m.pass) == (segment, pass));
+    fn segment(&self, segment: Segment, pass: Pass, pieces: u8) -> Result<Seconds, Error> {
+        let of = |m: &&SegmentTime| (m.segment, m.pass, m.pieces) == (segment, pass, pieces);
+        let measured = self.segments.iter().find(of);
         measured.map(|measured| measured.time).ok_or(Error::Unmeasured { segment, pass })
     }
 

@@ -29,7 +29,7 @@ pub use export::export;
 pub use identity::{Identity, Launcher};
 pub use launch::handed_listener;
 pub use learning_rate::LearningRate;
-pub use measure::{LinkTimes, Measurements, measure};
+pub use measure::{LinkTimes, Measurements, Rehearsal, measure};
 pub use pace::{Pace, Slow};
 pub use replicas::Replicas;
 pub use resume::{Resumed, resume};

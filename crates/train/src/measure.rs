@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use collective::{Collective, Kind};
-use compute::{Microbatch, Operators, ProductDims, Stage, Window};
-use model::{Pass, Segment};
-use program::{Instruction, Lane, Program};
+use compute::{Microbatch, Operators, ProductDims, Stage, StageSpec, Window};
+use model::{Block, Operator, Pass, Segment};
+use program::{Instruction, Program};
 use rustix::time::ClockId;
 use serde::{Deserialize, Serialize};
 use transport::{Action, Communicator, Group, InProcess, Limits, Operation};
@@ -34,8 +34,8 @@ pub struct Measurements {
     pub baseline_tokens: u64,
     /// Best rate of a large product on one rank.
     pub peak: FlopsPerSecond,
-    /// Median time of each segment and pass for one microbatch.
-    pub segments: Vec<(Segment, Pass, Seconds)>,
+    /// Median time of each segment and pass, whole or a piece of so many, for one microbatch.
+    pub segments: Vec<(Segment, Pass, u8, Seconds)>,
     /// Time to square and sum one gradient element.
     pub square_sum: Seconds,
     /// Time to update one parameter.
@@ -64,29 +64,38 @@ pub struct LinkTimes {
     pub reduce_cpu: Seconds,
 }
 
-/// Measures this machine with the model at hand; every rank of the job calls it. `baseline` is a
-/// program of one rank.
+/// What is measured with.
+#[derive(Debug, Clone, Copy)]
+pub struct Rehearsal<'a> {
+    /// A step of one rank alone, and its microbatches.
+    pub baseline: (&'a Program, &'a [Microbatch]),
+    /// A step of all ranks, and this rank's microbatches.
+    pub step: (&'a Program, &'a [Microbatch]),
+    /// Threads that a rank computes with.
+    pub threads: usize,
+}
+
+/// Measures this machine with the model at hand; every rank of the job calls it.
 ///
 /// # Errors
 /// When communication fails.
 pub fn measure<O: Operators>(
     device: &Device<O>,
-    baseline: &Program,
-    microbatches: &[Microbatch],
+    rehearsal: Rehearsal<'_>,
     communicator: &mut Communicator,
-    threads: usize,
 ) -> Result<Measurements, Error> {
     let rank = communicator.rank();
     let failed = |source| Error::Communication { rank, source };
     let world = Group::world(communicator.ranks());
     let mut alone = Vec::new();
     if rank == Rank(0) {
-        alone = phase(device, baseline, microbatches, Clock::Wall)?.0;
+        alone = baseline_steps(device, rehearsal.baseline)?;
     }
     communicator.barrier(&world).map_err(failed)?;
     // With several threads a segment's processor time is not one thread's.
-    let clock = if threads == 1 { Clock::Processor } else { Clock::Wall };
-    let mut own = phase(device, baseline, microbatches, clock)?.1;
+    let clock = if rehearsal.threads == 1 { Clock::Processor } else { Clock::Wall };
+    let mut own = rehearse(device, rank, rehearsal.step, clock);
+    own.baseline_tokens = rehearsal.baseline.0.global_tokens();
     if rank == Rank(0) {
         own.baseline_step = Seconds::median(alone);
     }
@@ -94,74 +103,136 @@ pub fn measure<O: Operators>(
     share(communicator, &world, &own).map_err(failed)
 }
 
-/// Steps of one rank on its own for [`PHASE`], after one that does not count: each step's wall
-/// time, and the median time of each kind of work by `clock`.
-fn phase<O: Operators>(
+fn fresh<O: Operators>(
     device: &Device<O>,
-    program: &Program,
-    microbatches: &[Microbatch],
-    clock: Clock,
-) -> Result<(Vec<Seconds>, Measurements), Error> {
+) -> impl FnMut(Block, &mut [f32]) -> Result<(), Infallible> {
+    let config = device.config.clone();
+    move |block, values| {
+        Stage::<O>::fresh(&config, 0, block, values);
+        Ok(())
+    }
+}
+
+/// Whether a phase has gone on for long enough.
+fn is_over(begin: Instant, steps: usize) -> bool {
+    steps >= PHASE.1 && begin.elapsed().as_secs_f64() >= PHASE.0.0
+}
+
+/// The wall times of steps of one rank on its own, after one that does not count.
+fn baseline_steps<O: Operators>(
+    device: &Device<O>,
+    (program, microbatches): (&Program, &[Microbatch]),
+) -> Result<Vec<Seconds>, Error> {
     let transport = InProcess::mesh(1).remove(0);
     let communicator = Communicator::new(Box::new(transport), Limits::default())
         .map_err(|source| Error::Communication { rank: Rank(0), source })?;
-    let config = device.config.clone();
-    let mut worker = Worker::new(device.clone(), program, communicator, |block, values| {
-        Stage::<O>::fresh(&config, 0, block, values);
-        Ok::<(), Infallible>(())
-    })
-    .unwrap_or_else(|never| match never {});
-    let (mut steps, mut spans) = (Vec::new(), Vec::new());
-    worker.execute(program, microbatches.to_vec(), 0.0, clock)?;
+    let Ok(mut worker) = Worker::new(device.clone(), program, communicator, fresh(device));
+    let mut steps = Vec::new();
+    worker.execute(program, microbatches.to_vec(), 0.0, Clock::Wall)?;
     let begin = Instant::now();
-    while steps.len() < PHASE.1 || begin.elapsed().as_secs_f64() < PHASE.0.0 {
+    while !is_over(begin, steps.len()) {
         let start = Instant::now();
-        spans.extend(worker.execute(program, microbatches.to_vec(), 0.0, clock)?);
+        worker.execute(program, microbatches.to_vec(), 0.0, Clock::Wall)?;
         steps.push(Seconds(start.elapsed().as_secs_f64()));
     }
-    let peak = peak(&device.operators);
+    Ok(steps)
+}
+
+/// Goes through a rank's own list, after once that does not count, as if it were alone: nothing is
+/// moved, and what would come from others is whatever the buffers hold. The median time of each
+/// kind of work by `clock`.
+fn rehearse<O: Operators>(
+    device: &Device<O>,
+    rank: Rank,
+    (program, microbatches): (&Program, &[Microbatch]),
+    clock: Clock,
+) -> Measurements {
+    let Device { operators, config, optimizer } = device.clone();
+    let spec = StageSpec::new(&config, program, rank, program.held_blocks(rank));
+    let Ok(mut stage) = Stage::new(operators, config, spec, optimizer, fresh(device));
     let mut kinds: BTreeMap<Work, Vec<Seconds>> = BTreeMap::new();
-    for span in spans.iter().filter(|span| span.lane == Lane::Compute) {
-        let instruction = &program.instructions(Rank(0))[span.instruction as usize];
-        if let Some((kind, units)) = kind_of(program, instruction) {
-            kinds.entry(kind).or_default().push((span.end - span.start) * (1.0 / units));
-        }
+    go_through(&mut stage, (program, rank, microbatches), clock, |_, _| {});
+    let (begin, mut steps) = (Instant::now(), 0);
+    while !is_over(begin, steps) {
+        go_through(&mut stage, (program, rank, microbatches), clock, |instruction, time| {
+            if let Some((kind, units)) = kind_of(program, instruction) {
+                kinds.entry(kind).or_default().push(time * (1.0 / units));
+            }
+        });
+        steps += 1;
     }
     let mut medians: BTreeMap<Work, Seconds> =
         kinds.into_iter().map(|(kind, times)| (kind, Seconds::median(times))).collect();
-    let measured = Measurements {
+    Measurements {
         baseline_step: Seconds::ZERO,
-        baseline_tokens: program.global_tokens(),
-        peak,
+        baseline_tokens: 0,
+        peak: peak(&device.operators),
         square_sum: medians.remove(&Work::SquareSum).unwrap_or_default(),
         update: medians.remove(&Work::Update).unwrap_or_default(),
         copy: copy(&device.operators),
         segments: medians
             .into_iter()
             .filter_map(|(kind, time)| match kind {
-                Work::Segment(segment, pass) => Some((segment, pass, time)),
+                Work::Segment(segment, pass, pieces) => Some((segment, pass, pieces, time)),
                 _ => None,
             })
             .collect(),
         link: None,
-    };
-    Ok((steps, measured))
+    }
+}
+
+/// One step, in which every transfer gives back what it took.
+fn go_through<O: Operators>(
+    stage: &mut Stage<O>,
+    (program, rank, microbatches): (&Program, Rank, &[Microbatch]),
+    clock: Clock,
+    mut took: impl FnMut(&Instruction, Seconds),
+) {
+    stage.begin(program, microbatches.to_vec(), 0.0);
+    let mut moving = BTreeMap::new();
+    for instruction in program.instructions(rank) {
+        match instruction {
+            Instruction::Post { ticket, transfer } => {
+                moving.insert(*ticket, (*transfer, stage.take(transfer)));
+            }
+            Instruction::Wait { ticket } => {
+                let (transfer, buffer) = moving.remove(ticket).expect("a post is before its wait");
+                stage.put(&transfer, buffer);
+            }
+            _ => {
+                let start = clock.now();
+                stage.run(instruction);
+                took(instruction, clock.now() - start);
+            }
+        }
+    }
 }
 
 /// Work that is timed together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Work {
-    Segment(Segment, Pass),
+    /// A piece of so many.
+    Segment(Segment, Pass, u8),
     SquareSum,
     Update,
 }
 
 /// The kind of an instruction, and over how many elements its time is spread.
 fn kind_of(program: &Program, instruction: &Instruction) -> Option<(Work, f64)> {
+    let elements = || {
+        let operators = program.operators(instruction).into_iter();
+        let elements = operators.map(|operator| match operator {
+            Operator::SquareSum { elements } | Operator::AdamW { elements } => elements,
+            _ => 0,
+        });
+        elements.sum::<u64>().max(1) as f64
+    };
     match *instruction {
-        Instruction::Compute { segment, pass, .. } => Some((Work::Segment(segment, pass), 1.0)),
-        Instruction::SquareSum { block } => Some((Work::SquareSum, program.blocks[&block] as f64)),
-        Instruction::Update { block } => Some((Work::Update, program.blocks[&block] as f64)),
+        Instruction::Compute { segment, pass, piece, .. } => {
+            Some((Work::Segment(segment, pass, piece.of), 1.0))
+        }
+        Instruction::SquareSum { .. } => Some((Work::SquareSum, elements())),
+        Instruction::Update { .. } => Some((Work::Update, elements())),
         _ => None,
     }
 }
@@ -319,8 +390,14 @@ fn share(
     let mean = |field: &dyn Fn(&Measurements) -> f64| {
         all.iter().map(field).sum::<f64>() / all.len() as f64
     };
-    let segments = own.segments.iter().enumerate().map(|(index, (segment, pass, _))| {
-        (*segment, *pass, Seconds(mean(&|of| of.segments[index].2.0)))
+    // A stage has only its own segments.
+    let mut segments: BTreeMap<(Segment, Pass, u8), Vec<Seconds>> = BTreeMap::new();
+    for &(segment, pass, pieces, time) in all.iter().flat_map(|of| &of.segments) {
+        segments.entry((segment, pass, pieces)).or_default().push(time);
+    }
+    let segments = segments.into_iter().map(|((segment, pass, pieces), times)| {
+        let count = times.len() as f64;
+        (segment, pass, pieces, times.into_iter().sum::<Seconds>() * (1.0 / count))
     });
     Ok(Measurements {
         baseline_step: all[0].baseline_step,

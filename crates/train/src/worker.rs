@@ -36,7 +36,7 @@ pub enum Clock {
 }
 
 impl Clock {
-    fn now(self) -> Seconds {
+    pub(crate) fn now(self) -> Seconds {
         let clock = match self {
             Self::Wall => ClockId::Monotonic,
             Self::Processor => ClockId::ThreadCPUTime,

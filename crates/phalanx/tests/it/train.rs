@@ -145,3 +145,25 @@ fn a_model_is_trained_further_from_its_folder() {
     assert!((next - last).abs() < 0.1 * (fresh - last), "{fresh} -> {last}, then {next}");
     assert!(after[19] < next, "{after:?}");
 }
+
+#[test]
+fn eight_processes_that_split_layers_and_sequences_train_like_one() {
+    let place = Place::new();
+    let layout = "tensor = 2\nsequence_parallel = true\ncontext = 2\ncontext_exchange = \"ring\"\n\
+                  pipeline = 2\nvirtual_stages = 2\nmicro_batch = 1";
+    let measured = over(8, layout).replace("measure = false", "measure = true");
+    place.write("one.toml", over(1, "micro_batch = 2"));
+    place.write("eight.toml", measured);
+    place.succeed(&["train", "one.toml"]);
+    place.succeed(&["train", "eight.toml"]);
+    let one = place.losses("runs/one-001", "step");
+    let eight = place.losses("runs/eight-001", "step");
+    assert_eq!(one.len(), eight.len());
+    for (one, eight) in one.iter().zip(&eight) {
+        assert!((eight / one - 1.0).abs() < 1e-5, "{eight}, not {one}");
+    }
+    let summary = place.json("runs/eight-001/summary.json");
+    assert!(summary["predicted_step_time_s"].as_f64().unwrap() > 0.0, "{summary}");
+    let weights = Weights::open(&place.path("runs/eight-001/model")).unwrap();
+    weights.check(&config()).unwrap();
+}

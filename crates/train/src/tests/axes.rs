@@ -117,3 +117,44 @@ fn bf16_stays_close_to_one_rank() {
     assert!(worst > 0.0, "bf16 rounds");
     assert!(worst <= BF16_TOLERANCE, "{worst}");
 }
+
+#[test]
+fn what_ranks_do_is_timed_piece_by_piece() {
+    let job = job(false);
+    let mesh = Mesh { tensor: 2, context: 2, pipeline: 2, ..Mesh::ONE };
+    let layout = Layout {
+        schedule: Schedule::ZeroBubble,
+        context_exchange: ContextExchange::Ring,
+        tensor_overlap: TensorOverlap::Pieces(2),
+        ..cell(mesh)
+    };
+    let step = lower(&job.config, &layout, &job.batch).unwrap();
+    let alone = lower(&job.config, &job.reference(), &job.batch).unwrap();
+    let (alone, step, job) = (&alone, &step, &job);
+    let measured: Vec<Measurements> = thread::scope(|scope| {
+        let rank = |transport: Box<dyn Transport>| {
+            let mut communicator = Communicator::new(transport, Limits::default()).unwrap();
+            let (operators, config) = (Cpu::new(1, job.precision), job.config.clone());
+            let device = Device { operators, config, optimizer: job.optimizer() };
+            let batches = batches(job.batch);
+            let of = |program, rank| batches.step(program, rank, 0).unwrap();
+            let (one, own) = (of(alone, Rank(0)), of(step, communicator.rank()));
+            let rehearsal = Rehearsal { baseline: (alone, &one), step: (step, &own), threads: 1 };
+            measure(&device, rehearsal, &mut communicator).unwrap()
+        };
+        let ranks = in_process(mesh.ranks());
+        let ranks: Vec<_> = ranks.map(|transport| scope.spawn(move || rank(transport()))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    let times = |of: &Measurements| of.segments.clone();
+    assert!(measured.iter().all(|of| times(of) == times(&measured[0])), "all ranks agree");
+    for list in &step.classes {
+        for instruction in list {
+            let program::Instruction::Compute { segment, pass, piece, .. } = *instruction else {
+                continue;
+            };
+            let timed = |(s, p, of, _): &(_, _, _, _)| (*s, *p, *of) == (segment, pass, piece.of);
+            assert!(times(&measured[0]).iter().any(timed), "{instruction}");
+        }
+    }
+}
