@@ -107,7 +107,7 @@ impl Cluster {
         for node in ordered {
             match domains.last_mut() {
                 Some(last) if self.group(last[0], whole) == self.group(*node, whole) => {
-                    last.push(*node)
+                    last.push(*node);
                 }
                 _ => domains.push(vec![*node]),
             }

@@ -114,7 +114,7 @@ pub fn table(planner: &Planner, plans: &[&Plan]) -> String {
 }
 
 /// The front, thinned to a few rows.
-pub fn front<'p>(planned: &'p Planned) -> Vec<&'p Plan> {
+pub fn front(planned: &Planned) -> Vec<&Plan> {
     let step = planned.front.len().div_ceil(FRONT_ROWS).max(1);
     planned.front.iter().step_by(step).map(|index| &planned.plans[*index]).collect()
 }

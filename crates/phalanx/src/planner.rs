@@ -1,7 +1,7 @@
 //! The best layouts of a job: searched by the closed form, the best of them simulated.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Result, bail};
 use plan::estimate::Estimate;
@@ -22,9 +22,9 @@ const SIMULATED: usize = 24;
 const SIMULATED_OF_FRONT: usize = 16;
 /// How much longer than the fastest a plan may take that is worth a look for its memory or energy.
 const SLOWEST: f64 = 2.0;
-/// Instructions of a program, over all classes, above which the closed form's word is taken: some
-/// hundred megabytes, and seconds.
-const MOST_INSTRUCTIONS: f64 = 3e6;
+/// Instructions of a program, over all classes, above which the closed form's word is taken: a
+/// hundred megabytes, and a second.
+const MOST_INSTRUCTIONS: f64 = 1e6;
 /// Instructions of a microbatch in a layer, forward and backward, about.
 const INSTRUCTIONS_PER_LAYER: f64 = 60.0;
 
@@ -196,19 +196,13 @@ impl<'a> Planner<'a> {
         let step = front.len().div_ceil(SIMULATED_OF_FRONT).max(1);
         let chosen: BTreeSet<usize> = fastest.chain(front.into_iter().step_by(step)).collect();
         let chosen: Vec<usize> = chosen.into_iter().collect();
-        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let next = AtomicUsize::new(0);
         let work = || {
             let mut done = Vec::new();
             while let Some(index) = chosen.get(next.fetch_add(1, Ordering::Relaxed)) {
-                match self.simulate(plans[*index].clone()) {
-                    Ok(plan) => done.push((*index, plan)),
-                    Err(error) => {
-                        failed.store(true, Ordering::Relaxed);
-                        return Err(error);
-                    }
-                }
+                done.push((*index, self.simulate(plans[*index].clone())?));
             }
-            Ok(done)
+            Ok::<_, anyhow::Error>(done)
         };
         let shares: Result<Vec<_>> = std::thread::scope(|scope| {
             let workers: Vec<_> = (0..self.threads).map(|_| scope.spawn(work)).collect();

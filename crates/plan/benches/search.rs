@@ -28,8 +28,9 @@ fn calculon_space(bencher: Bencher) {
     let near = Described::new("dgx-a100-hdr");
     let far = near.without_domains();
     let all = || calculon::judge_all(&space, [&near, &far]).expect("every candidate has a price");
-    println!("{} candidates, {} fit", all().judged, all().fitting);
-    bencher.counter(ItemsCount::new(all().judged)).bench_local(all);
+    let tally = all();
+    println!("{} candidates, {} fit", tally.judged, tally.fitting);
+    bencher.counter(ItemsCount::new(tally.judged)).bench_local(all);
 }
 
 /// Llama 3.1 405B on 8,192 H100, everything searched, on two cores.

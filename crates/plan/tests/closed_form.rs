@@ -33,7 +33,7 @@ fn draw(draws: &mut Draws) -> (&'static str, u32, Batch, Layout) {
             "mixtral-8x7b",
             "deepseek-v3",
         ]);
-        let config = catalogue::find(model).unwrap();
+        let config = catalogue::find(model).expect("a model of the catalogue");
         let accelerators = draws.of(&[64, 128, 256, 512]);
         let batch = Batch {
             sequence: draws.of(&[2048, 4096, 8192]),

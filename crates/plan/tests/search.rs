@@ -12,7 +12,7 @@ const OVERLAPS: [TensorOverlap; 1] = [TensorOverlap::WeightGradients];
 
 fn found(given: &PartialLayout, model: &str, ranks: u32, threads: usize) -> Outcome {
     let problem = Problem {
-        config: catalogue::find(model).unwrap(),
+        config: catalogue::find(model).expect("a model of the catalogue"),
         batch: Batch { sequence: 8192, global_batch: 64 },
         ranks,
         given,
@@ -21,7 +21,8 @@ fn found(given: &PartialLayout, model: &str, ranks: u32, threads: usize) -> Outc
         domain: 8,
         overlaps: &OVERLAPS,
     };
-    search(&problem, &Described::new("dgx-h100-quantum2"), threads, &|_| true).unwrap()
+    search(&problem, &Described::new("dgx-h100-quantum2"), threads, &|_| true)
+        .expect("every layout has a price")
 }
 
 fn halves() -> PartialLayout {

@@ -134,7 +134,8 @@ pub fn search(
         while !stopped.load(Ordering::Relaxed) {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(piece) = pieces.get(index) else { break };
-            let outcome = judge.piece(piece, pricing)?;
+            let mut outcome = judge.piece(piece, pricing)?;
+            outcome.forget_slow();
             let judged = judged.fetch_add(outcome.judged, Ordering::Relaxed) + outcome.judged;
             found.push((index, outcome));
             if !watch(Progress { done: index + 1, of: pieces.len(), judged }) {
@@ -154,6 +155,9 @@ pub fn search(
     Ok(whole.outcome(stopped.into_inner()))
 }
 
+/// How much longer than the fastest a family may take that is kept.
+const SLOWEST: f64 = 2.0;
+
 /// What a part of a search found.
 #[derive(Debug, Default)]
 struct Part {
@@ -164,6 +168,14 @@ struct Part {
 }
 
 impl Part {
+    /// Forgets families that take more than twice as long as the fastest: of millions of layouts
+    /// most are of no interest to anybody.
+    fn forget_slow(&mut self) {
+        let times = self.families.values().map(|found| found.estimate.step_time.0);
+        let slowest = SLOWEST * times.fold(f64::INFINITY, f64::min);
+        self.families.retain(|_, found| found.estimate.step_time.0 <= slowest);
+    }
+
     /// Whether one of its family is as fast.
     fn is_beaten(&self, layout: &Layout, estimate: &Estimate) -> bool {
         let best = self.families.get(&Family::of(layout));
@@ -197,7 +209,8 @@ impl Part {
         }
     }
 
-    fn outcome(self, stopped: bool) -> Outcome {
+    fn outcome(mut self, stopped: bool) -> Outcome {
+        self.forget_slow();
         let Self { families, judged, fitting, least } = self;
         let mut families: Vec<Found> = families.into_values().collect();
         families.sort_by(|a, b| a.estimate.step_time.0.total_cmp(&b.estimate.step_time.0));

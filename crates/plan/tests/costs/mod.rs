@@ -15,9 +15,10 @@ pub struct Described {
 
 impl Described {
     pub fn new(cluster: &str) -> Self {
-        let cluster = cluster::catalogue::find(cluster).unwrap().clone();
+        let cluster = cluster::catalogue::find(cluster).expect("a cluster of the catalogue");
         let all = Calibration::built_in();
-        let calibration = Calibration::find(&all, None, &cluster.accelerator.name).unwrap().clone();
+        let usual = Calibration::find(&all, None, &cluster.accelerator.name);
+        let calibration = usual.expect("its accelerator has a calibration").clone();
         Self { cluster, calibration }
     }
 
@@ -36,8 +37,9 @@ impl Described {
     /// The step time by event simulation.
     #[allow(dead_code, reason = "the closed form's test alone")]
     pub fn simulate(&self, program: &Program) -> Seconds {
-        let step = Step::new(program, &self.costs(program).unwrap()).unwrap();
-        step.run().unwrap().step_time
+        let costs = self.costs(program).expect("the cluster is large enough");
+        let step = Step::new(program, &costs).expect("everything has a cost");
+        step.run().expect("the program is sound").step_time
     }
 }
 
