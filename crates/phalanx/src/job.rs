@@ -736,6 +736,7 @@ mod tests {
         [data]
         text = []
         held_out = 0.02
+        mask_documents = false
 
         [checkpoint]
         every_steps = 10
