@@ -286,6 +286,7 @@ impl<O: Operators> Stage<O> {
                 // What another segment has consumed is gone already.
                 self.values.remove(&(microbatch, value));
                 self.saved.remove(&(microbatch, value));
+                self.gradients.remove(&(microbatch, value)); // of the logits, left in their place
             }
             Instruction::Post { .. } | Instruction::Wait { .. } => {
                 unreachable!("transfers are the communicator's")

@@ -165,8 +165,8 @@ struct View {
     steps: Vec<[f64; 2]>,
     /// Held-out losses.
     evaluations: Vec<f64>,
-    /// Bytes in tensors after a step, and the most there were, before the first evaluation.
-    live: [u64; 2],
+    /// Bytes in tensors after a step, the most there were before the first evaluation, and ever.
+    live: [u64; 3],
     /// What the rank updates, and where in the model's blocks it lies.
     held: Vec<(Block, Range<usize>, Vec<f32>)>,
 }
@@ -204,7 +204,7 @@ fn run_rank(
         Ok::<(), Infallible>(())
     });
     let mut view =
-        View { steps: Vec::new(), evaluations: Vec::new(), live: [0; 2], held: Vec::new() };
+        View { steps: Vec::new(), evaluations: Vec::new(), live: [0; 3], held: Vec::new() };
     let mut settings = job.settings();
     let mut safekeeping = keeping.start(&mut worker, &programs.step, job, &mut settings)?;
     let mut batches = batches(job.batch);
@@ -221,13 +221,14 @@ fn run_rank(
                 view.steps.push([loss, gradient_norm]);
                 if view.evaluations.is_empty() {
                     let (now, most) = operators.live();
-                    view.live = [now.0, most.0];
+                    view.live = [now.0, most.0, 0];
                 }
             }
             Event::Evaluation { loss, .. } => view.evaluations.push(loss),
             _ => {}
         }
     })?;
+    view.live[2] = operators.live().1.0;
     export(&mut worker, &programs.step, &job.config, folder)?;
     for block in programs.step.held_blocks(worker.rank()) {
         let (range, values) = worker.stage().master(block);

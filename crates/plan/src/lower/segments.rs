@@ -43,7 +43,11 @@ impl Lowering<'_> {
         match visit.pass {
             Pass::Forward => {
                 works.iter().for_each(|work| self.forward(*work, Pass::Forward));
-                self.discard(visit, &works);
+                if self.uses.trains() {
+                    self.discard(visit, &works);
+                } else {
+                    self.forget(&works);
+                }
             }
             Pass::BackwardWeight => works.iter().rev().for_each(|work| self.weights(*work)),
             pass => {
@@ -353,12 +357,28 @@ impl Lowering<'_> {
     }
 
     fn discard(&mut self, visit: Visit, works: &[Work]) {
-        if self.layout.recompute == Recompute::None || !self.uses.trains() {
+        if self.layout.recompute == Recompute::None {
             return;
         }
         for work in self.again(visit, works) {
             let (value, microbatch) = (work.output(), work.microbatch);
             self.list.push(Instruction::Discard { value, microbatch });
+        }
+    }
+
+    /// Without a backward pass, all that the next visit does not read; prediction layers read more.
+    fn forget(&mut self, works: &[Work]) {
+        let (Some(first), Some(last)) = (works.first(), works.last()) else { return };
+        if self.config.prediction_layers > 0 {
+            return;
+        }
+        let entered = Value::of(first.segment, first.layer).0;
+        let outputs = works.iter().map(|work| work.output());
+        let next = last.output();
+        for value in entered.into_iter().chain(outputs) {
+            if value != next || matches!(value, Value::Loss(_)) {
+                self.list.push(Instruction::Discard { value, microbatch: last.microbatch });
+            }
         }
     }
 

@@ -6,7 +6,7 @@ use super::*;
 const PARAMETER: u64 = 4;
 const STATE: u64 = 12;
 
-fn live(job: &Job, layout: &Layout) -> Vec<[u64; 2]> {
+fn live(job: &Job, layout: &Layout) -> Vec<[u64; 3]> {
     let folder = tempfile::tempdir().unwrap();
     let ranks = in_process(layout.mesh.ranks());
     let views = run_all(job, layout, folder.path(), ranks, &Keeping::default());
@@ -30,7 +30,7 @@ fn between_steps_a_rank_holds_its_share_of_the_state_and_nothing_else() {
     });
     for layout in layouts {
         let program = lower(&job.config, &layout, &job.batch).unwrap();
-        for (rank, [now, _]) in (0..).map(Rank).zip(live(&job, &layout)) {
+        for (rank, [now, ..]) in (0..).map(Rank).zip(live(&job, &layout)) {
             let place = program.mesh.coordinate(rank, program::Axis::Data);
             let share = |block: &Block| {
                 let elements = program.blocks[block] as usize;
@@ -52,7 +52,7 @@ fn the_peak_falls_as_parameters_and_state_are_shared_out() {
         let batch = Batch { global_batch: 2 * u64::from(data), ..job.batch };
         let job = Job { batch, ..job.clone() };
         let of_ranks = live(&job, &layout(data, 1, 1, Shard::Parameters));
-        of_ranks.into_iter().map(|[_, most]| most as f64).fold(0.0, f64::max)
+        of_ranks.into_iter().map(|[_, most, _]| most as f64).fold(0.0, f64::max)
     };
     let peaks = [2, 4, 8].map(|data| (f64::from(data), peak(data)));
     for [(few, before), (many, after)] in [[peaks[0], peaks[1]], [peaks[1], peaks[2]]] {
@@ -60,5 +60,17 @@ fn the_peak_falls_as_parameters_and_state_are_shared_out() {
         let planned = 16.0 * parameters * (1.0 / few - 1.0 / many);
         let ratio = (before - after) / planned;
         assert!((0.95..1.05).contains(&ratio), "{few} -> {many}: {before} -> {after}, {ratio}");
+    }
+}
+
+#[test]
+fn an_evaluation_needs_no_more_than_a_step() {
+    let job = job();
+    for shard in SHARDS {
+        for layout in [layout(1, 1, 1, Shard::None), layout(2, 2, 1, shard)] {
+            for [_, of_steps, ever] in live(&job, &layout) {
+                assert!(ever <= of_steps, "{layout:?}: {of_steps}, then {ever}");
+            }
+        }
     }
 }
