@@ -120,6 +120,8 @@ pub struct Stage<O: Operators> {
     global_tokens: f64,
     optimizer: Optimizer,
     updates: u64,
+    /// Updates by a gradient of a larger norm are left out.
+    largest_norm: f64,
     /// Squared gradient norm and loss: this rank's share, then every rank's.
     share: [f64; 2],
     statistics: Vec<f32>,
@@ -236,6 +238,7 @@ impl<O: Operators> Stage<O> {
             global_tokens: 1.0,
             optimizer,
             updates: 0,
+            largest_norm: f64::INFINITY,
             share: [0.0; 2],
             statistics: Vec::new(),
         })
@@ -306,6 +309,26 @@ impl<O: Operators> Stage<O> {
         self.statistic(0).sqrt()
     }
 
+    /// Leaves out updates by a gradient of a larger global norm than this, from the next on.
+    pub fn limit_gradient_norm(&mut self, largest: f64) {
+        self.largest_norm = largest;
+    }
+
+    /// Whether the step's update counts: loss and gradient are numbers, and within the limit. It is
+    /// the same on every rank, since all have the same statistics.
+    #[must_use]
+    pub fn accepts_update(&self) -> bool {
+        self.loss().is_finite() && self.gradient_norm() <= self.largest_norm
+    }
+
+    /// The ranks whose share of the loss or the gradient is no number.
+    #[must_use]
+    pub fn not_finite(&self) -> Vec<Rank> {
+        let shares = self.statistics.chunks_exact(2).enumerate();
+        let bad = shares.filter(|(_, share)| !share.iter().all(|value| value.is_finite()));
+        bad.map(|(rank, _)| Rank(rank as u32)).collect()
+    }
+
     /// The blocks this rank holds.
     #[must_use]
     pub fn blocks(&self) -> &[Block] {
@@ -354,6 +377,7 @@ impl<O: Operators> Stage<O> {
     fn update(&mut self, block: Block) {
         let first = self.program.blocks.first() == Some(&block);
         self.updates += u64::from(first);
+        let accepted = self.accepts_update();
         let settings = self.settings();
         let balance = self.balance();
         let operators = self.operators.clone();
@@ -363,7 +387,7 @@ impl<O: Operators> Stage<O> {
         let Reduced { tensor, start: first_of_held } =
             state.reduced.take().expect("gradients are reduced");
         let held = state.held.clone();
-        for parameter in &state.parameters {
+        for parameter in state.parameters.iter().filter(|_| accepted) {
             let range = parameter.range();
             let (start, end) = (range.start.max(held.start), range.end.min(held.end));
             if start < end && parameter.role == Role::RouterBias {

@@ -1,5 +1,6 @@
 //! Faults on demand: what a run survives can be seen on a real one.
 
+use std::collections::BTreeSet;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,6 +15,8 @@ enum Fault {
     Kill,
     /// SIGSTOP: it lives and does nothing.
     Stop,
+    /// A bit of its state flips.
+    Flip,
 }
 
 /// Faults to be injected, as `--chaos` names them.
@@ -57,12 +60,13 @@ fn fault(name: &str) -> Result<Fault> {
     match name {
         "kill" => Ok(Fault::Kill),
         "stop" => Ok(Fault::Stop),
-        other => bail!("there is no fault `{other}`; there are `kill` and `stop`"),
+        "flip" => Ok(Fault::Flip),
+        other => bail!("there is no fault `{other}`; there are `kill`, `stop` and `flip`"),
     }
 }
 
 impl Chaos {
-    /// The faults of a rank in a run of so many steps and ranks, in order: each costs it a process.
+    /// The faults of a rank in a run of so many steps and ranks, in order.
     fn of(&self, rank: Rank, ranks: u32, steps: u64) -> Vec<(u64, Fault)> {
         let mut faults = Vec::new();
         for clause in &self.0 {
@@ -83,10 +87,19 @@ impl Chaos {
         faults
     }
 
+    /// After which steps a bit of a rank's state flips.
+    pub fn flips(&self, rank: Rank, ranks: u32, steps: u64) -> BTreeSet<u64> {
+        let flips = self.of(rank, ranks, steps).into_iter();
+        flips.filter(|(_, fault)| *fault == Fault::Flip).map(|(step, _)| step).collect()
+    }
+
     /// Does to this process what is its turn, when it has done `step` of `steps` steps; it is the
     /// `incarnation`th of its rank, so that a step that is done again is not hit again.
     pub fn strike(&self, rank: Rank, ranks: u32, incarnation: u64, (step, steps): (u64, u64)) {
-        let fault = self.of(rank, ranks, steps).into_iter().nth(incarnation as usize);
+        let fatal =
+            self.of(rank, ranks, steps).into_iter().filter(|(_, fault)| *fault != Fault::Flip);
+        // Each costs the rank a process.
+        let fault = fatal.into_iter().nth(incarnation as usize);
         let signal = match fault {
             Some((at, Fault::Kill)) if at == step => Signal::KILL,
             Some((at, Fault::Stop)) if at == step => Signal::STOP,
@@ -114,7 +127,9 @@ mod tests {
     #[test]
     fn what_is_no_fault_is_said() {
         let refused = |text: &str| format!("{:#}", text.parse::<Chaos>().unwrap_err());
-        assert!(refused("drown:1@2").contains("no fault `drown`; there are `kill` and `stop`"));
+        assert!(
+            refused("drown:1@2").contains("no fault `drown`; there are `kill`, `stop` and `flip`")
+        );
         assert!(refused("kill").contains("write FAULT:RANK@STEP, as in kill:2@7"));
         assert!(refused("kill:x@3").contains("`x` is no number"));
         assert!(refused("kill~0").contains("at least 1"));

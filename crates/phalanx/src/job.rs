@@ -11,7 +11,7 @@ use model::{
 };
 use plan::{Batch, Layout, PartialLayout};
 use serde::{Deserialize, Serialize};
-use train::LearningRate;
+use train::{LearningRate, OnDivergence};
 use units::{Bytes, Seconds};
 
 pub use crate::cluster_section::ClusterSection;
@@ -123,6 +123,12 @@ pub struct Training {
     /// Sequences of an evaluation, rounded to whole microbatches of every rank.
     #[serde(default = "defaults::evaluation_sequences")]
     pub evaluation_sequences: u64,
+    /// What is done about a step whose loss or gradient is no number, or too large.
+    #[serde(default)]
+    pub on_divergence: OnDivergence,
+    /// A gradient is too large when its norm is over so many times the median of late; 0 never.
+    #[serde(default)]
+    pub spike: f64,
 }
 
 fn fp32() -> Precision {
@@ -235,11 +241,18 @@ pub struct RecoverySection {
     pub replicate_every_steps: u64,
     /// A rank that is silent for so long is taken for dead.
     pub silence_s: Seconds,
+    /// Steps between comparisons of what ranks hold that should hold the same; 0 compares nothing.
+    pub compare_every_steps: u64,
 }
 
 impl Default for RecoverySection {
     fn default() -> Self {
-        Self { restarts: 3, replicate_every_steps: 1, silence_s: Seconds(10.0) }
+        Self {
+            restarts: 3,
+            replicate_every_steps: 1,
+            silence_s: Seconds(10.0),
+            compare_every_steps: 10,
+        }
     }
 }
 
@@ -632,7 +645,7 @@ mod tests {
           |
         6 | globel_batch = 2
           | ^^^^^^^^^^^^
-        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `seed`, `evaluate_every`, `evaluation_sequences`
+        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
         did you mean `global_batch` instead of `globel_batch`?
         ");
         let text = format!("[model]\nname = \"tiny\"\n{TRAINING}[layout]\nshard = \"gradient\"\n");
@@ -665,10 +678,7 @@ mod tests {
     #[test]
     fn a_resolved_job_says_everything() {
         let job = job(&format!("[model]\nname = \"tiny\"\n{TRAINING}")).unwrap();
-        insta::assert_snapshot!(job.resolved(), @r#"
-        name = "test"
-
-        [model]
+        insta::assert_snapshot!(job.resolved().trim_start_matches("name = \"test\"\n\n[model]\n"), @r#"
         layers = 4
         hidden = 128
         heads = 4
@@ -705,6 +715,8 @@ mod tests {
         seed = 0
         evaluate_every = 10
         evaluation_sequences = 32
+        on_divergence = "stop"
+        spike = 0.0
 
         [layout]
         virtual_stages = 1
@@ -747,6 +759,7 @@ mod tests {
         restarts = 3
         replicate_every_steps = 1
         silence_s = 10.0
+        compare_every_steps = 10
 
         [run]
         folder = "runs"

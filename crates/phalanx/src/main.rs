@@ -51,7 +51,7 @@ enum Command {
         /// Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
         #[arg(long, value_name = "RUN")]
         resume: Option<PathBuf>,
-        /// Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it; several with commas
+        /// Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
         #[arg(long, value_name = "SPEC")]
         chaos: Option<String>,
     },
@@ -199,9 +199,12 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         Some(Train::Stopped { .. }) => STOPPED,
         Some(Train::CrashLoop { .. }) => CRASH_LOOP,
         Some(Train::Communication { source: Transport::Refused { .. }, .. }) => BAD_INPUT,
-        Some(Train::Process { .. } | Train::Communication { .. } | Train::Diverged { .. }) => {
-            FAILED
-        }
+        Some(
+            Train::Process { .. }
+            | Train::Communication { .. }
+            | Train::Diverged { .. }
+            | Train::Drifted { .. },
+        ) => FAILED,
         _ => BAD_INPUT,
     }
 }

@@ -49,6 +49,9 @@ pub struct Life<'a> {
     pub chaos: Option<&'a Chaos>,
 }
 
+/// How often a state that drifted is gone back on, before the hardware is given up.
+const DRIFTS: u32 = 3;
+
 /// What a rank keeps when others are lost.
 struct Kept {
     /// Rank 0's.
@@ -58,17 +61,36 @@ struct Kept {
     safekeeping: Safekeeping,
     /// When ranks were last lost.
     lost: Instant,
+    /// The newest step whose state is known to be right.
+    trusted: u64,
+    /// How often ranks held something else than others that should hold the same.
+    drifts: u32,
 }
 
 impl Kept {
-    fn new(life: &Life<'_>, job: &Job) -> Self {
+    fn new(life: &Life<'_>, job: &Job, rank: Rank) -> Self {
         let every = job.recovery.replicate_every_steps;
         // Of one host there are only local ranks, so the next rank is as good as any other.
         let replicas = life.lifeline.as_ref().filter(|_| job.recovery.restarts > 0 && every > 0);
         let replicas = replicas.map(|_| Replicas::new(every, 1));
         let stop = Arc::clone(&life.stop);
-        let safekeeping = Safekeeping { stop, replicas, checkpoints: None };
-        Self { folder: None, path: PathBuf::new(), safekeeping, lost: Instant::now() }
+        let compare_every_steps = job.recovery.compare_every_steps;
+        let (ranks, steps) = (job.cluster.accelerators, job.training.steps);
+        // A process that takes the place of another has none of its own.
+        let flips =
+            life.chaos.filter(|_| life.lifeline.as_ref().is_none_or(|it| !it.is_replacement()));
+        let flips = flips.map(|chaos| chaos.flips(rank, ranks, steps)).unwrap_or_default();
+        let safekeeping =
+            Safekeeping { stop, replicas, checkpoints: None, compare_every_steps, flips };
+        let (trusted, drifts) = (u64::MAX, 0);
+        Self {
+            folder: None,
+            path: PathBuf::new(),
+            safekeeping,
+            lost: Instant::now(),
+            trusted,
+            drifts,
+        }
     }
 }
 
@@ -181,7 +203,7 @@ impl<'a, O: Operators> Session<'a, O> {
         resume: Option<&Path>,
     ) -> Result<()> {
         let predicted = self.predict()?;
-        let mut kept = Kept::new(&life, self.job);
+        let mut kept = Kept::new(&life, self.job, self.rank);
         loop {
             let (generation, communicator) = match (life.met.take(), &life.lifeline) {
                 (Some(met), _) => (0, met),
@@ -191,7 +213,7 @@ impl<'a, O: Operators> Session<'a, O> {
             };
             let trained = self.generation(communicator, generation, &life, &mut kept, resume);
             match trained {
-                Err(error) if life.lifeline.is_some() && is_loss(&error) => {
+                Err(error) if life.lifeline.is_some() && kept.can_go_on_after(&error) => {
                     if self.speaks {
                         println!("lost           {error}");
                     }
@@ -229,6 +251,7 @@ impl<'a, O: Operators> Session<'a, O> {
         let mut recovered = None;
         if generation > 0 {
             let (step, source) = self.recover(&mut worker, kept, resume)?;
+            kept.trusted = u64::MAX;
             start = Progress { step, position: step * self.job.training.global_batch, ..start };
             let time_s = Seconds(kept.lost.elapsed().as_secs_f64());
             recovered = Some(Event::Recovered { step, generation, time_s, source });
@@ -257,7 +280,8 @@ impl<'a, O: Operators> Session<'a, O> {
         }
         for run in std::iter::once(&*kept.path).chain(resume) {
             let store = checkpointing::store(self.job, run)?;
-            match train::resume(worker, &self.programs.step, &store, &self.job.model) {
+            match train::resume(worker, &self.programs.step, &store, &self.job.model, kept.trusted)
+            {
                 Ok(resumed) => return Ok((resumed.progress.step, StateSource::Checkpoint)),
                 Err(train::Error::NothingToResume { .. }) => {}
                 Err(error) => return Err(error.into()),
@@ -322,7 +346,7 @@ impl<'a, O: Operators> Session<'a, O> {
     fn resume(&self, worker: &mut Worker<O>, run: &Path) -> Result<Progress> {
         let store = checkpointing::store_of(self.job, run)?;
         let Resumed { progress, rejected } =
-            train::resume(worker, &self.programs.step, &store, &self.job.model)?;
+            train::resume(worker, &self.programs.step, &store, &self.job.model, u64::MAX)?;
         checkpointing::check(progress, self.job, self.batches.fingerprint(), run)?;
         if self.speaks {
             for reason in rejected {
@@ -405,6 +429,8 @@ impl<'a, O: Operators> Session<'a, O> {
             learning_rate: self.job.learning_rate(),
             evaluate_every: training.evaluate_every.unwrap_or_default(),
             first_step,
+            on_divergence: training.on_divergence,
+            spike: training.spike,
         };
         let Kept { folder, safekeeping, .. } = kept;
         let mut watch = Watch::new(self, first_step, training.steps);
@@ -412,7 +438,9 @@ impl<'a, O: Operators> Session<'a, O> {
         let mut unwritten = Ok(());
         let (programs, batches) = (&self.programs, self.batches);
         let mut observe = |event: &Event| {
-            if let (&Event::Step { step, .. }, Some(lifeline)) = (event, &life.lifeline) {
+            if let (&Event::Step { step, .. } | &Event::Skipped { step, .. }, Some(lifeline)) =
+                (event, &life.lifeline)
+            {
                 lifeline.done(step);
                 let at = (step, training.steps);
                 let ranks = self.job.cluster.accelerators;
@@ -473,6 +501,18 @@ impl<'a, O: Operators> Session<'a, O> {
         print!("{figures}");
         println!("run            {}", folder.path().display());
         Ok(())
+    }
+}
+
+impl Kept {
+    /// Whether the ranks can meet again and go on.
+    fn can_go_on_after(&mut self, error: &anyhow::Error) -> bool {
+        if let Some(train::Error::Drifted { trusted, .. }) = error.downcast_ref() {
+            self.drifts += 1;
+            self.trusted = *trusted;
+            return self.drifts <= DRIFTS;
+        }
+        is_loss(error)
     }
 }
 

@@ -69,6 +69,22 @@ impl<'a, O> Watch<'a, O> {
                     "step {step:>5}  recovered from {source} in {time_s}: lost ranks are replaced"
                 ));
             }
+            Event::Redone { step, ref ranks, right } => {
+                let names: Vec<String> = ranks.iter().map(ToString::to_string).collect();
+                let whose = if names.is_empty() { "all ranks".into() } else { names.join(", ") };
+                let then = if right { "right the second time" } else { "and again" };
+                self.progress.say(&format!("step {step:>5}  NUMBERS WRONG on {whose}, {then}"));
+            }
+            Event::Skipped { step, gradient_norm, limit } => {
+                self.progress.say(&format!(
+                    "step {step:>5}  SKIPPED: the gradient norm is {gradient_norm:.3}, over {limit:.3}"
+                ));
+            }
+            Event::Slow { step, rank, factor } => {
+                self.progress.say(&format!(
+                    "step {step:>5}  SLOW: {rank} takes {factor:.2} times as long as its peers"
+                ));
+            }
             Event::Saving { .. } | Event::Saved { .. } => {}
         }
         record

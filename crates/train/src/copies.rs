@@ -48,6 +48,12 @@ impl<T> Copies<T> {
         keep(&mut self.ward, WARD_KEPT, step, part);
     }
 
+    /// Forgets the copies of later steps.
+    pub(crate) fn forget_after(&mut self, step: u64) {
+        self.own.retain(|(kept, _)| *kept <= step);
+        self.ward.retain(|(kept, _)| *kept <= step);
+    }
+
     /// What there is in the memory of a rank.
     pub(crate) fn holdings(&self, rank: Rank, ward: Rank) -> BTreeSet<Holding> {
         let own = self.own.iter().map(|(step, _)| Holding { step: *step, of: rank });

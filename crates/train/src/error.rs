@@ -52,6 +52,18 @@ pub enum Error {
         /// The global gradient norm.
         gradient_norm: f64,
     },
+    /// Ranks that should hold the same do not.
+    #[error(
+        "step {step}: what {} is not what the ranks hold that should have the same: a bit flipped, in memory or on its way. Their states were last the same after step {trusted}", held_by(.ranks)
+    )]
+    Drifted {
+        /// After which step it was seen.
+        step: u64,
+        /// The ranks that differ from most; all of them where there is no majority.
+        ranks: Vec<Rank>,
+        /// The last step after which all was well.
+        trusted: u64,
+    },
     /// The run was asked to stop, and did.
     #[error("stopped after step {step}, as asked; {saved}")]
     Stopped {
@@ -104,6 +116,13 @@ pub enum Error {
         /// Its exit code, if it had one.
         code: Option<i32>,
     },
+}
+
+/// Ranks, and that they hold something.
+fn held_by(ranks: &[Rank]) -> String {
+    let names: Vec<String> = ranks.iter().map(ToString::to_string).collect();
+    let holds = if ranks.len() == 1 { "holds" } else { "hold" };
+    format!("{} {holds}", names.join(" and "))
 }
 
 /// Reasons, each on a line of its own.

@@ -108,6 +108,12 @@ impl Replicas {
         Ok(())
     }
 
+    /// Forgets the copies of later steps.
+    pub(crate) fn forget_after(&mut self, step: u64) {
+        self.copies.forget_after(step);
+        self.under_way = None;
+    }
+
     /// After a loss: keeps what the ward sent, if it has all arrived.
     pub(crate) fn salvage<O: Operators>(&mut self, worker: &mut Worker<O>, program: &Program) {
         let (communicator, _) = worker.communication(Axis::World);

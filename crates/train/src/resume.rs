@@ -22,7 +22,7 @@ pub struct Resumed {
 }
 
 /// Fills every rank with its part of the newest whole checkpoint of `store`, whatever layout wrote
-/// it. One that is damaged, on any rank, is passed over by all.
+/// it. One that is damaged, on any rank, or of a step after `newest` is passed over by all.
 ///
 /// # Errors
 /// [`Error::NothingToResume`] when there is none; when communication fails.
@@ -31,6 +31,7 @@ pub fn resume<O: Operators>(
     program: &Program,
     store: &Arc<dyn Store>,
     config: &Config,
+    newest: u64,
 ) -> Result<Resumed, Error> {
     let names = Checkpoint::names(&**store);
     // What rank 0 finds counts: a folder may not look the same on every host at once.
@@ -42,14 +43,17 @@ pub fn resume<O: Operators>(
     let mut rejected = Vec::new();
     for name in names {
         let opened = Checkpoint::open(Arc::clone(store), &name, config);
-        let read = opened.and_then(|checkpoint| {
+        let read = opened.map_err(|error| error.to_string()).and_then(|checkpoint| {
             let progress = checkpoint.progress();
+            if progress.step > newest {
+                return Err(format!("{name} is newer than what is known to be right"));
+            }
             restore(worker, program, progress.step, |block, kind, start, values| {
-                checkpoint.read(block, kind, start, values)
+                checkpoint.read(block, kind, start, values).map_err(|error| error.to_string())
             })?;
             Ok(progress)
         });
-        match all_well(worker, read.map_err(|error| error.to_string()))? {
+        match all_well(worker, read)? {
             Ok(progress) => return Ok(Resumed { progress, rejected }),
             Err(reason) => rejected.push(reason),
         }

@@ -3,12 +3,15 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use checkpoint::sharded::{Kind, Shard};
 use compute::Operators;
 use program::{Axis, Instruction, Lane, Program, Span, Trace};
 use serde::{Deserialize, Serialize};
 use units::{Rank, Seconds};
 
-use crate::agreement::Agreement;
+use crate::agreement::{Agreement, Word};
+use crate::numbers::{Norms, OnDivergence};
+use crate::pace::{Pace, Slow};
 use crate::worker::Clock;
 use crate::{Batches, Error, LearningRate, Safekeeping, Worker};
 
@@ -30,6 +33,10 @@ pub struct Settings {
     pub evaluate_every: u64,
     /// Steps that were done before: 0, or those of the checkpoint that was resumed.
     pub first_step: u64,
+    /// What is done about a step whose loss or gradient is no number, or too large.
+    pub on_divergence: OnDivergence,
+    /// A gradient is too large when its norm is over so many times the median of late; 0 never.
+    pub spike: f64,
 }
 
 /// What happened; every rank sees the same events with its own times.
@@ -52,6 +59,33 @@ pub enum Event {
         exposed_communication_s: Seconds,
         /// Time this rank waited for its neighbours in the pipeline: bubble, and transfers.
         pipeline_wait_s: Seconds,
+    },
+    /// A step was done again, since its numbers were wrong the first time.
+    Redone {
+        /// Which.
+        step: u64,
+        /// The ranks whose numbers were none.
+        ranks: Vec<Rank>,
+        /// Whether they were right the second time: then it was the hardware.
+        right: bool,
+    },
+    /// A step was left without an update.
+    Skipped {
+        /// Which.
+        step: u64,
+        /// Its global gradient norm, if that is a number.
+        gradient_norm: f64,
+        /// The largest that would have been right.
+        limit: f64,
+    },
+    /// A rank holds up others that do the same.
+    Slow {
+        /// After which step.
+        step: u64,
+        /// Which rank.
+        rank: Rank,
+        /// How long it is busy with a step, over what its peers are.
+        factor: f64,
     },
     /// The held-out text has been scored.
     Evaluation {
@@ -119,6 +153,8 @@ pub struct Outcome {
 
 /// Steps at the start that the median leaves out: buffers are made in them.
 const WARM_UP: usize = 2;
+/// After so many steps in a row without an update no other will do better.
+const MOST_SKIPPED: u32 = 10;
 /// Recent steps whose spans are kept, to find one of median time.
 const KEPT: usize = 9;
 
@@ -154,16 +190,26 @@ fn run_steps<O: Operators>(
     let mut times = Vec::new();
     let mut kept: VecDeque<(Seconds, Vec<Span>)> = VecDeque::new();
     let mut held_out_loss = f64::NAN;
+    let mut watch = Watch::new(&programs.step, settings);
     safekeeping.begin(worker, &programs.step, settings.first_step)?;
     for step in settings.first_step..steps {
-        let agreement = Agreement::propose(worker, safekeeping.word())?;
-        let start = Instant::now();
-        let spans = train_step(worker, programs, batches, settings, step)?;
-        let time = Seconds(start.elapsed().as_secs_f64());
+        let word = watch.word(worker, &programs.step, safekeeping, step);
+        let agreement = Agreement::propose(worker, word)?;
+        let begin = Instant::now();
+        let spans = watch.train_step(worker, programs, batches, settings, step, observe)?;
+        let time = Seconds(begin.elapsed().as_secs_f64());
         // Before it counts as done: the words come behind the copies of the state of the step before.
         let words = agreement.words(worker)?;
-        observe(&event(worker, programs, settings, step, (time, &spans)));
-        check_finite(worker, step)?;
+        watch.hear(&words, &programs.step, safekeeping, step, observe)?;
+        let event = event(worker, programs, settings, step, (time, &spans));
+        watch.end(time, &event);
+        let applied = worker.stage().accepts_update();
+        if applied {
+            observe(&event);
+        }
+        if safekeeping.flips.remove(&(step + 1)) {
+            flip(worker);
+        }
         times.push(time);
         kept.truncate(KEPT - 1);
         kept.push_front((time, spans));
@@ -172,7 +218,7 @@ fn run_steps<O: Operators>(
             held_out_loss = evaluate(worker, programs, batches)?;
             observe(&Event::Evaluation { step: step + 1, loss: held_out_loss });
         }
-        if words.contains(&1) && step + 1 < steps {
+        if words.iter().any(|word| word.stop) && step + 1 < steps {
             safekeeping.stop(worker, &programs.step, step + 1, observe)?;
         }
         safekeeping.after_step(worker, &programs.step, (step + 1, steps), observe)?;
@@ -196,7 +242,162 @@ fn train_step<O: Operators>(
 ) -> Result<Vec<Span>, Error> {
     let microbatches = batches.step(&programs.step, worker.rank(), step)?;
     let rate = settings.learning_rate.at(step);
+    worker.stage().set_updates(step);
     worker.execute(&programs.step, microbatches, rate, Clock::Wall)
+}
+
+/// What is looked at in every step: its numbers, how long each rank is busy, and whether ranks that
+/// hold the same state still do.
+struct Watch {
+    norms: Norms,
+    pace: Pace,
+    on_divergence: OnDivergence,
+    /// Steps in a row that were left without an update.
+    skipped: u32,
+    /// When the last step was over for this rank, and how long it was busy with it.
+    over: Instant,
+    busy: Seconds,
+    /// The last step after which the ranks' states were the same, or have come from one place.
+    trusted: u64,
+}
+
+impl Watch {
+    fn new(program: &Program, settings: &Settings) -> Self {
+        let stage = |rank| program.mesh.coordinate(rank, Axis::Pipeline);
+        let stages = (0..program.mesh.ranks()).map(|rank| stage(Rank(rank))).collect();
+        Self {
+            norms: Norms::new(settings.spike),
+            pace: Pace::new(stages),
+            on_divergence: settings.on_divergence,
+            skipped: 0,
+            over: Instant::now(),
+            busy: Seconds::ZERO,
+            trusted: settings.first_step,
+        }
+    }
+
+    /// What this rank tells the others at the start of a step.
+    fn word<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        program: &Program,
+        safekeeping: &Safekeeping,
+        step: u64,
+    ) -> Word {
+        let due = safekeeping.compares_after(step);
+        let state = if due { comparison(worker, program) } else { 0 };
+        self.over = Instant::now();
+        Word { stop: safekeeping.stops(), busy: self.busy, state }
+    }
+
+    /// Trains a step. One whose numbers are wrong has no effect, and is done again: if they are right
+    /// then, it was the hardware; else it is the data or the model, and the job says what to do.
+    fn train_step<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        programs: &Programs,
+        batches: &Batches,
+        settings: &Settings,
+        step: u64,
+        observe: &mut dyn FnMut(&Event),
+    ) -> Result<Vec<Span>, Error> {
+        let limit = self.norms.limit();
+        worker.stage().limit_gradient_norm(limit);
+        let mut spans = train_step(worker, programs, batches, settings, step)?;
+        if !worker.stage().accepts_update() {
+            let ranks = worker.stage().not_finite();
+            spans = train_step(worker, programs, batches, settings, step)?;
+            let right = worker.stage().accepts_update();
+            observe(&Event::Redone { step: step + 1, ranks, right });
+        }
+        let (loss, gradient_norm) = (worker.stage().loss(), worker.stage().gradient_norm());
+        if worker.stage().accepts_update() {
+            self.skipped = 0;
+            self.norms.note(gradient_norm);
+        } else if self.on_divergence == OnDivergence::Skip && self.skipped < MOST_SKIPPED {
+            self.skipped += 1;
+            observe(&Event::Skipped { step: step + 1, gradient_norm, limit });
+        } else {
+            return Err(Error::Diverged { step: step + 1, loss, gradient_norm });
+        }
+        Ok(spans)
+    }
+
+    /// What the others have told at the start of this step.
+    fn hear(
+        &mut self,
+        words: &[Word],
+        program: &Program,
+        safekeeping: &mut Safekeeping,
+        step: u64,
+        observe: &mut dyn FnMut(&Event),
+    ) -> Result<(), Error> {
+        let busy: Vec<Seconds> = words.iter().map(|word| word.busy).collect();
+        for Slow { rank, factor } in self.pace.see(&busy) {
+            observe(&Event::Slow { step, rank, factor });
+        }
+        if !safekeeping.compares_after(step) {
+            return Ok(());
+        }
+        let states: Vec<u32> = words.iter().map(|word| word.state).collect();
+        let ranks = drifted(program, &states);
+        if ranks.is_empty() {
+            self.trusted = step;
+            return Ok(());
+        }
+        safekeeping.distrust(self.trusted);
+        Err(Error::Drifted { step, ranks, trusted: self.trusted })
+    }
+
+    /// A step is over: what was not waiting for others was this rank's own.
+    fn end(&mut self, step_time: Seconds, event: &Event) {
+        if let Event::Step { exposed_communication_s, pipeline_wait_s, .. } = event {
+            self.busy = step_time - *exposed_communication_s - *pipeline_wait_s;
+        }
+    }
+}
+
+/// Flips a bit of a parameter.
+fn flip<O: Operators>(worker: &mut Worker<O>) {
+    let stage = worker.stage();
+    let block = stage.blocks()[0];
+    let mut state = stage.snapshot(block, stage.held(block));
+    if let Some(value) = state[0].first_mut() {
+        *value = f32::from_bits(value.to_bits() ^ 1 << 20);
+    }
+    stage.restore(block, state);
+}
+
+/// What tells the state of this rank from another, if others hold the same: part of a hash, never 0.
+fn comparison<O: Operators>(worker: &mut Worker<O>, program: &Program) -> u32 {
+    let peers = program.mesh.degree(Axis::Data);
+    if program.optimizer_sharded || peers == 1 {
+        return 0;
+    }
+    let stage = worker.stage();
+    let mut shard = Shard::default();
+    for block in stage.blocks().to_vec() {
+        let held = stage.held(block);
+        let state = stage.snapshot(block, held.clone());
+        for (kind, values) in Kind::ALL.into_iter().zip(state) {
+            shard.push(block, kind, held.start as u64, &values);
+        }
+    }
+    shard.checksum().low() | 1
+}
+
+/// The ranks whose state is not that of most of those that should hold the same; all of them where
+/// none is in the majority.
+fn drifted(program: &Program, states: &[u32]) -> Vec<Rank> {
+    let mut ranks = Vec::new();
+    for rank in (0..states.len() as u32).map(Rank) {
+        let group = program.mesh.group(rank, Axis::Data);
+        let like = |state: u32| group.iter().filter(|one| states[one.index()] == state).count();
+        if 2 * like(states[rank.index()]) <= group.len() && group.len() > 1 {
+            ranks.push(rank);
+        }
+    }
+    ranks
 }
 
 /// Mean loss over held-out text.
@@ -239,15 +440,6 @@ fn event<O: Operators>(
         exposed_communication_s: waits(false),
         pipeline_wait_s: waits(true),
     }
-}
-
-/// Every rank has the same loss and norm, so all stop together.
-fn check_finite<O: Operators>(worker: &mut Worker<O>, step: u64) -> Result<(), Error> {
-    let (loss, gradient_norm) = (worker.stage().loss(), worker.stage().gradient_norm());
-    if loss.is_finite() && gradient_norm.is_finite() {
-        return Ok(());
-    }
-    Err(Error::Diverged { step: step + 1, loss, gradient_norm })
 }
 
 /// Rank 0 picks a kept step of median time, and every rank sends its spans of it.

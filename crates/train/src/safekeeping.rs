@@ -1,5 +1,6 @@
 //! What keeps the state of a run safe: checkpoints, and an orderly stop.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -21,6 +22,10 @@ pub struct Safekeeping {
     pub replicas: Option<Replicas>,
     /// Where checkpoints are saved, if they are.
     pub checkpoints: Option<Checkpoints>,
+    /// Ranks that hold the same compare it after every so many steps; 0 never.
+    pub compare_every_steps: u64,
+    /// After which steps a bit of this rank's state is flipped, to see that it is found.
+    pub flips: BTreeSet<u64>,
 }
 
 /// When and what is saved.
@@ -38,9 +43,21 @@ pub struct Checkpoints {
 }
 
 impl Safekeeping {
-    /// The word to agree on: whether this rank was asked to stop.
-    pub(crate) fn word(&self) -> u32 {
-        u32::from(self.stop.load(Ordering::Relaxed))
+    /// Whether this rank was asked to stop.
+    pub(crate) fn stops(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Whether ranks compare what they hold after a step.
+    pub(crate) fn compares_after(&self, step: u64) -> bool {
+        self.compare_every_steps > 0 && step.is_multiple_of(self.compare_every_steps)
+    }
+
+    /// What was copied after a later step may be wrong: it is forgotten.
+    pub(crate) fn distrust(&mut self, step: u64) {
+        if let Some(replicas) = &mut self.replicas {
+            replicas.forget_after(step);
+        }
     }
 
     /// Copies the state that training starts from.

@@ -116,6 +116,8 @@ struct Job {
     steps: u64,
     /// Whether documents do not see each other.
     masked: bool,
+    /// Steps with a gradient norm over so many times the median of late are left out; 0 none.
+    spike: f64,
 }
 
 impl Job {
@@ -127,6 +129,7 @@ impl Job {
             peak: 3e-3,
             steps: STEPS,
             masked: false,
+            spike: 0.0,
         }
     }
 
@@ -154,7 +157,9 @@ impl Job {
             warmup_steps: 4,
             steps: self.steps,
         };
-        Settings { learning_rate, evaluate_every: 10, first_step: 0 }
+        let spike = self.spike;
+        let on_divergence = if spike > 0.0 { OnDivergence::Skip } else { OnDivergence::Stop };
+        Settings { learning_rate, evaluate_every: 10, first_step: 0, on_divergence, spike }
     }
 }
 
@@ -497,5 +502,18 @@ fn a_loss_that_is_no_number_stops_every_rank_at_the_same_step() {
             assert!(error.to_string().contains("learning_rate"), "{error}");
         }
         assert!(!folder.path().join("config.json").exists(), "nothing is exported");
+    }
+}
+
+#[test]
+fn steps_with_a_large_gradient_are_left_out_on_every_rank_alike() {
+    let job = Job { spike: 0.98, ..Job::new(false) };
+    for layout in [job.reference(), layout(2, 2, 2, Shard::Optimizer)] {
+        let folder = tempfile::tempdir().unwrap();
+        let ranks = in_process(layout.mesh.ranks());
+        let views = run_all(&job, &layout, folder.path(), ranks, &Keeping::default());
+        let steps: Vec<_> = views.into_iter().map(|view| view.unwrap().steps).collect();
+        assert!((10..STEPS as usize).contains(&steps[0].len()), "{}", steps[0].len());
+        assert!(steps.iter().all(|one| *one == steps[0]), "{layout:?}");
     }
 }

@@ -18,6 +18,12 @@ impl Checksum {
     pub fn of(bytes: &[u8]) -> Self {
         Self(xxh3_128(bytes))
     }
+
+    /// A part of it, where a few bytes must do.
+    #[must_use]
+    pub fn low(self) -> u32 {
+        self.0 as u32
+    }
 }
 
 impl fmt::Display for Checksum {

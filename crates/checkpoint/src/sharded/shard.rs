@@ -64,6 +64,12 @@ impl Shard {
         &self.values
     }
 
+    /// What tells the values from others.
+    #[must_use]
+    pub fn checksum(&self) -> Checksum {
+        Checksum::of(bytemuck::cast_slice(&self.values))
+    }
+
     /// Each run with its elements.
     pub fn iter(&self) -> impl Iterator<Item = (Run, &[f32])> {
         let mut rest = &self.values[..];

@@ -23,6 +23,8 @@ pub struct Keeping {
     stop_at: Option<usize>,
     stop: Arc<AtomicBool>,
     asynchronous: bool,
+    /// Flips a bit of a rank's state after a step.
+    flip: Option<(Rank, u64)>,
 }
 
 impl Keeping {
@@ -40,7 +42,8 @@ impl Keeping {
     ) -> Result<Safekeeping, Error> {
         let Some(store) = &self.store else { return Ok(Safekeeping::default()) };
         if self.resume {
-            settings.first_step = resume(worker, program, store, &job.config)?.progress.step;
+            settings.first_step =
+                resume(worker, program, store, &job.config, u64::MAX)?.progress.step;
         }
         let (communicator, world) = worker.communication(program::Axis::World);
         let setup = Setup {
@@ -55,7 +58,10 @@ impl Keeping {
         let run = Progress { step: 0, position: 0, seed: 11, tokens: 5 };
         let checkpoints = Checkpoints::new(Saver::new(setup), EVERY, self.asynchronous, run);
         let replicas = Some(Replicas::new(2, 1));
-        Ok(Safekeeping { stop: Arc::clone(&self.stop), replicas, checkpoints: Some(checkpoints) })
+        let (stop, checkpoints) = (Arc::clone(&self.stop), Some(checkpoints));
+        let own = self.flip.filter(|(rank, _)| *rank == worker.rank());
+        let flips = own.map(|(_, step)| step).into_iter().collect();
+        Ok(Safekeeping { stop, replicas, checkpoints, compare_every_steps: 3, flips })
     }
 
     pub fn see(&self, event: &Event, view: &View) {
@@ -210,5 +216,23 @@ fn parameters_that_ranks_split_are_resumed_on_any_mesh() {
         resumed.steps = [expected.steps[..15].to_vec(), resumed.steps].concat();
         resumed.evaluations = [vec![expected.evaluations[0]], resumed.evaluations].concat();
         assert_same(after, &resumed, &expected);
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_found_and_the_rank_is_named() {
+    let job = Job { batch: Batch { sequence: 16, global_batch: 12 }, ..Job::new(true) };
+    for (ranks, named) in [(3, vec![Rank(1)]), (2, vec![Rank(0), Rank(1)])] {
+        let layout = layout(ranks, 1, 2, Shard::None);
+        let (_, store) = memory();
+        let keeping = Keeping { flip: Some((Rank(1), 4)), ..Keeping::in_store(&store) };
+        let folder = tempfile::tempdir().unwrap();
+        for outcome in run_all(&job, &layout, folder.path(), in_process(ranks), &keeping) {
+            let error = outcome.unwrap_err();
+            // After step 3 all was well, and after step 6 they compared again.
+            let Error::Drifted { step: 6, ranks, trusted: 3 } = &error else { panic!("{error}") };
+            assert_eq!(*ranks, named);
+            assert!(error.to_string().contains("a bit flipped"), "{error}");
+        }
     }
 }
