@@ -203,7 +203,10 @@ impl Coordinator {
                 member.heard = now;
                 self.enter(rank, Phase::Ready(address));
                 self.progress(step);
-                self.assemble()
+                // Who is done already is missed by now.
+                let mut actions = self.start_all_done(now);
+                actions.extend(self.assemble());
+                actions
             }
             Event::Ended { rank, incarnation, end } => match self.current(rank, incarnation) {
                 Some(_) => self.ended(now, rank, end),
