@@ -257,6 +257,6 @@ mod tests {
             runs.iter().filter_map(of_key).collect::<Vec<_>>()
         };
         // Two ranks share each of two key heads of two rows.
-        assert_eq!([0, 1, 2, 3].map(rows_of), [[0..2], [0..2], [2..4], [2..4]]);
+        assert_eq!([0, 1, 2, 3].map(rows_of), [0..2, 0..2, 2..4, 2..4].map(|rows| vec![rows]));
     }
 }

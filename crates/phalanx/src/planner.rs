@@ -296,11 +296,14 @@ pub struct Neighbour<'p> {
     pub found: Option<&'p Found>,
 }
 
+/// A degree of a family of layouts.
+type Degree = fn(&Family) -> u64;
+
 impl Planned {
     /// Why not a little more or less of everything: the best of the other values of each key.
     pub fn neighbours(&self) -> Vec<Neighbour<'_>> {
         let best = Family::of(&self.plans[0].layout);
-        let keys: [(&'static str, fn(&Family) -> u64); 6] = [
+        let keys: [(&'static str, Degree); 6] = [
             ("tensor", |family| family.degrees[0].into()),
             ("context", |family| family.degrees[1].into()),
             ("expert", |family| family.degrees[2].into()),

@@ -59,9 +59,12 @@ pub fn place(row: &Row) -> (String, String) {
     (word(job), word(layout).trim_end().to_owned())
 }
 
+/// Times of each layout of a job, measured and predicted.
+type Layouts<'a> = BTreeMap<&'a str, Vec<(f64, f64)>>;
+
 /// The picks among all rows with a prediction.
 pub fn choices(rows: &[Answer]) -> Vec<Choice> {
-    let mut jobs: BTreeMap<(&str, &str), BTreeMap<&str, Vec<(f64, f64)>>> = BTreeMap::new();
+    let mut jobs: BTreeMap<(&str, &str), Layouts<'_>> = BTreeMap::new();
     for row in rows {
         let (Some(measured), Some(predicted), Some(quantity)) =
             (row.measured, row.predicted, row.quantity)
@@ -78,7 +81,7 @@ pub fn choices(rows: &[Answer]) -> Vec<Choice> {
 }
 
 /// Repeats of a layout count as their mean.
-fn choice(source: &str, job: &str, layouts: &BTreeMap<&str, Vec<(f64, f64)>>) -> Choice {
+fn choice(source: &str, job: &str, layouts: &Layouts<'_>) -> Choice {
     let mean = |of: fn(&(f64, f64)) -> f64, times: &[(f64, f64)]| {
         times.iter().map(of).sum::<f64>() / times.len() as f64
     };
