@@ -442,9 +442,11 @@ impl Operators for Burn {
         let max = max.reshape([targets.len(), 1]);
         let score = scores.sum_dim(0).reshape([targets.len(), 1]);
         let losses = max.clone() + sum.clone().log() - score;
-        let [seen, padding] = split(rows(logits, width), 1, words);
+        let logits_of = rows(logits, width);
+        let seen = logits_of.clone().narrow(1, 0, words);
         let gradient = (seen - max).exp() * sum.recip() * gradient_scale;
-        let gradient = Tensor::cat(vec![gradient, padding.zeros_like()], 1);
+        // Columns beyond the words are padding, which has no gradient.
+        let gradient = logits_of.zeros_like().slice_assign([0..targets.len(), 0..words], gradient);
         let named = self.words(targets).reshape([targets.len(), 1]);
         let at_targets = self.here(targets) * -gradient_scale;
         *logits = flat(gradient.scatter(1, named, at_targets, IndexingUpdateOp::Add));
