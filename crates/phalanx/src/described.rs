@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 use cluster::Precision;
 use plan::price::{Passage, Price, Pricing, Unpriced};
-use program::{Instruction, Program, Work};
+use program::{Instruction, Program, Transfer, Work};
 use sim::Roofline;
 use sim::device::{Calibrated, Calibration, Habits};
 use sim::step::{Costs, Step, Times, TransferCost};
@@ -28,35 +28,37 @@ pub struct Costing {
 
 /// A cluster, and how well its accelerators are used: as was fitted, or at a share of their peak.
 #[derive(Debug, Clone)]
-pub struct Described<'c> {
+pub struct Described {
     pub roofline: Roofline,
-    pub calibration: Option<&'c Calibration>,
+    pub calibration: Option<Calibration>,
+    /// Whether the fabric's switches reduce, where they can and something was fitted.
+    pub in_network_reduction: bool,
 }
 
-impl<'c> Described<'c> {
-    /// The described cluster of a job that computes in `precision`.
-    pub fn new(
-        section: &ClusterSection,
-        precision: Precision,
-        costing: &Costing,
-        among: &'c [Calibration],
-    ) -> Result<Self> {
+impl Described {
+    /// The described cluster of a job that computes in `precision`; its fabric does not reduce.
+    pub fn new(section: &ClusterSection, precision: Precision, costing: &Costing) -> Result<Self> {
         let cluster = section.described()?;
         let software = costing.software.as_deref().or(section.software.as_deref());
-        let found = Calibration::find(among, software, &cluster.accelerator.name);
+        let among = Calibration::built_in();
+        let found = Calibration::find(&among, software, &cluster.accelerator.name);
         let calibration = match (costing.efficiency, software) {
             (Some(_), _) => None,
             (None, Some(_)) => Some(found?),
             (None, None) => found.ok(),
         };
         let efficiency = costing.efficiency.unwrap_or(USUAL_SHARE);
-        Ok(Self { roofline: Roofline { cluster, precision, efficiency }, calibration })
+        Ok(Self {
+            roofline: Roofline { cluster, precision, efficiency },
+            calibration: calibration.cloned(),
+            in_network_reduction: false,
+        })
     }
 
     /// What is described, and how it is known how well that is used.
     pub fn source(&self) -> String {
         let Roofline { cluster, efficiency, .. } = &self.roofline;
-        let known = match self.calibration {
+        let known = match &self.calibration {
             Some(fitted) => format!("fitted on {}", fitted.fitted_on),
             None => format!("{:.0} % of peak assumed", 100.0 * efficiency),
         };
@@ -65,10 +67,7 @@ impl<'c> Described<'c> {
 
     /// A step of `program`, every cost looked up.
     pub fn step(&self, program: &Program) -> Result<Step, sim::Error> {
-        match self.costs(program)? {
-            Some(costs) => Step::new(program, &costs),
-            None => Step::new(program, &self.roofline),
-        }
+        Step::new(program, &self.costs(program)?)
     }
 
     /// What a step of `program` takes, with what stands outside of the program.
@@ -82,24 +81,63 @@ impl<'c> Described<'c> {
 
     /// Time of a step outside of its program.
     pub fn outside(&self) -> Seconds {
-        self.calibration.map_or(Seconds::ZERO, |calibration| calibration.traffic.step)
+        self.calibration.as_ref().map_or(Seconds::ZERO, |fitted| fitted.traffic.step)
     }
 
-    fn costs(&self, program: &Program) -> Result<Option<Calibrated<'_>>, sim::Error> {
-        let Some(calibration) = self.calibration else { return Ok(None) };
+    /// What the program's instructions and transfers take.
+    pub fn costs(&self, program: &Program) -> Result<Known<'_>, sim::Error> {
+        let Some(calibration) = &self.calibration else { return Ok(Known::Peak(&self.roofline)) };
         let Roofline { cluster, precision, .. } = &self.roofline;
-        let mut costs = Calibrated::new(program, cluster, *precision, calibration)?;
+        let mut costs = Calibrated::new(program, cluster, *precision, calibration)?
+            .with_in_network_reduction(self.in_network_reduction);
         costs.habits = Habits { tensor_overlap: true, ..Habits::default() };
-        Ok(Some(costs))
+        Ok(Known::Fitted(Box::new(costs)))
     }
 }
 
-impl Pricing for Described<'_> {
+/// Costs as fitted, or from peak rates.
+#[derive(Debug)]
+pub enum Known<'d> {
+    Fitted(Box<Calibrated<'d>>),
+    Peak(&'d Roofline),
+}
+
+impl Costs for Known<'_> {
+    fn check(&self, program: &Program) -> Result<(), sim::Error> {
+        match self {
+            Self::Fitted(costs) => costs.check(program),
+            Self::Peak(costs) => costs.check(program),
+        }
+    }
+
+    fn compute(
+        &self,
+        program: &Program,
+        class: usize,
+        of: &Instruction,
+    ) -> Result<Seconds, sim::Error> {
+        match self {
+            Self::Fitted(costs) => costs.compute(program, class, of),
+            Self::Peak(costs) => costs.compute(program, class, of),
+        }
+    }
+
+    fn transfer(
+        &self,
+        program: &Program,
+        class: usize,
+        of: &Transfer,
+    ) -> Result<TransferCost, sim::Error> {
+        match self {
+            Self::Fitted(costs) => costs.transfer(program, class, of),
+            Self::Peak(costs) => costs.transfer(program, class, of),
+        }
+    }
+}
+
+impl Pricing for Described {
     fn price(&self, program: &Program, list: &[Instruction]) -> Result<Vec<Price>, Unpriced> {
-        Ok(match self.costs(program)? {
-            Some(costs) => prices(program, list, &costs)?,
-            None => prices(program, list, &self.roofline)?,
-        })
+        Ok(prices(program, list, &self.costs(program)?)?)
     }
 }
 

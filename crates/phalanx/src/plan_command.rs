@@ -10,7 +10,6 @@ use program::Program;
 use serde_json::{Value, json};
 use signal_hook::consts::SIGINT;
 use signal_hook::flag;
-use sim::device::Calibration;
 use units::Rank;
 
 use crate::JobArgs;
@@ -41,8 +40,7 @@ pub fn plan(args: &JobArgs, options: &PlanOptions) -> Result<()> {
         let layout = draft.simplest().with_context(|| args.job.display().to_string())?;
         return show(&draft.laid_out(layout), args.json, options.show_program);
     }
-    let calibrations = Calibration::built_in();
-    let planner = Planner::new(&draft, &options.costing, &calibrations)?;
+    let planner = Planner::new(&draft, &options.costing)?;
     let planned = searched(&planner, args.json).with_context(|| args.job.display().to_string())?;
     planner.verify(&planned.plans[0])?;
     let report = Report::new(&planner, &planned)?;

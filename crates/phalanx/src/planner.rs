@@ -9,7 +9,6 @@ use plan::memory::{DoesNotFit, Footprint, Options, StageMemory};
 use plan::search::{Family, Found, Outcome, Problem, Progress, search};
 use plan::{Layout, TensorOverlap, lower};
 use program::{Breakdown, Placement};
-use sim::device::Calibration;
 use sim::step::Times;
 use units::{Joules, Seconds};
 
@@ -81,27 +80,21 @@ pub type Watch<'w> = &'w (dyn Fn(Progress) -> bool + Sync);
 /// Plans jobs on one described cluster.
 pub struct Planner<'a> {
     pub draft: &'a Draft,
-    pub described: Described<'a>,
+    pub described: Described,
     pub threads: usize,
 }
 
 /// The fastest layout of a draft.
 pub fn best_layout(draft: &Draft, costing: &Costing) -> Result<Layout> {
-    let calibrations = Calibration::built_in();
-    let planner = Planner::new(draft, costing, &calibrations)?;
+    let planner = Planner::new(draft, costing)?;
     let planned = planner.plan(&|_| true)?;
     Ok(planned.plans[0].layout.clone())
 }
 
 impl<'a> Planner<'a> {
-    pub fn new(
-        draft: &'a Draft,
-        costing: &Costing,
-        calibrations: &'a [Calibration],
-    ) -> Result<Self> {
+    pub fn new(draft: &'a Draft, costing: &Costing) -> Result<Self> {
         let job = draft.job();
-        let described =
-            Described::new(&job.cluster, job.training.precision, costing, calibrations)?;
+        let described = Described::new(&job.cluster, job.training.precision, costing)?;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self { draft, described, threads })
     }

@@ -5,7 +5,6 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use program::{Program, Trace};
 use report::{Communicators, Summary, chakra, perfetto};
-use sim::device::Calibration;
 use sim::{World, simulate as run};
 use units::Rank;
 
@@ -23,14 +22,13 @@ pub fn simulate(args: &JobArgs, options: &SimulateOptions) -> Result<()> {
     let job = Job::of(draft, &options.costing).with_context(|| args.job.display().to_string())?;
     let program = lowered(&job)?;
     let traced = options.trace.is_some() || options.chakra.is_some();
-    let calibrations = Calibration::built_in();
     let (world, source, (summary, trace)) = if job.cluster.is_local() {
         let (world, source) = measured(args, &job, options)?;
         let trace = run(&program, &world)?;
         (world, source, (Summary::new(&program, &trace), Some(trace)))
     } else {
         let precision = job.training.precision;
-        let described = Described::new(&job.cluster, precision, &options.costing, &calibrations)?;
+        let described = Described::new(&job.cluster, precision, &options.costing)?;
         let predicted = predict(&program, &described, traced)?;
         (World::Roofline(described.roofline.clone()), described.source(), predicted)
     };

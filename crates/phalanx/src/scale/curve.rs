@@ -255,7 +255,7 @@ impl Point {
         let tokens = program.global_tokens() as f64;
         let each = tokens / step.0 / f64::from(accelerators);
         let mean = &timing.mean;
-        let cluster = &machine.cluster;
+        let cluster = machine.cluster();
         let energy = cluster.energy(accelerators, step, mean.compute / step);
         let energy = energy.map(|energy| energy.facility);
         let price = job.cluster.usd_per_accelerator_hour;
@@ -332,7 +332,7 @@ impl Point {
 
 /// Model FLOPs utilization with causal attention, over the dense peak of the precision.
 fn utilization(job: &Job, machine: &Machine, tokens_per_s: f64) -> Option<f64> {
-    let peak = machine.cluster.accelerator.peak.get(&peak_precision(machine.precision))?;
+    let peak = machine.cluster().accelerator.peak.get(&peak_precision(machine.precision()))?;
     let per_token = job.model.training_flops_per_token(job.training.sequence, Counting::Causal);
     Some(per_token.as_f64() * tokens_per_s / peak.0)
 }

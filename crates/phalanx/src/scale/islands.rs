@@ -17,9 +17,10 @@ use sim::network::{Group, Network};
 use sim::step::{Costs, Step, TransferCost};
 use units::{Bytes, Rank, Seconds};
 
-use super::machine::{Costing, Machine};
+use super::machine::Machine;
 use super::section::IslandsSection;
 use super::table::percent;
+use crate::described::Known;
 use crate::job::Draft;
 use crate::output::thousands;
 
@@ -237,14 +238,14 @@ impl<'j> Islands<'j> {
 /// the slow links.
 struct Far<'i> {
     islands: &'i Islands<'i>,
-    inside: Costing<'i>,
+    inside: Known<'i>,
     joined: Cluster,
 }
 
 impl<'i> Far<'i> {
     fn new(islands: &'i Islands<'i>, added: Seconds) -> Result<Self, Error> {
         let inside = islands.machine.costs(&islands.alone)?;
-        let joined = joined(&islands.machine.cluster, islands.size, islands.section, added);
+        let joined = joined(islands.machine.cluster(), islands.size, islands.section, added);
         Ok(Self { islands, inside, joined })
     }
 

@@ -3,22 +3,18 @@
 use anyhow::Result;
 use cluster::{Cluster, PerDomain, Precision, Shape};
 use program::{Axis, Breakdown, Instruction, Program, Transfer};
-use sim::device::{Calibrated, Calibration, Habits};
+use sim::Error;
 use sim::step::{Costs, Step, TransferCost};
-use sim::{Error, Roofline};
 use units::Seconds;
 
 use crate::cluster_section::{ClusterSection, LOCAL};
-use crate::described::USUAL_SHARE;
+use crate::described::{Costing, Described, Known, USUAL_SHARE};
 
 /// A described cluster and what was fitted on accelerators like its own.
 #[derive(Debug, Clone)]
 pub struct Machine {
     pub section: ClusterSection,
-    pub cluster: Cluster,
-    pub precision: Precision,
-    calibration: Option<Calibration>,
-    sharp: bool,
+    described: Described,
 }
 
 /// What a step takes, and what of it is to blame on what.
@@ -36,19 +32,23 @@ pub struct Timing {
 impl Machine {
     /// The cluster of a job, its fabric's switches reducing if asked to and able.
     pub fn new(section: &ClusterSection, precision: Precision, sharp: bool) -> Result<Self> {
-        let cluster = section.described()?;
-        let among = Calibration::built_in();
-        let software = section.software.as_deref();
-        let found = Calibration::find(&among, software, &cluster.accelerator.name);
-        let calibration = if software.is_some() { Some(found?) } else { found.ok() };
-        let (section, calibration) = (section.clone(), calibration.cloned());
-        Ok(Self { section, cluster, precision, calibration, sharp })
+        let mut described = Described::new(section, precision, &Costing::default())?;
+        described.in_network_reduction = sharp;
+        Ok(Self { section: section.clone(), described })
+    }
+
+    pub fn cluster(&self) -> &Cluster {
+        &self.described.roofline.cluster
+    }
+
+    pub fn precision(&self) -> Precision {
+        self.described.roofline.precision
     }
 
     /// The same for a job of this size: one that leaves part of a torus gets a torus of its own, the
     /// most cubic there is.
     pub fn sized(&self, accelerators: u32) -> Result<Self> {
-        let domain = &self.cluster.domain;
+        let domain = &self.cluster().domain;
         let torus = matches!(domain.shape, Shape::Torus { .. });
         if !torus || accelerators >= domain.accelerators {
             return Ok(self.clone());
@@ -56,26 +56,28 @@ impl Machine {
         let section = ClusterSection {
             name: LOCAL.to_owned(),
             accelerators,
-            accelerator: Some(self.cluster.accelerator.name.clone()),
+            accelerator: Some(self.cluster().accelerator.name.clone()),
             per_domain: Some(PerDomain::Accelerators(accelerators)),
-            pue: Some(self.cluster.power.pue),
+            pue: Some(self.cluster().power.pue),
             fabric: None,
             link_gbps_per_accelerator: None,
             ..self.section.clone()
         };
-        let cluster = section.described()?;
-        Ok(Self { section, cluster, ..self.clone() })
+        let mut described = self.described.clone();
+        described.roofline.cluster = section.described()?;
+        Ok(Self { section, described })
     }
 
     /// What it is, and where its figures come from.
     pub fn describe(&self) -> String {
-        let known = match &self.calibration {
+        let known = match &self.described.calibration {
             Some(fitted) => format!("fitted on {}", fitted.fitted_on),
             None => format!("{:.0} % of peak assumed: nothing was fitted", 100.0 * USUAL_SHARE),
         };
-        let Cluster { accelerator, fabric, domain, .. } = &self.cluster;
+        let Cluster { accelerator, fabric, domain, .. } = self.cluster();
         let fabric = fabric.as_ref().map_or("no fabric", |fabric| &fabric.name);
-        let sharp = if self.sharp { ", reducing in its switches" } else { "" };
+        let sharp =
+            if self.described.in_network_reduction { ", reducing in its switches" } else { "" };
         let size = match &domain.shape {
             Shape::Torus { .. } => format!("a torus of up to {}", domain.accelerators),
             _ => format!("domains of {}", domain.accelerators),
@@ -84,23 +86,13 @@ impl Machine {
     }
 
     /// What the program's instructions and transfers take.
-    pub fn costs(&self, program: &Program) -> Result<Costing<'_>, Error> {
-        let Some(calibration) = &self.calibration else {
-            return Ok(Costing::Peak(Roofline {
-                cluster: self.cluster.clone(),
-                precision: self.precision,
-                efficiency: USUAL_SHARE,
-            }));
-        };
-        let mut costs = Calibrated::new(program, &self.cluster, self.precision, calibration)?
-            .with_in_network_reduction(self.sharp);
-        costs.habits = Habits { tensor_overlap: true, ..Habits::default() };
-        Ok(Costing::Fitted(costs))
+    pub fn costs(&self, program: &Program) -> Result<Known<'_>, Error> {
+        self.described.costs(program)
     }
 
     /// What a step takes beside its program.
     pub fn outside(&self) -> Seconds {
-        self.calibration.as_ref().map_or(Seconds::ZERO, |fitted| fitted.traffic.step)
+        self.described.outside()
     }
 
     /// Simulates a step, and once more without latencies.
@@ -112,45 +104,11 @@ impl Machine {
         times.classes.iter_mut().for_each(|class| class.other += outside);
         let mean = Breakdown::mean(&times.classes);
         let ranks = program.mesh.ranks();
-        let slower = self.calibration.as_ref().map_or(1.0, |fitted| fitted.straggling(ranks));
+        let slower =
+            self.described.calibration.as_ref().map_or(1.0, |fitted| fitted.straggling(ranks));
         let stragglers = mean.compute * (1.0 - 1.0 / slower);
         let latency = (times.step_time - at_once).max(Seconds::ZERO);
         Ok(Timing { step_time: times.step_time + outside, mean, stragglers, latency })
-    }
-}
-
-/// Costs as fitted, or from peak rates.
-#[derive(Debug)]
-pub enum Costing<'m> {
-    Fitted(Calibrated<'m>),
-    Peak(Roofline),
-}
-
-impl Costs for Costing<'_> {
-    fn check(&self, program: &Program) -> Result<(), Error> {
-        match self {
-            Self::Fitted(costs) => costs.check(program),
-            Self::Peak(costs) => costs.check(program),
-        }
-    }
-
-    fn compute(&self, program: &Program, class: usize, of: &Instruction) -> Result<Seconds, Error> {
-        match self {
-            Self::Fitted(costs) => costs.compute(program, class, of),
-            Self::Peak(costs) => costs.compute(program, class, of),
-        }
-    }
-
-    fn transfer(
-        &self,
-        program: &Program,
-        class: usize,
-        of: &Transfer,
-    ) -> Result<TransferCost, Error> {
-        match self {
-            Self::Fitted(costs) => costs.transfer(program, class, of),
-            Self::Peak(costs) => costs.transfer(program, class, of),
-        }
     }
 }
 
