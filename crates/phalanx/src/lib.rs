@@ -137,7 +137,9 @@ const STOPPED: u8 = 4;
 /// Exit code when starting the same again would do no better.
 const CRASH_LOOP: u8 = 5;
 
-fn main() -> ExitCode {
+/// The command: reads the process's arguments, prints what was asked for or what went wrong.
+#[must_use]
+pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let outcome = std::panic::catch_unwind(|| run(cli));
     match outcome {
