@@ -306,6 +306,11 @@ impl Draft {
     pub fn read(path: &Path, set: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the job file {}", path.display()))?;
+        Self::with_contents(text, path, set)
+    }
+
+    /// As [`Draft::read`], of a file that holds `text`.
+    pub fn with_contents(text: String, path: &Path, set: &[String]) -> Result<Self> {
         let text = replace(text, set).with_context(|| path.display().to_string())?;
         let name = path.file_stem().map_or("job".into(), |stem| stem.to_string_lossy());
         Self::parse(&text, &name).with_context(|| path.display().to_string())

@@ -1,5 +1,6 @@
-//! The `phalanx` command: arguments, files in and out, exit codes.
+//! The `phalanx` command: arguments, files in and out, exit codes. Programs ask through [`answer`].
 
+mod answer;
 mod catalogue_command;
 mod chaos;
 mod checkpointing;
@@ -29,6 +30,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
+
+pub use answer::{Refusal, answer};
+use job::Draft;
 
 /// Plans, simulates and trains Llama-class models over many ranks.
 #[derive(Debug, Parser)]
@@ -102,6 +106,19 @@ struct JobArgs {
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
+    /// What stands in the job file, where it is not to be read.
+    #[arg(skip)]
+    contents: Option<String>,
+}
+
+impl JobArgs {
+    /// The job, but for its layout.
+    fn draft(&self) -> Result<Draft> {
+        match &self.contents {
+            None => Draft::read(&self.job, &self.set),
+            Some(text) => Draft::with_contents(text.clone(), &self.job, &self.set),
+        }
+    }
 }
 
 /// What a simulation takes besides a job.

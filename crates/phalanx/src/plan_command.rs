@@ -35,34 +35,57 @@ pub struct PlanOptions {
 
 /// Prints the best layouts of a job; on this machine the one it has, since it is measured first.
 pub fn plan(args: &JobArgs, options: &PlanOptions) -> Result<()> {
-    let draft = Draft::read(&args.job, &args.set)?;
-    if draft.job().cluster.is_local() {
-        let layout = draft.simplest().with_context(|| args.job.display().to_string())?;
-        return show(&draft.laid_out(layout), args.json, options.show_program);
-    }
-    let planner = Planner::new(&draft, &options.costing)?;
-    let planned = searched(&planner, args.json).with_context(|| args.job.display().to_string())?;
-    planner.verify(&planned.plans[0])?;
-    let report = Report::new(&planner, &planned)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&report.json(options))?);
+        let answer = until_interrupted(|stop| answer(args, options, stop))?;
+        println!("{}", serde_json::to_string_pretty(&answer)?);
         return Ok(());
     }
-    print_text(&report.text(options))
+    let draft = args.draft()?;
+    if draft.job().cluster.is_local() {
+        return show(&simplest(draft, args)?, options.show_program);
+    }
+    let planner = Planner::new(&draft, &options.costing)?;
+    let planned = until_interrupted(|stop| searched(&planner, args, stop))?;
+    print_text(&Report::new(&planner, &planned)?.text(options))
 }
 
-/// Plans with progress for who watches, until done or interrupted.
-fn searched(planner: &Planner, quiet: bool) -> Result<Planned> {
+/// The object of `--json`.
+pub fn answer(args: &JobArgs, options: &PlanOptions, stop: &AtomicBool) -> Result<Value> {
+    let draft = args.draft()?;
+    if draft.job().cluster.is_local() {
+        let job = simplest(draft, args)?;
+        return Ok(description(&job, &lowered(&job)?, options.show_program));
+    }
+    let planner = Planner::new(&draft, &options.costing)?;
+    let planned = searched(&planner, args, stop)?;
+    Ok(Report::new(&planner, &planned)?.json(options))
+}
+
+fn simplest(draft: Draft, args: &JobArgs) -> Result<Job> {
+    let layout = draft.simplest().with_context(|| args.job.display().to_string())?;
+    Ok(draft.laid_out(layout))
+}
+
+/// Runs what stops when the user asks it to.
+fn until_interrupted<T>(run: impl FnOnce(&AtomicBool) -> Result<T>) -> Result<T> {
     let interrupted = Arc::new(AtomicBool::new(false));
     let handler = flag::register(SIGINT, Arc::clone(&interrupted))?;
-    let bar = Progress::when_watched("planning", 1000, quiet);
+    let outcome = run(&interrupted);
+    signal_hook::low_level::unregister(handler);
+    outcome
+}
+
+/// Plans with progress for who watches, until done or stopped.
+fn searched(planner: &Planner, args: &JobArgs, stop: &AtomicBool) -> Result<Planned> {
+    let bar = Progress::when_watched("planning", 1000, args.json);
     let planned = planner.plan(&|progress| {
         let share = 1000 * progress.done / progress.of.max(1);
         bar.update(share as u64, &format!("{} layouts", thousands(progress.judged)), None);
-        !interrupted.load(Ordering::Relaxed)
+        !stop.load(Ordering::Relaxed)
     });
-    signal_hook::low_level::unregister(handler);
-    planned
+    let planned = planned.with_context(|| args.job.display().to_string())?;
+    planner.verify(&planned.plans[0])?;
+    Ok(planned)
 }
 
 /// What is printed of plans.
@@ -232,13 +255,8 @@ fn description(job: &Job, program: &Program, show_program: bool) -> Value {
 }
 
 /// Prints the one layout of a job, and with `show_program` every instruction.
-fn show(job: &Job, as_json: bool, show_program: bool) -> Result<()> {
+fn show(job: &Job, show_program: bool) -> Result<()> {
     let program = lowered(job)?;
-    if as_json {
-        let description = description(job, &program, show_program);
-        println!("{}", serde_json::to_string_pretty(&description)?);
-        return Ok(());
-    }
     print!("{}", describe(job, &program));
     for stage in 0..job.layout.mesh.pipeline {
         let first = job.layout.mesh.peer(Rank(0), program::Axis::Pipeline, stage);

@@ -2,14 +2,15 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use program::{Program, Trace};
 use report::{Communicators, Summary, chakra, perfetto};
+use serde_json::Value;
 use sim::{World, simulate as run};
 use units::Rank;
 
 use crate::described::Described;
-use crate::job::{Draft, Job};
+use crate::job::Job;
 use crate::measured::Machine;
 use crate::plan_command::{describe, lowered};
 use crate::prediction::Prediction;
@@ -18,12 +19,40 @@ use crate::{JobArgs, SimulateOptions};
 
 /// Prints where the time of a step goes, and whether it fits.
 pub fn simulate(args: &JobArgs, options: &SimulateOptions) -> Result<()> {
-    let draft = Draft::read(&args.job, &args.set)?;
-    let job = Job::of(draft, &options.costing).with_context(|| args.job.display().to_string())?;
+    let (job, program, prediction) = predicted(args, options, train_command::measure_only)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&prediction)?);
+    } else {
+        print!("{}{prediction}", describe(&job, &program));
+    }
+    prediction.fits()
+}
+
+/// The object of `--json`. This process cannot be every rank of a measurement.
+pub fn answer(args: &JobArgs, options: &SimulateOptions) -> Result<Value> {
+    let unmeasured = |_: &JobArgs, _: &Job| {
+        bail!(
+            "a job on this machine needs its measurements: give the machine.json of a run of \
+             `phalanx train` as `machine`"
+        )
+    };
+    let (_, _, prediction) = predicted(args, options, unmeasured)?;
+    let answer = serde_json::to_value(&prediction)?;
+    prediction.fits()?;
+    Ok(answer)
+}
+
+/// Simulates a step of the job; where no measurements are given, this machine is measured.
+fn predicted(
+    args: &JobArgs,
+    options: &SimulateOptions,
+    measure: impl Fn(&JobArgs, &Job) -> Result<Machine>,
+) -> Result<(Job, Program, Prediction)> {
+    let job = Job::of(args.draft()?, &options.costing).with_context(|| args.job.display().to_string())?;
     let program = lowered(&job)?;
     let traced = options.trace.is_some() || options.chakra.is_some();
     let (world, source, (summary, trace)) = if job.cluster.is_local() {
-        let (world, source) = measured(args, &job, options)?;
+        let (world, source) = measured(args, &job, options, measure)?;
         let trace = run(&program, &world)?;
         (world, source, (Summary::new(&program, &trace), Some(trace)))
     } else {
@@ -36,12 +65,7 @@ pub fn simulate(args: &JobArgs, options: &SimulateOptions) -> Result<()> {
         write(&program, &trace, options)?;
     }
     let prediction = Prediction::new(&job, &program, &world, summary, source);
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&prediction)?);
-    } else {
-        print!("{}{prediction}", describe(&job, &program));
-    }
-    prediction.fits()
+    Ok((job, program, prediction))
 }
 
 /// The files that were asked for.
@@ -78,13 +102,18 @@ fn predict(
 }
 
 /// How long things take on this machine, and where that is known from.
-fn measured(args: &JobArgs, job: &Job, options: &SimulateOptions) -> Result<(World, String)> {
+fn measured(
+    args: &JobArgs,
+    job: &Job,
+    options: &SimulateOptions,
+    measure: impl Fn(&JobArgs, &Job) -> Result<Machine>,
+) -> Result<(World, String)> {
     let (machine, source) = match &options.machine {
         Some(path) => {
             let machine = Machine::read(path, &job.model, job.layout.shape(&job.batch()))?;
             (machine, format!("as measured in {}", path.display()))
         }
-        None => (train_command::measure_only(args, job)?, "this one, measured now".to_owned()),
+        None => (measure(args, job)?, "this one, measured now".to_owned()),
     };
     Ok((World::Profile(machine.profile), source))
 }

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::JobArgs;
 use crate::checkpointing::stop_on_signals;
@@ -80,14 +81,11 @@ pub struct Report {
 
 /// Prints how a job scales.
 pub fn scale(args: &JobArgs, options: &ScaleArgs) -> Result<()> {
-    let mut draft = Draft::read(&args.job, &args.set)?;
-    options.apply(draft.job_mut())?;
-    let job = draft.job();
-    job.cluster.require_described()?;
     let stop = Arc::new(AtomicBool::new(false));
+    let draft = draft(args, options)?;
     stop_on_signals(&stop)?;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let report = Report::new(&draft, threads, &stop, args.json || options.page)?;
+    let report = Report::new(&draft, threads(), &stop, args.json || options.page)?;
+    let job = draft.job();
     if let Some(path) = &options.csv {
         std::fs::write(path, table::csv(&report)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -101,6 +99,25 @@ pub fn scale(args: &JobArgs, options: &ScaleArgs) -> Result<()> {
     }
     ensure!(!report.interrupted, Stopped);
     Ok(())
+}
+
+/// The object of `--json`.
+pub fn answer(args: &JobArgs, options: &ScaleArgs, stop: &AtomicBool) -> Result<Value> {
+    let report = Report::new(&draft(args, options)?, threads(), stop, true)?;
+    ensure!(!report.interrupted, Stopped);
+    Ok(serde_json::to_value(&report)?)
+}
+
+/// The job with what is asked of it.
+fn draft(args: &JobArgs, options: &ScaleArgs) -> Result<Draft> {
+    let mut draft = args.draft()?;
+    options.apply(draft.job_mut())?;
+    draft.job().cluster.require_described()?;
+    Ok(draft)
+}
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 impl ScaleArgs {
