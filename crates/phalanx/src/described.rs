@@ -73,15 +73,15 @@ impl Described {
     /// What a step of `program` takes, with what stands outside of the program.
     pub fn times(&self, program: &Program) -> Result<Times, sim::Error> {
         let mut times = self.step(program)?.run()?;
-        let outside = self.outside();
+        let outside = self.outside(program.mesh.ranks());
         times.classes.iter_mut().for_each(|class| class.other += outside);
         times.step_time += outside;
         Ok(times)
     }
 
-    /// Time of a step outside of its program.
-    pub fn outside(&self) -> Seconds {
-        self.calibration.as_ref().map_or(Seconds::ZERO, |fitted| fitted.traffic.step)
+    /// Time of a step of `ranks` ranks outside of its program.
+    pub fn outside(&self, ranks: u32) -> Seconds {
+        self.calibration.as_ref().map_or(Seconds::ZERO, |fitted| fitted.outside(ranks))
     }
 
     /// What the program's instructions and transfers take.

@@ -164,7 +164,7 @@ impl<'p> Report<'p> {
     }
 
     fn neighbours(&self) -> Vec<String> {
-        let outside = self.planner.described.outside();
+        let outside = self.planner.described.outside(self.program.mesh.ranks());
         let neighbours = self.planned.neighbours();
         neighbours.iter().map(|neighbour| lost(self.best(), neighbour, outside)).collect()
     }

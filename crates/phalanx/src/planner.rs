@@ -210,7 +210,7 @@ impl<'a> Planner<'a> {
 
     fn plan_of(&self, found: &Found) -> Plan {
         let mut estimate = found.estimate;
-        estimate.step_time += self.described.outside();
+        estimate.step_time += self.described.outside(found.layout.mesh.ranks());
         let layout = found.layout.clone();
         let mut plan = Plan { layout, estimate, memory: found.memory, times: None, energy: None };
         plan.energy = self.energy(&plan);

@@ -90,9 +90,9 @@ impl Machine {
         self.described.costs(program)
     }
 
-    /// What a step takes beside its program.
-    pub fn outside(&self) -> Seconds {
-        self.described.outside()
+    /// What a step of `ranks` ranks takes beside its program.
+    pub fn outside(&self, ranks: u32) -> Seconds {
+        self.described.outside(ranks)
     }
 
     /// Simulates a step, and once more without latencies.
@@ -100,10 +100,10 @@ impl Machine {
         let costs = self.costs(program)?;
         let mut times = Step::new(program, &costs)?.run()?;
         let at_once = Step::new(program, &AtOnce(&costs))?.run()?.step_time;
-        let outside = self.outside();
+        let ranks = program.mesh.ranks();
+        let outside = self.outside(ranks);
         times.classes.iter_mut().for_each(|class| class.other += outside);
         let mean = Breakdown::mean(&times.classes);
-        let ranks = program.mesh.ranks();
         let slower =
             self.described.calibration.as_ref().map_or(1.0, |fitted| fitted.straggling(ranks));
         let stragglers = mean.compute * (1.0 - 1.0 / slower);

@@ -38,8 +38,11 @@ pub fn layout(row: &Row, config: &Config, batch: &Batch) -> Answer<Layout> {
         pipeline: row.pipeline,
         virtual_stages: row.virtual_stages,
         expert: row.expert.filter(|_| config.experts.is_some()),
-        // Grok-1's recipes split experts like everything else; later ones leave them whole.
-        expert_tensor: row.tensor.filter(|_| row.model.as_deref() == Some("grok-1")),
+        // The first recipes of Grok-1 split experts like everything else; later ones leave them
+        // whole (NVIDIA dgxc-benchmarking v25.02 and v25.05, grok1).
+        expert_tensor: row.tensor.filter(|_| {
+            row.model.as_deref() == Some("grok-1") && row.software.starts_with("nemo-24")
+        }),
         shard_ranks,
         micro_batch: Some(stated(row.micro_batch, "microbatch")?),
         shard: Some(shard),
@@ -85,12 +88,14 @@ fn shard(row: &Row) -> Answer<(Shard, Option<u32>)> {
     })
 }
 
-/// Megatron since core 0.4 keeps parameters in fp8 where products take them so.
+/// Megatron since core 0.4 keeps parameters in fp8 where products take them so; torchtitan gathers
+/// them in fp8 where a tensor has one scale (its docs/float8.md).
 fn parameter_bytes(row: &Row) -> u8 {
     let gathers_fp8 = ["nemo", "mlperf-v4", "mlperf-v5", "mlperf-v6", "megatron-bridge"];
     let fp8 = row.precision.as_deref().is_some_and(|precision| precision == "fp8");
     let software = |name: &&str| row.software.starts_with(*name);
-    if fp8 && gathers_fp8.iter().any(software) { 1 } else { 2 }
+    let gathers = gathers_fp8.iter().any(software) || row.software == "torchtitan";
+    if fp8 && gathers { 1 } else { 2 }
 }
 
 /// Where layers do not divide: the embedding and the head in the place of a layer each, if that

@@ -92,7 +92,7 @@ impl Described {
             Calibrated::new(program, &self.cluster, self.precision, by).or_else(because)?;
         costs.habits = habits(row);
         let times = Step::new(program, &costs).and_then(|step| step.run()).or_else(because)?;
-        Ok(times.step_time + by.traffic.step)
+        Ok(times.step_time + by.outside(program.mesh.ranks()))
     }
 
     fn mfu_percent(&self, row: &Row, step_time: Seconds) -> Option<f64> {

@@ -127,13 +127,14 @@ fn source(text: &str) -> String {
     text.split(':').next().unwrap_or(text).to_owned()
 }
 
-/// Rows of one round, model, accelerator and precision differ in size alone.
+/// What one submitter measured in one round of one model, on one kind of accelerator in one
+/// precision, differs in size alone.
 fn series(row: &Row) -> Option<String> {
+    let (_, path) = row.source.rsplit_once(": ").filter(|_| row.software.starts_with("mlperf"))?;
+    let submitter = path.split('/').next().unwrap_or_default();
     let name = |of: &Option<String>| of.clone().unwrap_or_default();
-    row.software.starts_with("mlperf").then(|| {
-        let (model, precision) = (name(&row.model), name(&row.precision));
-        format!("{} {model} {} {precision}", row.software, row.accelerator)
-    })
+    let (model, precision) = (name(&row.model), name(&row.precision));
+    Some(format!("{} {submitter} {model} {} {precision}", row.software, row.accelerator))
 }
 
 /// Scaling efficiency at one size: throughput per accelerator over that of the smallest size.
@@ -317,13 +318,13 @@ impl Report {
             return;
         }
         let title = "scaling efficiency (throughput per accelerator)";
-        writeln!(text, "{title:<52}{:>9}{:>9}{:>9}{:>9}", "from", "to", "measured", "predicted")
+        writeln!(text, "{title:<60}{:>9}{:>9}{:>9}{:>9}", "from", "to", "measured", "predicted")
             .expect("a string takes text");
         for of in &self.scaling {
             let Scaling { series, baseline_accelerators, accelerators, .. } = of;
             writeln!(
                 text,
-                "{series:<52}{baseline_accelerators:>9}{accelerators:>9}{:>8.1}%{:>8.1}%{:>+8.1}",
+                "{series:<60}{baseline_accelerators:>9}{accelerators:>9}{:>8.1}%{:>8.1}%{:>+8.1}",
                 of.measured_percent,
                 of.predicted_percent,
                 of.predicted_percent - of.measured_percent

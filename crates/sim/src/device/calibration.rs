@@ -31,7 +31,8 @@ pub struct Traffic {
     /// Mean delay of an accelerator, as a share of its time: delays are exponential, and all wait
     /// for the longest.
     pub spread: f64,
-    /// Time of a step outside of its program: data, logging, bookkeeping.
+    /// Mean time of a rank's step outside of its program (data, logging, bookkeeping, collecting
+    /// garbage): exponential like the delays, and all wait for the longest.
     pub step: Seconds,
 }
 
@@ -112,6 +113,12 @@ impl Calibration {
     #[must_use]
     pub fn straggling(&self, ranks: u32) -> f64 {
         1.0 + self.traffic.spread * harmonic(ranks)
+    }
+
+    /// What a step of `ranks` ranks takes outside of its program, by the same expectation.
+    #[must_use]
+    pub fn outside(&self, ranks: u32) -> Seconds {
+        self.traffic.step * harmonic(ranks)
     }
 }
 
