@@ -24,7 +24,9 @@ pub struct Timing {
     /// The mean over ranks.
     pub mean: Breakdown,
     /// The part of computing that is waiting for the slowest rank.
-    pub stragglers: Seconds,
+    pub slowed: Seconds,
+    /// The same of what ranks do between steps.
+    pub waited: Seconds,
     /// How much shorter the step would be if no transfer had a latency.
     pub latency: Seconds,
 }
@@ -106,9 +108,10 @@ impl Machine {
         let mean = Breakdown::mean(&times.classes);
         let slower =
             self.described.calibration.as_ref().map_or(1.0, |fitted| fitted.straggling(ranks));
-        let stragglers = mean.compute * (1.0 - 1.0 / slower);
+        let slowed = mean.compute * (1.0 - 1.0 / slower);
+        let waited = outside - self.outside(1);
         let latency = (times.step_time - at_once).max(Seconds::ZERO);
-        Ok(Timing { step_time: times.step_time + outside, mean, stragglers, latency })
+        Ok(Timing { step_time: times.step_time + outside, mean, slowed, waited, latency })
     }
 }
 
@@ -167,8 +170,8 @@ impl Timing {
     pub fn by_cause(&self) -> std::collections::BTreeMap<Cause, Seconds> {
         let Breakdown { compute, exposed, bubble, .. } = &self.mean;
         let mut causes = std::collections::BTreeMap::from([
-            (Cause::Compute, *compute - self.stragglers),
-            (Cause::Stragglers, self.stragglers),
+            (Cause::Compute, *compute - self.slowed),
+            (Cause::Stragglers, self.slowed + self.waited),
             (Cause::Bubble, *bubble),
         ]);
         for (axis, time) in exposed {
