@@ -5,6 +5,7 @@ use clap::Args;
 use cluster::Precision;
 use plan::price::{Passage, Price, Pricing, Unpriced};
 use program::{Instruction, Program, Transfer, Work};
+use report::Summary;
 use sim::Roofline;
 use sim::device::{Calibrated, Calibration, Habits};
 use sim::step::{Costs, Step, Times, TransferCost};
@@ -82,6 +83,14 @@ impl Described {
     /// Time of a step of `ranks` ranks outside of its program.
     pub fn outside(&self, ranks: u32) -> Seconds {
         self.calibration.as_ref().map_or(Seconds::ZERO, |fitted| fitted.outside(ranks))
+    }
+
+    /// The times that one step in twenty, in two, and all but one in twenty stay below, where it is
+    /// known how ranks are delayed.
+    pub fn quantiles(&self, step: &Summary, ranks: u32) -> Option<[Seconds; 3]> {
+        let fitted = self.calibration.as_ref()?;
+        let (expected, compute) = (step.step_time, step.mean.compute);
+        Some([0.05, 0.5, 0.95].map(|share| fitted.quantile(share, expected, compute, ranks)))
     }
 
     /// What the program's instructions and transfers take.

@@ -1,6 +1,7 @@
 //! The `phalanx` command: arguments, files in and out, exit codes. Programs ask through [`answer`].
 
 mod answer;
+mod carried;
 mod catalogue_command;
 mod chaos;
 mod checkpointing;

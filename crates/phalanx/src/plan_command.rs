@@ -13,6 +13,7 @@ use signal_hook::flag;
 use units::Rank;
 
 use crate::JobArgs;
+use crate::carried::{self, Carried};
 use crate::described::Costing;
 use crate::job::{Draft, Job};
 use crate::launch::launches;
@@ -94,6 +95,7 @@ struct Report<'p> {
     planned: &'p Planned,
     job: Job,
     program: Program,
+    carried: Vec<Carried>,
 }
 
 impl<'p> Report<'p> {
@@ -101,7 +103,8 @@ impl<'p> Report<'p> {
         let layout = planned.plans[0].layout.clone();
         let job = planner.draft.clone().laid_out(layout);
         let program = lowered(&job)?;
-        Ok(Self { planner, planned, job, program })
+        let carried = carried::carried(&planner.described, &program)?;
+        Ok(Self { planner, planned, job, program, carried })
     }
 
     fn best(&self) -> &'p Plan {
@@ -109,7 +112,7 @@ impl<'p> Report<'p> {
     }
 
     fn text(&self, options: &PlanOptions) -> String {
-        let Self { planner, planned, job, program } = self;
+        let Self { planner, planned, job, program, .. } = self;
         let outcome = &planned.outcome;
         let stopped =
             if outcome.stopped { "; stopped early, so there may be better ones" } else { "" };
@@ -132,11 +135,12 @@ impl<'p> Report<'p> {
         if !placed.is_empty() {
             text += &list("axes on the accelerators, from neighbours to far apart", placed);
         }
+        text += &format!("transfers of the first\n{}\n", carried::table(&self.carried));
         if let Some(nodes) = self.nodes() {
             text += &list("nodes", nodes);
         }
         text += &format!(
-            "no other is better in time, memory and energy at once\n{}\n",
+            "no other is better in time, memory, energy and goodput at once\n{}\n",
             table(planner, &front(planned))
         );
         for launch in launches(&job.layout, &job.batch()) {
@@ -170,7 +174,7 @@ impl<'p> Report<'p> {
     }
 
     fn json(&self, options: &PlanOptions) -> Value {
-        let Self { planner, planned, job, program } = self;
+        let Self { planner, planned, job, program, .. } = self;
         let all = |plans: &[&Plan]| -> Vec<Value> {
             plans.iter().map(|plan| figures(planner, plan)).collect()
         };
@@ -187,6 +191,7 @@ impl<'p> Report<'p> {
             "reasons": reasons(planner, self.best(), program),
             "why_not": self.neighbours(),
             "placements": placed(planned),
+            "transfers": self.carried,
             "nodes": self.job.cluster.fragment().ok().flatten().map(|fragment| fragment.nodes),
             "launch": launches(&job.layout, &job.batch()),
         });
@@ -232,6 +237,8 @@ fn figures(planner: &Planner, plan: &Plan) -> Value {
         "simulated": plan.times.is_some(),
         "estimated_step_time_s": plan.estimate.step_time,
         "tokens_per_s_per_accelerator": planner.rate(plan),
+        "effective_share": plan.effective,
+        "goodput_tokens_per_s_per_accelerator": planner.goodput(plan),
         "compute_s": mean.as_ref().map(|mean| mean.compute),
         "pipeline_bubble_s": mean.as_ref().map(|mean| mean.bubble),
         "exposed_communication_s": mean.as_ref().map(|mean| mean.exposed_communication()),

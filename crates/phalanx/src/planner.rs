@@ -47,6 +47,8 @@ pub struct Plan {
     pub times: Option<Times>,
     /// At the wall, for a step; where the maker of the accelerator publishes a rating.
     pub energy: Option<Joules>,
+    /// Share of the time of a long run that is training, by the job's `[goodput]`.
+    pub effective: f64,
 }
 
 impl Plan {
@@ -66,7 +68,7 @@ impl Plan {
 pub struct Planned {
     /// What was simulated, the fastest first.
     pub plans: Vec<Plan>,
-    /// Of them, those that no other beats in time, memory and energy at once; by time.
+    /// Of them, those that no other beats in time, memory, energy and goodput at once; by time.
     pub front: Vec<usize>,
     /// The best with its axes in every order on the accelerators, the fastest first.
     pub placements: Vec<Plan>,
@@ -212,7 +214,10 @@ impl<'a> Planner<'a> {
         let mut estimate = found.estimate;
         estimate.step_time += self.described.outside(found.layout.mesh.ranks());
         let layout = found.layout.clone();
-        let mut plan = Plan { layout, estimate, memory: found.memory, times: None, energy: None };
+        let memory = found.memory;
+        let (ranks, held) = (layout.mesh.ranks(), memory.state());
+        let effective = self.job().goodput.reliability(ranks, held).expected();
+        let mut plan = Plan { layout, estimate, memory, times: None, energy: None, effective };
         plan.energy = self.energy(&plan);
         plan
     }
@@ -245,6 +250,11 @@ impl<'a> Planner<'a> {
         tokens as f64 / plan.step_time().0 / f64::from(plan.layout.mesh.ranks())
     }
 
+    /// The same over a long run, with what goes wrong in it.
+    pub fn goodput(&self, plan: &Plan) -> f64 {
+        plan.effective * self.rate(plan)
+    }
+
     /// Makes sure that the winner's program is sound.
     pub fn verify(&self, plan: &Plan) -> Result<()> {
         let job = self.job();
@@ -256,13 +266,14 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// The plans that no other beats in time, memory and energy at once, by time.
+/// The plans that no other beats in time, memory, energy and goodput at once, by time.
 fn front(plans: &[Plan]) -> Vec<usize> {
     let figures = |plan: &Plan| {
         let energy = plan.energy.map_or(0.0, |energy| energy.0);
-        [plan.step_time().0, plan.memory.total().as_f64(), energy]
+        let lost = plan.step_time().0 / plan.effective;
+        [plan.step_time().0, plan.memory.total().as_f64(), energy, lost]
     };
-    let figures: Vec<[f64; 3]> = plans.iter().map(figures).collect();
+    let figures: Vec<[f64; 4]> = plans.iter().map(figures).collect();
     let mut order: Vec<usize> = (0..plans.len()).collect();
     order.sort_by(|a, b| figures[*a][0].total_cmp(&figures[*b][0]).then(a.cmp(b)));
     let slowest = SLOWEST * order.first().map_or(0.0, |first| figures[*first][0]);
@@ -272,7 +283,7 @@ fn front(plans: &[Plan]) -> Vec<usize> {
         // What comes before is at least as fast.
         let beats = |other: &usize| {
             let (one, other) = (figures[index], figures[*other]);
-            other[1] <= one[1] && other[2] <= one[2]
+            (1..4).all(|figure| other[figure] <= one[figure])
         };
         if !front.iter().any(beats) {
             front.push(index);

@@ -18,6 +18,8 @@ use crate::output::thousands;
 #[derive(Debug, Serialize)]
 pub struct Prediction {
     step_time_s: Seconds,
+    /// What 5, 50 and 95 % of steps stay below.
+    step_time_s_quantiles: Option<[Seconds; 3]>,
     tokens_per_s: f64,
     tokens_per_s_per_accelerator: f64,
     model_flops_utilization: Option<f64>,
@@ -52,6 +54,7 @@ impl Prediction {
         program: &Program,
         world: &World,
         summary: Summary,
+        quantiles: Option<[Seconds; 3]>,
         machine: String,
     ) -> Self {
         let ranks = program.mesh.ranks();
@@ -65,6 +68,7 @@ impl Prediction {
         let mean = summary.mean.clone();
         Self {
             step_time_s: summary.step_time,
+            step_time_s_quantiles: quantiles,
             tokens_per_s,
             tokens_per_s_per_accelerator: tokens_per_s / f64::from(ranks),
             model_flops_utilization: utilization(Counting::Causal),
@@ -153,6 +157,10 @@ impl std::fmt::Display for Prediction {
         writeln!(f, "machine        {}\n", self.machine)?;
         write!(f, "{}", summary_table(&[("predicted", &self.summary)]))?;
         let row = |label: &str, value: String| format!("{label:<32}{value:>12}\n");
+        if let Some([short, _, long]) = self.step_time_s_quantiles {
+            f.write_str(&row("nine steps in ten, from", short.to_string()))?;
+            f.write_str(&row("to", long.to_string()))?;
+        }
         f.write_str(&row("optimizer (part of compute)", self.optimizer_s.to_string()))?;
         f.write_str(&row("tokens/s", thousands(self.tokens_per_s as u64)))?;
         let per_accelerator = thousands(self.tokens_per_s_per_accelerator as u64);

@@ -48,23 +48,25 @@ fn predicted(
     options: &SimulateOptions,
     measure: impl Fn(&JobArgs, &Job) -> Result<Machine>,
 ) -> Result<(Job, Program, Prediction)> {
-    let job = Job::of(args.draft()?, &options.costing).with_context(|| args.job.display().to_string())?;
+    let job =
+        Job::of(args.draft()?, &options.costing).with_context(|| args.job.display().to_string())?;
     let program = lowered(&job)?;
     let traced = options.trace.is_some() || options.chakra.is_some();
-    let (world, source, (summary, trace)) = if job.cluster.is_local() {
+    let (world, source, quantiles, (summary, trace)) = if job.cluster.is_local() {
         let (world, source) = measured(args, &job, options, measure)?;
         let trace = run(&program, &world)?;
-        (world, source, (Summary::new(&program, &trace), Some(trace)))
+        (world, source, None, (Summary::new(&program, &trace), Some(trace)))
     } else {
         let precision = job.training.precision;
         let described = Described::new(&job.cluster, precision, &options.costing)?;
         let predicted = predict(&program, &described, traced)?;
-        (World::Roofline(described.roofline.clone()), described.source(), predicted)
+        let varies = described.quantiles(&predicted.0, program.mesh.ranks());
+        (World::Roofline(described.roofline.clone()), described.source(), varies, predicted)
     };
     if let Some(trace) = trace {
         write(&program, &trace, options)?;
     }
-    let prediction = Prediction::new(&job, &program, &world, summary, source);
+    let prediction = Prediction::new(&job, &program, &world, summary, quantiles, source);
     Ok((job, program, prediction))
 }
 

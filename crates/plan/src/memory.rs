@@ -116,6 +116,12 @@ impl StageMemory {
         self.items[item as usize]
     }
 
+    /// The bytes of the model's state, which a rank reads again after a failure.
+    #[must_use]
+    pub fn state(&self) -> Bytes {
+        self.item(Item::Parameters) + self.item(Item::Optimizer)
+    }
+
     /// The bytes of all tensors: what `max_memory_allocated` of a tensor library reports.
     #[must_use]
     pub fn allocated(&self) -> Bytes {

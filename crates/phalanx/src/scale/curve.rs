@@ -11,6 +11,7 @@ use plan::memory::{Footprint, Options};
 use plan::{Batch, Layout, lower};
 use program::Program;
 use serde::Serialize;
+use sim::goodput::Reliability;
 use units::{Bytes, Joules, Seconds, Watts};
 
 use super::goodput::{self, Goodput};
@@ -72,6 +73,8 @@ pub struct Point {
     pub usd_to_train: Option<f64>,
     /// The whole training, with what goes wrong.
     pub goodput: Option<Goodput>,
+    #[serde(skip)]
+    pub reliability: Reliability,
 }
 
 /// A size that cannot be.
@@ -263,7 +266,9 @@ impl Point {
         let usd = price.map(|price| price * f64::from(accelerators) * step.0 / 3600.0);
         let steps = job.tokens_to_train(batch).map(|all| all / tokens);
         let options = Options::new(job.training.precision, layout);
-        let held = Footprint::new(&job.model).peak(layout, batch, &options).total();
+        let memory = Footprint::new(&job.model).peak(layout, batch, &options);
+        let (held, reliability) =
+            (memory.total(), job.goodput.reliability(accelerators, memory.state()));
         let moving = mean.exposed_communication() + mean.hidden_communication();
         let work = steps.map(|steps| step * steps);
         Self {
@@ -292,7 +297,8 @@ impl Point {
             time_to_train_efficiency: work.map(|_| 1.0),
             energy_to_train_j: energy.zip(steps).map(|(energy, steps)| energy * steps),
             usd_to_train: usd.zip(steps).map(|(usd, steps)| usd * steps),
-            goodput: work.map(|work| goodput::goodput(&job.goodput, accelerators, work)),
+            goodput: work.map(|work| goodput::goodput(&reliability, work)),
+            reliability,
         }
     }
 

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use sim::goodput::{Failures, Memory, Reliability, Shares, Spares};
-use units::Seconds;
+use units::{Bytes, Seconds};
 
 use super::section::GoodputSection;
 
@@ -44,6 +44,7 @@ impl GoodputSection {
             ("checkpoint_every_s", self.checkpoint_every_s.map(|time| time.0)),
             ("memory_every_s", self.memory_every_s.map(|time| time.0)),
             ("failures_per_1000_node_days", self.failures_per_1000_node_days),
+            ("storage_bytes_per_s", Some(self.storage_bytes_per_s)),
         ];
         for (key, time) in times {
             let good = time.is_none_or(|time| time.0 >= 0.0 && time.0.is_finite());
@@ -73,14 +74,14 @@ impl GoodputSection {
         self.failures_per_1000_node_days.unwrap_or(record.per_1000_node_days)
     }
 
-    /// The same for a job of so many accelerators.
-    pub fn reliability(&self, accelerators: u32) -> Reliability {
+    /// The same for a job of so many accelerators, the fullest of which holds so much of the state.
+    pub fn reliability(&self, accelerators: u32, held: Bytes) -> Reliability {
         let single = self.record().expect("the section was checked").single();
         let covers = self.memory_covers.unwrap_or(single);
         Reliability {
             between_failures: Failures::between(self.rate(), accelerators),
             detect: self.detect_s,
-            restart: self.restart_s,
+            restart: self.restart_s + Seconds(held.as_f64() / self.storage_bytes_per_s),
             stall: self.checkpoint_stall_s,
             every: self.checkpoint_every_s,
             memory: self.memory_every_s.map(|every| Memory { every, covers }),
@@ -89,9 +90,8 @@ impl GoodputSection {
     }
 }
 
-/// Plays runs of `work` on so many accelerators.
-pub fn goodput(section: &GoodputSection, accelerators: u32, work: Seconds) -> Goodput {
-    let of = section.reliability(accelerators);
+/// Plays runs of `work`.
+pub fn goodput(of: &Reliability, work: Seconds) -> Goodput {
     let runs = of.runs(work, RUNS, SEED);
     // In ascending order of their length.
     let at = |share: f64| &runs[((runs.len() - 1) as f64 * share).round() as usize];
@@ -119,12 +119,7 @@ pub struct Improvement {
 }
 
 /// What the next improvements would buy, from the one that buys most.
-pub fn improvements(
-    section: &GoodputSection,
-    accelerators: u32,
-    work: Seconds,
-) -> Vec<Improvement> {
-    let own = section.reliability(accelerators);
+pub fn improvements(section: &GoodputSection, own: Reliability, work: Seconds) -> Vec<Improvement> {
     let single = section.record().expect("the section was checked").single();
     let minute = Seconds(60.0);
     let mut changes = vec![

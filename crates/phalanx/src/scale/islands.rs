@@ -124,7 +124,8 @@ impl<'j> Islands<'j> {
         for program in [&alone, &together] {
             assert_eq!(program.verify(), Ok(()), "what is lowered verifies");
         }
-        let step = Step::new(&alone, &machine.costs(&alone)?)?.run()?.step_time + machine.outside(size);
+        let step =
+            Step::new(&alone, &machine.costs(&alone)?)?.run()?.step_time + machine.outside(size);
         Ok(Self { section, machine, size, alone, together, step })
     }
 
@@ -215,7 +216,8 @@ impl<'j> Islands<'j> {
 
     fn synchronous(&self, added: Seconds) -> Result<Seconds, Error> {
         let far = Far::new(self, added)?;
-        Ok(Step::new(&self.together, &far)?.run()?.step_time + self.machine.outside(self.together.mesh.ranks()))
+        Ok(Step::new(&self.together, &far)?.run()?.step_time
+            + self.machine.outside(self.together.mesh.ranks()))
     }
 
     /// The added latency at which efficiency has dropped, found by bisection of its logarithm.

@@ -182,7 +182,7 @@ impl Report {
         let islands = islands.map(|section| islands::compare(draft, section)).transpose()?;
         let largest = curves.first().and_then(|curve| curve.points.last());
         let improvements = largest.and_then(|point| {
-            Some(goodput::improvements(&job.goodput, point.accelerators, point.time_to_train_s?))
+            Some(goodput::improvements(&job.goodput, point.reliability, point.time_to_train_s?))
         });
         Ok(Self {
             job: job.name.clone(),

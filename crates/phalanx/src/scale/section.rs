@@ -65,8 +65,10 @@ pub struct GoodputSection {
     pub failures_per_1000_node_days: Option<f64>,
     /// From a failure until it is noticed.
     pub detect_s: Seconds,
-    /// From then until the ranks train again.
+    /// From then until the ranks train again, but for reading what they hold of the state.
     pub restart_s: Seconds,
+    /// What an accelerator reads of it from storage in a second.
+    pub storage_bytes_per_s: f64,
     /// How long a checkpoint keeps the job from training.
     pub checkpoint_stall_s: Seconds,
     /// Training between checkpoints; the best there is unless given.
@@ -84,14 +86,15 @@ pub struct GoodputSection {
 impl Default for GoodputSection {
     /// A failure stalls a job for about 10 minutes (arXiv:2602.00277, 2026-02): 3 of them, here, to
     /// be noticed, by assumption. A checkpoint stalls for 5 seconds, which is assumed from the 3.3
-    /// that 6.5 TB of Llama 3 405B take at its storage's 2 TB/s (arXiv:2407.21783). A day for a
-    /// repair is an assumption too.
+    /// that 6.5 TB of Llama 3 405B take at its storage's 2 TB/s (arXiv:2407.21783), which 16,384
+    /// accelerators share. A day for a repair is an assumption too.
     fn default() -> Self {
         Self {
             failures: "llama-3".to_owned(),
             failures_per_1000_node_days: None,
             detect_s: Seconds(180.0),
             restart_s: Seconds(420.0),
+            storage_bytes_per_s: 2e12 / 16384.0,
             checkpoint_stall_s: Seconds(5.0),
             checkpoint_every_s: None,
             memory_every_s: None,

@@ -227,7 +227,7 @@ pub fn answers(job: &Job) -> String {
         format!(", {nodes} spare nodes and {} for a repair", long(section.repair_s))
     });
     format!(
-        "{rate} failures in 1,000 node-days ({from}), {} until noticed, {} until trained again, checkpoints that stall for {}{memory}{spares}; medians of 201 played runs, with 5 and 95 % quantiles",
+        "{rate} failures in 1,000 node-days ({from}), {} until noticed, {} and what reading the state takes until trained again, checkpoints that stall for {}{memory}{spares}; medians of 201 played runs, with 5 and 95 % quantiles",
         long(section.detect_s),
         long(section.restart_s),
         section.checkpoint_stall_s

@@ -112,16 +112,22 @@ fn the_best_layouts_of_a_described_cluster_are_planned() {
     assert!(times.len() == 3 && times.is_sorted(), "{times:?}");
     let keys =
         |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
-    insta::assert_snapshot!(keys(&json), @"fitting flops_per_step front judged launch layout machine microbatches nodes parameters placements plans program ranks reasons stopped why_not");
-    insta::assert_snapshot!(keys(&json["plans"][0]), @"compute_s energy_j estimated_step_time_s exposed_communication_s layout memory_bytes_peak pipeline_bubble_s simulated step_time_s tokens_per_s_per_accelerator");
+    insta::assert_snapshot!(keys(&json), @"fitting flops_per_step front judged launch layout machine microbatches nodes parameters placements plans program ranks reasons stopped transfers why_not");
+    insta::assert_snapshot!(keys(&json["plans"][0]), @"compute_s effective_share energy_j estimated_step_time_s exposed_communication_s goodput_tokens_per_s_per_accelerator layout memory_bytes_peak pipeline_bubble_s simulated step_time_s tokens_per_s_per_accelerator");
     // What is left open is planned wherever a layout is needed, and simulated alike.
     let simulated: Value =
         serde_json::from_str(&place.succeed(&["simulate", "job.toml", "--json"])).unwrap();
     assert_eq!(simulated["step_time_s"], json["plans"][0]["step_time_s"]);
     let text = place.succeed(&["plan", "job.toml"]);
-    for words in
-        ["best plans", "why the first", "why not others", "megatron-lm", "torchtitan", "nemo"]
-    {
+    for words in [
+        "best plans",
+        "why the first",
+        "why not others",
+        "transfers of the first",
+        "megatron-lm",
+        "torchtitan",
+        "nemo",
+    ] {
         assert!(text.contains(words), "{words} is not in\n{text}");
     }
 }

@@ -120,6 +120,16 @@ impl Calibration {
     pub fn outside(&self, ranks: u32) -> Seconds {
         self.traffic.step * harmonic(ranks)
     }
+
+    /// The time that `share` of steps stay below, of a step of `ranks` ranks that is expected to take
+    /// `expected`, `compute` of it computing. A rank that is late in one thing is late in the other:
+    /// the longest of n exponential delays stays below -ln(1 - share^(1/n)) means.
+    #[must_use]
+    pub fn quantile(&self, share: f64, expected: Seconds, compute: Seconds, ranks: u32) -> Seconds {
+        let longest = -(-(share.ln() / f64::from(ranks)).exp_m1()).ln();
+        let mean = compute * (self.traffic.spread / self.straggling(ranks)) + self.traffic.step;
+        expected + mean * (longest - harmonic(ranks))
+    }
 }
 
 /// Above this the harmonic number is summed by Euler and Maclaurin, exact to twelve digits.
@@ -136,6 +146,25 @@ fn harmonic(number: u32) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use units::Seconds;
+
+    use super::Calibration;
+
+    #[test]
+    fn steps_vary_as_the_longest_delay_does() {
+        let mut of = Calibration::built_in().swap_remove(0);
+        of.traffic.spread = 0.0;
+        of.traffic.step = Seconds(0.1);
+        let at = |share| of.quantile(share, Seconds(5.0), Seconds(4.0), 8192).0;
+        // The quantiles of Gumbel's distribution, which many delays come close to.
+        let gumbel = |share: f64| -(-share.ln()).ln();
+        let within = (at(0.75) - at(0.05)) / 0.1 - (gumbel(0.75) - gumbel(0.05));
+        assert!(within.abs() < 1e-3, "{within}");
+        // Their mean is what was expected.
+        let mean = (1..1000).map(|part| at(f64::from(part) / 1000.0)).sum::<f64>() / 999.0;
+        assert!((mean - 5.0).abs() < 1e-3, "{mean}");
+    }
+
     #[test]
     fn harmonic_numbers_are_their_sums() {
         for number in [1, 2, 100, 101, 8192] {
