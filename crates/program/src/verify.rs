@@ -10,6 +10,7 @@ mod dataflow;
 
 use std::collections::BTreeSet;
 
+use rayon::prelude::*;
 use thiserror::Error;
 use units::Rank;
 
@@ -64,9 +65,9 @@ impl Program {
     /// # Errors
     /// The first thing found that would go wrong, with class or rank and instruction.
     pub fn verify(&self) -> Result<(), VerifyError> {
-        for class in 0..self.classes.len() {
-            Dataflow::check(self, class)?;
-        }
+        let classes = (0..self.classes.len()).into_par_iter();
+        let checked = classes.map(|class| Dataflow::check(self, class));
+        checked.find_first(Result::is_err).unwrap_or(Ok(()))?;
         let stages = Mesh { pipeline: self.mesh.pipeline, ..Mesh::ONE };
         Rehearsal::new(self, stages).run()
     }
