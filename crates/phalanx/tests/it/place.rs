@@ -129,6 +129,21 @@ impl Place {
         command
     }
 
+    /// Runs a line as a shell does, with the binary as `phalanx`; what it prints. It must succeed.
+    pub fn shell(&self, line: &str) -> String {
+        let mut command = Command::new("sh");
+        let binary = Path::new(env!("CARGO_BIN_EXE_phalanx")).parent().unwrap();
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.args(["-c", line]).current_dir(self.0.path()).stdin(Stdio::null());
+        command.env("PATH", format!("{}:{path}", binary.display())).env("COLUMNS", "100");
+        VARIABLES.iter().for_each(|variable| {
+            command.env_remove(variable);
+        });
+        let answer = Answer::new(command.output().unwrap(), self);
+        assert_eq!(answer.code, Some(0), "`{line}`: {}{}", answer.stdout, answer.stderr);
+        answer.stdout
+    }
+
     /// Runs the binary to its end.
     pub fn run(&self, arguments: &[&str]) -> Answer {
         Answer::new(self.phalanx(arguments).output().unwrap(), self)
