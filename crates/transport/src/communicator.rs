@@ -1,6 +1,7 @@
 //! The handle with which a rank communicates.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -137,6 +138,27 @@ impl Communicator {
         Ok(Ticket(ticket))
     }
 
+    /// Starts an operation that nobody waits for: its outcome is handed to `then`, on the thread that
+    /// communicates, which must not be kept. No limit of time holds for it until it [expires].
+    ///
+    /// [expires]: Communicator::expire
+    ///
+    /// # Panics
+    /// As [`Communicator::post`].
+    pub fn post_then(&mut self, operation: Operation, then: Then) -> Ticket {
+        operation.check(self.rank);
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.outcomes.hand_to(ticket, then);
+        self.command(Command::Post { ticket, operation, posted: Instant::now() });
+        Ticket(ticket)
+    }
+
+    /// Fails an operation with [`Error::Timeout`], unless it is done.
+    pub fn expire(&self, ticket: &Ticket) {
+        self.command(Command::Expire { ticket: ticket.0 });
+    }
+
     /// Whether [`Communicator::wait`] would return at once.
     #[must_use]
     pub fn is_complete(&self, ticket: &Ticket) -> bool {
@@ -214,6 +236,17 @@ impl Drop for Communicator {
     }
 }
 
+/// What an outcome is handed to.
+pub type Then = Box<dyn FnOnce(Result<Completed, Error>) + Send>;
+
+struct Taker(Then);
+
+impl fmt::Debug for Taker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Taker")
+    }
+}
+
 /// What became of the operations, handed from the thread to the waiting rank.
 #[derive(Debug, Default)]
 pub(crate) struct Outcomes {
@@ -224,6 +257,8 @@ pub(crate) struct Outcomes {
 #[derive(Debug, Default)]
 struct State {
     ready: BTreeMap<u64, Result<Completed, Error>>,
+    /// Who takes the outcomes that nobody waits for.
+    takers: BTreeMap<u64, Taker>,
     /// The ticket that is being waited for: no other is worth waking anyone.
     awaited: Option<u64>,
     /// Why nothing works any more.
@@ -234,6 +269,10 @@ impl Outcomes {
     /// Hands over an outcome.
     pub(crate) fn put(&self, ticket: u64, outcome: Result<Completed, Error>) {
         let mut state = self.lock();
+        if let Some(Taker(then)) = state.takers.remove(&ticket) {
+            drop(state);
+            return then(outcome);
+        }
         state.ready.insert(ticket, outcome);
         if state.awaited == Some(ticket) {
             self.changed.notify_one();
@@ -242,8 +281,24 @@ impl Outcomes {
 
     /// Ends every wait, now and later, with an error.
     pub(crate) fn put_broken(&self, error: Error) {
-        self.lock().broken.get_or_insert(error);
+        let mut state = self.lock();
+        state.broken.get_or_insert_with(|| error.clone());
+        let takers = std::mem::take(&mut state.takers);
+        drop(state);
         self.changed.notify_one();
+        takers.into_values().for_each(|Taker(then)| then(Err(error.clone())));
+    }
+
+    /// Has an outcome handed on once there is one; at once when nothing works any more.
+    fn hand_to(&self, ticket: u64, then: Then) {
+        let mut state = self.lock();
+        match state.broken.clone() {
+            None => drop(state.takers.insert(ticket, Taker(then))),
+            Some(error) => {
+                drop(state);
+                then(Err(error));
+            }
+        }
     }
 
     fn check(&self) -> Result<(), Error> {

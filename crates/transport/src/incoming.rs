@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use collective::{Action, Step};
 
-use crate::Error;
 use crate::frame::{HEADER_BYTES, Header, Key};
 use crate::operation::Active;
 use crate::outgoing::Source;
+use crate::{Error, Reduction};
 
 /// The most that one call reads: small enough to be still in cache when it is added.
 pub(crate) const PIECE_BYTES: usize = 256 << 10;
@@ -46,8 +46,8 @@ pub(crate) struct Reading {
     pub sink: Sink,
     /// Payload bytes read so far.
     pub done: usize,
-    /// The first `done % 4` bytes of an element that is to be added.
-    carry: [u8; 4],
+    /// The first bytes of an element that is to be combined, as many as are here.
+    carry: [u8; 8],
 }
 
 /// Where a payload goes.
@@ -134,7 +134,7 @@ impl Incoming {
 impl Reading {
     /// A frame of which nothing but the header is read.
     pub(crate) fn new(header: Header, sink: Sink) -> Self {
-        Self { header, sink, done: 0, carry: [0; 4] }
+        Self { header, sink, done: 0, carry: [0; 8] }
     }
 
     /// Whether the payload is complete.
@@ -161,8 +161,9 @@ impl Reading {
                         read(&mut bytemuck::cast_slice_mut(operation.chunk_mut(*step))[span])?
                     }
                     Action::Reduce => {
+                        let reduction = operation.reduction;
                         let chunk = operation.chunk_mut(*step);
-                        return self.reduce_piece(chunk, scratch, length, read);
+                        return self.reduce_piece(reduction, chunk, scratch, length, read);
                     }
                 }
             }
@@ -171,23 +172,26 @@ impl Reading {
         Ok(moved)
     }
 
-    /// Reads a piece behind the carried bytes, adds the whole elements and carries the rest.
+    /// Reads a piece behind the carried bytes, combines the whole elements and carries the rest.
     fn reduce_piece(
         &mut self,
+        reduction: Reduction,
         chunk: &mut [f32],
         scratch: &mut [f32],
         length: usize,
         mut read: impl FnMut(&mut [u8]) -> Result<usize, Error>,
     ) -> Result<usize, Error> {
-        let carried = self.done % 4;
+        let unit = reduction.element.unit();
+        let carried = self.done % unit;
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(scratch);
         bytes[..carried].copy_from_slice(&self.carry[..carried]);
         let room = length.min(bytes.len() - carried);
         let moved = read(&mut bytes[carried..][..room])?;
-        let whole = (carried + moved) / 4;
-        let rest = (carried + moved) % 4;
-        self.carry[..rest].copy_from_slice(&bytes[4 * whole..][..rest]);
-        add(&mut chunk[self.done / 4..][..whole], &scratch[..whole]);
+        let rest = (carried + moved) % unit;
+        let whole = carried + moved - rest;
+        self.carry[..rest].copy_from_slice(&bytes[whole..][..rest]);
+        let start = (self.done - carried) / 4;
+        reduction.apply(&mut chunk[start..][..whole / 4], &scratch[..whole / 4]);
         self.done += moved;
         Ok(moved)
     }
@@ -196,7 +200,9 @@ impl Reading {
     pub(crate) fn redirect(&mut self, operation: &mut Active, source: Source) {
         let sink = std::mem::replace(&mut self.sink, Sink::Chunk(source));
         let Sink::Early(payload) = sink else { panic!("only an early frame is redirected") };
-        let (whole, carried) = (self.done / 4, self.done % 4);
+        let reduction = operation.reduction;
+        let carried = self.done % reduction.element.unit();
+        let whole = (self.done - carried) / 4;
         let bytes: &[u8] = bytemuck::cast_slice(&payload);
         match action_of(operation, source.1) {
             Action::Copy => {
@@ -204,7 +210,7 @@ impl Reading {
                 chunk[..self.done].copy_from_slice(&bytes[..self.done]);
             }
             Action::Reduce => {
-                add(&mut operation.chunk_mut(source.1)[..whole], &payload[..whole]);
+                reduction.apply(&mut operation.chunk_mut(source.1)[..whole], &payload[..whole]);
                 self.carry[..carried].copy_from_slice(&bytes[4 * whole..][..carried]);
             }
         }
@@ -215,7 +221,7 @@ impl Reading {
 pub(crate) fn apply(operation: &mut Active, step: usize, payload: &[f32]) {
     match action_of(operation, step) {
         Action::Copy => operation.chunk_mut(step).copy_from_slice(payload),
-        Action::Reduce => add(operation.chunk_mut(step), payload),
+        Action::Reduce => operation.reduction.apply(operation.chunk_mut(step), payload),
     }
 }
 
@@ -224,8 +230,4 @@ fn action_of(operation: &Active, step: usize) -> Action {
         Step::Receive { action, .. } => action,
         Step::Send { .. } => unreachable!("frames are received by receives"),
     }
-}
-
-fn add(sum: &mut [f32], more: &[f32]) {
-    sum.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
 }

@@ -10,6 +10,7 @@
 //! find each other, `sharing` how two of a host come to share memory.
 
 mod communicator;
+mod element;
 mod error;
 mod frame;
 mod in_process;
@@ -28,7 +29,8 @@ mod sharing;
 mod socket;
 mod stream;
 
-pub use communicator::{Communicator, Completed, Limits, Ticket};
+pub use communicator::{Communicator, Completed, Limits, Then, Ticket};
+pub use element::{Combine, Element, Reduction};
 pub use error::Error;
 pub use in_process::InProcess;
 pub use interprocess::Interprocess;

@@ -7,8 +7,8 @@ use std::time::Instant;
 use collective::{Chunks, Executor, Part, Placement, Step};
 use units::{Bytes, Rank};
 
-use crate::Error;
 use crate::frame::{Header, Key, Kind};
+use crate::{Error, Reduction};
 
 /// Ranks that operate together. Every one of them uses the same number and the same order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +44,14 @@ pub enum Action {
         part: Arc<Part>,
         /// Where in the buffer the blocks are that go out, come in and pass through.
         placement: Arc<Placement>,
+    },
+    /// Carry out the rank's part of a collective that reduces otherwise than to sums of fp32. The
+    /// buffer has the same words in every chunk, or elements no longer than a word.
+    Reduce {
+        /// The rank's part.
+        part: Arc<Part>,
+        /// What the words of the buffer are, and how they are combined.
+        reduction: Reduction,
     },
     /// Send the whole buffer to a rank of the group, which receives it.
     Send {
@@ -81,12 +89,20 @@ impl Operation {
         let (ranks, member) = (&group.ranks, group.member(own));
         assert!(member.is_some(), "`{label}`: {own} is not in the group");
         match action {
-            Action::Collective(part) | Action::AllToAll { part, .. } => {
+            Action::Collective(part)
+            | Action::AllToAll { part, .. }
+            | Action::Reduce { part, .. } => {
                 let members = part.contract.members() as usize;
                 assert_eq!(members, ranks.len(), "`{label}`: members and ranks");
                 assert_eq!(Some(part.member), member, "`{label}`: the part of {own}");
                 if let Action::AllToAll { placement, .. } = action {
                     assert_eq!(buffer.len(), placement.elements(), "`{label}`: buffer");
+                }
+                if let Action::Reduce { part, reduction } = action {
+                    let chunks = part.contract.chunks as usize * reduction.element.unit() / 4;
+                    let whole =
+                        reduction.element.unit() == 4 || buffer.len().is_multiple_of(chunks);
+                    assert!(reduction.exists() && whole, "`{label}`: {reduction:?} of {chunks}");
                 }
             }
             Action::Send { to: peer } | Action::Receive { from: peer } => {
@@ -106,6 +122,7 @@ pub(crate) struct Active {
     pub started: Option<Instant>,
     /// The failure was reported; what remains is a frame of it that is being written.
     pub failed: bool,
+    pub reduction: Reduction,
     work: Work,
 }
 
@@ -121,12 +138,16 @@ impl Active {
         let Operation { group, action, buffer, label } = operation;
         let kind = kind_of(&action);
         let key = Key { kind, group: group.id, sequence };
+        let reduction = match action {
+            Action::Reduce { reduction, .. } => reduction,
+            _ => Reduction::SUM,
+        };
         let work = Work::new(group, action);
         let executor = match &work {
             Work::Collective { part, .. } => part.executor(),
             Work::PointToPoint { step, .. } => Executor::new(&[*step], 1),
         };
-        Self { label, key, executor, buffer, posted, started: None, failed: false, work }
+        Self { label, key, executor, buffer, posted, started: None, failed: false, reduction, work }
     }
 
     pub(crate) fn step(&self, index: usize) -> Step {
@@ -241,7 +262,7 @@ impl Work {
     fn new(group: Group, action: Action) -> Self {
         let (chunks, copy) = (Chunks::one(0), collective::Action::Copy);
         match action {
-            Action::Collective(part) => {
+            Action::Collective(part) | Action::Reduce { part, .. } => {
                 Self::Collective { ranks: group.ranks, part, placement: None }
             }
             Action::AllToAll { part, placement } => {
@@ -261,7 +282,7 @@ impl Work {
 /// The kind of frame that an action uses.
 fn kind_of(action: &Action) -> Kind {
     match action {
-        Action::Collective(_) | Action::AllToAll { .. } => Kind::Collective,
+        Action::Collective(_) | Action::AllToAll { .. } | Action::Reduce { .. } => Kind::Collective,
         Action::Send { .. } | Action::Receive { .. } => Kind::PointToPoint,
     }
 }

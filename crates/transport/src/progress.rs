@@ -173,7 +173,9 @@ impl Progress {
     fn post(&mut self, ticket: u64, operation: Operation, posted: Instant) {
         let own = self.transport.rank();
         let (lane, sender) = match operation.action {
-            Action::Collective(_) | Action::AllToAll { .. } => (Lane::Collective, None),
+            Action::Collective(_) | Action::AllToAll { .. } | Action::Reduce { .. } => {
+                (Lane::Collective, None)
+            }
             Action::Send { to } => (Lane::To(to), Some(own)),
             Action::Receive { from } => (Lane::From(from), Some(from)),
         };
@@ -516,14 +518,13 @@ fn receiver_key(key: Key, sender: Rank) -> (Key, Option<Rank>) {
     (key, (key.kind == Kind::PointToPoint).then_some(sender))
 }
 
-/// Ends the waits of the rank when this thread panics, which only a bug can cause.
+/// Ends the waits of the rank when this thread ends: with nobody left to wait, unless it panicked.
 struct EndOfThread(Arc<Outcomes>);
 
 impl Drop for EndOfThread {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            let reason = "the communication thread panicked".into();
-            self.0.put_broken(Error::System { action: "communicate", reason });
-        }
+        let panicked = std::thread::panicking();
+        let reason = if panicked { "its thread panicked" } else { "the communicator was dropped" };
+        self.0.put_broken(Error::System { action: "communicate", reason: reason.into() });
     }
 }

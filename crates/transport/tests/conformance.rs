@@ -4,7 +4,7 @@
 mod mesh;
 
 use std::io::IoSlice;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use collective::{
@@ -12,7 +12,9 @@ use collective::{
     chunk_range,
 };
 use mesh::{MakeMesh, run};
-use transport::{Action, Communicator, Error, Group, Limits, Operation, Ticket};
+use transport::{
+    Action, Combine, Communicator, Element, Error, Group, Limits, Operation, Reduction, Ticket,
+};
 use units::{Bytes, Rank};
 
 /// Declares each function of the suite as a test on each transport.
@@ -33,6 +35,8 @@ on_every_transport!(
     frames_of_operations_posted_late_are_kept,
     back_pressure_holds_a_sender_and_lets_it_go,
     bytes_of_different_lengths_are_gathered,
+    elements_of_other_types_are_reduced_and_handed_on,
+    what_expires_is_handed_on_too,
     a_rank_that_is_done_may_leave,
     a_lost_peer_is_named_by_every_operation_it_is_part_of,
     a_rank_that_leaves_early_is_named,
@@ -323,6 +327,75 @@ fn bytes_of_different_lengths_are_gathered(make: MakeMesh) {
     });
     let expected: Vec<_> = texts.iter().map(|text| text.as_bytes().to_vec()).collect();
     assert!(gathered.iter().all(|gathered| *gathered == expected));
+}
+
+/// In streams that cut elements anywhere.
+fn elements_of_other_types_are_reduced_and_handed_on(make: MakeMesh) {
+    let cases = [
+        (Element::F64, Combine::Sum),
+        (Element::I64, Combine::Maximum),
+        (Element::U8, Combine::Xor),
+    ];
+    run(make(3), Limits::default(), |mut communicator| {
+        let (all, own) = (all(3), communicator.rank().0);
+        for (element, combine) in cases {
+            let Action::Collective(part) = part(&alternate(0, &all), &all, Rank(own)) else {
+                panic!()
+            };
+            let words = |numbers: [f64; 3]| -> Vec<f32> {
+                let bytes: Vec<u8> = match element {
+                    Element::F64 => {
+                        numbers.iter().flat_map(|number| number.to_ne_bytes()).collect()
+                    }
+                    Element::I64 => {
+                        numbers.iter().flat_map(|number| (*number as i64).to_ne_bytes()).collect()
+                    }
+                    _ => numbers.iter().flat_map(|number| [*number as u8; 8]).collect(),
+                };
+                let bytes = bytes.repeat(5_000);
+                bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect()
+            };
+            let numbers = |rank: u32| [f64::from(rank), 1.0, f64::from(100 + 20 * rank)];
+            let action = Action::Reduce { part, reduction: Reduction { element, combine } };
+            let (told, outcome) = mpsc::channel();
+            let operation = Operation {
+                group: all.clone(),
+                action,
+                buffer: words(numbers(own)),
+                label: "reduction".into(),
+            };
+            let _ =
+                communicator.post_then(operation, Box::new(move |done| told.send(done).unwrap()));
+            let expected = match combine {
+                Combine::Sum => [3.0, 3.0, 360.0],
+                Combine::Maximum => [2.0, 1.0, 140.0],
+                _ => [3.0, 1.0, f64::from(100 ^ 120 ^ 140)],
+            };
+            assert!(outcome.recv().unwrap().unwrap().buffer == words(expected), "{element:?}");
+        }
+    });
+}
+
+fn what_expires_is_handed_on_too(make: MakeMesh) {
+    run(make(2), Limits::default(), |mut communicator| {
+        let group = all(2);
+        if communicator.rank() == Rank(0) {
+            let action = Action::Receive { from: Rank(1) };
+            let (told, outcome) = mpsc::channel();
+            let operation = Operation {
+                group: group.clone(),
+                action,
+                buffer: vec![0.0],
+                label: "never sent".into(),
+            };
+            let then = Box::new(move |done: Result<_, _>| told.send(done.map(drop)).unwrap());
+            let ticket = communicator.post_then(operation, then);
+            communicator.expire(&ticket);
+            let error = outcome.recv().unwrap().unwrap_err();
+            assert!(error.to_string().contains("never sent"), "{error}");
+        }
+        communicator.barrier(&group).unwrap();
+    });
 }
 
 fn a_rank_that_is_done_may_leave(make: MakeMesh) {
