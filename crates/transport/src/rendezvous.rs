@@ -1,5 +1,6 @@
 //! How the processes of a job find each other, and agree that they are one job.
 //!
+//! Every connection begins with the handshake, in which both sides prove to know the job's secret.
 //! Every other rank says hello to rank 0. Once all have, rank 0 answers everyone with the table of
 //! addresses, or with the reason why the job does not start. Then each rank connects to the ranks
 //! below it and accepts those above; the connection to rank 0 stays. Last, ranks of one host set up
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use units::Rank;
 
+use crate::handshake::{self, Secret};
+use crate::interprocess::Host;
 use crate::lobby::Lobby;
 use crate::message::{VERSION, receive, send, time_left};
 use crate::sharing::{self, Pairs};
@@ -38,6 +41,8 @@ pub struct Rendezvous {
     pub address: SocketAddr,
     /// What must be the same on every rank, line by line: the job as resolved.
     pub identity: String,
+    /// What the ranks of the job know, and nobody else.
+    pub secret: Secret,
     /// How long to wait for all ranks.
     pub timeout: Duration,
     /// Whether to use memory rather than TCP with the ranks of the same host that do so too.
@@ -58,8 +63,12 @@ struct Hello {
 struct Member {
     /// Where it accepts its higher peers.
     address: SocketAddr,
-    /// The host whose ranks it is willing to share memory with.
+    /// What its host is called.
+    name: String,
+    /// What tells its host from others.
     host: Option<String>,
+    /// Whether it is willing to share memory with the ranks of its host.
+    shares_memory: bool,
 }
 
 /// What rank 0 answers.
@@ -95,10 +104,15 @@ impl Rendezvous {
             return Err(self.failed("name the address of one interface, reachable by every rank"));
         }
         match self.rank {
-            Rank(0) if self.ranks == 1 => Interprocess::new(self.rank, vec![None]),
+            Rank(0) if self.ranks == 1 => self.alone(),
             Rank(0) => self.host(listener, deadline),
             _ => self.join(deadline),
         }
+    }
+
+    fn alone(&self) -> Result<Interprocess, Error> {
+        let host = Host { name: host_name().into(), number: 0 };
+        Interprocess::new(self.rank, vec![host], vec![None])
     }
 
     /// Rank 0: gathers everyone's hello and answers.
@@ -138,12 +152,12 @@ impl Rendezvous {
         arrived: &mut Vec<(TcpStream, Hello)>,
     ) -> Result<(), (Rank, String)> {
         let system = |error: io::Error| (self.rank, format!("its sockets failed: {error}"));
-        let mut lobby = Lobby::new(listener).map_err(system)?;
+        let mut lobby = Lobby::new(listener, self.secret.clone()).map_err(system)?;
         let mut objection = None;
         let mut told = 0;
         while arrived.len() + told + 1 < self.ranks as usize {
             let Some(guest) = lobby.next(deadline).map_err(system)? else {
-                return Err(objection.unwrap_or_else(|| self.missing(arrived)));
+                return Err(objection.unwrap_or_else(|| self.missing(arrived, lobby.strangers())));
             };
             let Ok(hello) = serde_json::from_slice::<Hello>(&guest.body) else {
                 continue;
@@ -184,13 +198,16 @@ impl Rendezvous {
     }
 
     /// Who had not come when the time was over.
-    fn missing(&self, arrived: &[(TcpStream, Hello)]) -> (Rank, String) {
+    fn missing(&self, arrived: &[(TcpStream, Hello)], strangers: u64) -> (Rank, String) {
         let here: BTreeSet<_> = arrived.iter().map(|(_, hello)| hello.rank).collect();
         let missing: Vec<_> = (1..self.ranks).map(Rank).filter(|r| !here.contains(r)).collect();
         let names: Vec<_> = missing.iter().map(|rank| rank.0.to_string()).collect();
         let (address, timeout) = (self.address, self.timeout);
-        let reason =
+        let mut reason =
             format!("not at {address} within {timeout:?}; ranks missing: {}", names.join(", "));
+        if strangers > 0 {
+            reason += &format!("; connections that were given another secret: {strangers}");
+        }
         (missing[0], reason)
     }
 
@@ -205,7 +222,8 @@ impl Rendezvous {
     }
 
     fn member(&self, address: SocketAddr) -> Member {
-        Member { address, host: self.shared_memory.then(sharing::host).flatten() }
+        let (name, host) = (host_name(), sharing::host());
+        Member { address, name, host, shares_memory: self.shared_memory }
     }
 
     /// Another rank: says hello to rank 0, then meets its peers.
@@ -241,13 +259,16 @@ impl Rendezvous {
         members: Vec<Member>,
         deadline: Instant,
     ) -> Result<Interprocess, Error> {
-        let hosts: Vec<_> = members.into_iter().map(|member| member.host).collect();
+        let places = places(&members);
+        let shared = |member: Member| member.host.filter(|_| member.shares_memory);
+        let hosts: Vec<_> = members.into_iter().map(shared).collect();
         let pairs = Pairs { rank: self.rank, job, hosts: &hosts, sockets: &sockets, deadline };
         let segments = pairs.share().map_err(|(peer, error)| {
             self.failed(format!("no word from {peer} about shared memory: {error}"))
         })?;
         let link = |(socket, segment): (Option<_>, _)| socket.map(|socket| (socket, segment));
-        Interprocess::new(self.rank, sockets.into_iter().zip(segments).map(link).collect())
+        let links = sockets.into_iter().zip(segments).map(link).collect();
+        Interprocess::new(self.rank, places, links)
     }
 
     fn connect_lower(
@@ -276,7 +297,7 @@ impl Rendezvous {
         deadline: Instant,
     ) -> Result<(), Error> {
         let failed = |e: io::Error| self.failed(format!("cannot accept peers: {e}"));
-        let mut lobby = Lobby::new(listener).map_err(failed)?;
+        let mut lobby = Lobby::new(listener, self.secret.clone()).map_err(failed)?;
         let own = self.rank.index();
         while let Some(missing) = (own + 1..sockets.len()).find(|peer| sockets[*peer].is_none()) {
             let Some(guest) = lobby.next(deadline).map_err(failed)? else {
@@ -295,12 +316,19 @@ impl Rendezvous {
         Ok(())
     }
 
-    /// Connects, again and again while nobody listens yet.
+    /// Connects, again and again while nobody listens yet, and shakes hands.
     fn connect_patiently(
         &self,
         address: SocketAddr,
         deadline: Instant,
     ) -> Result<TcpStream, Error> {
+        let socket = self.knock(address, deadline)?;
+        let failed = |e| self.failed(format!("{} cannot join {address}: {e}", self.rank));
+        handshake::connect(&socket, &self.secret, deadline).map_err(failed)?;
+        Ok(socket)
+    }
+
+    fn knock(&self, address: SocketAddr, deadline: Instant) -> Result<TcpStream, Error> {
         let mut pause = FIRST_PAUSE;
         loop {
             match connect(address, deadline) {
@@ -321,6 +349,21 @@ impl Rendezvous {
     fn failed(&self, reason: impl Into<String>) -> Error {
         Error::Rendezvous { address: self.address, reason: reason.into() }
     }
+}
+
+/// Where each member is. One that cannot tell is on a host of its own.
+fn places(members: &[Member]) -> Vec<Host> {
+    let place = |(index, member): (usize, &Member)| {
+        let first = members.iter().position(|m| m.host.is_some() && m.host == member.host);
+        Host { name: member.name.as_str().into(), number: first.unwrap_or(index) as u32 }
+    };
+    members.iter().enumerate().map(place).collect()
+}
+
+/// What people call this host.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().to_owned()
 }
 
 /// The lines in which two identities differ.
