@@ -7,12 +7,16 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use mio::{Events, Interest, Poll, Token};
+use socket2::SockRef;
 
 use crate::handshake::{self, ANSWER_BYTES, Challenge, Secret};
 use crate::message::{PREFIX_BYTES, read_prefix};
 
 /// How many connections may be waiting with an incomplete message; beyond, the oldest is dropped.
 const GUEST_LIMIT: usize = 16 << 10;
+
+/// How many connections may wait to be accepted; the kernel may make it fewer.
+const BACKLOG: i32 = 4096;
 
 const LISTENER: Token = Token(usize::MAX);
 
@@ -50,6 +54,8 @@ struct Speaking {
 
 impl Lobby {
     pub(crate) fn new(listener: TcpListener, secret: Secret) -> io::Result<Self> {
+        // More than the 128 that the standard library lets wait: those beyond would try again seconds later.
+        SockRef::from(&listener).listen(BACKLOG)?;
         listener.set_nonblocking(true)?;
         let mut listener = mio::net::TcpListener::from_std(listener);
         let poll = Poll::new()?;

@@ -36,13 +36,35 @@ fn prefix(length: usize) -> [u8; PREFIX_BYTES] {
 
 /// Sends a message on a blocking socket.
 pub(crate) fn send(
-    mut socket: &TcpStream,
+    socket: &TcpStream,
     message: &impl Serialize,
     deadline: Instant,
 ) -> io::Result<()> {
+    send_encoded(socket, &encode(message)?, deadline)
+}
+
+/// A message as it is sent.
+pub(crate) fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let body = serde_json::to_vec(message)?;
+    Ok([&prefix(body.len())[..], &body].concat())
+}
+
+/// Sends what several are sent.
+pub(crate) fn send_encoded(
+    mut socket: &TcpStream,
+    message: &[u8],
+    deadline: Instant,
+) -> io::Result<()> {
+    #[cfg(test)]
+    SENT.set(SENT.get() + 1);
     socket.set_write_timeout(Some(time_left(deadline)?))?;
-    socket.write_all(&[&prefix(body.len())[..], &body].concat())
+    socket.write_all(message)
+}
+
+#[cfg(test)]
+thread_local! {
+    /// How many messages this thread has sent.
+    pub(crate) static SENT: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
 }
 
 /// Receives a message on a blocking socket, and nothing beyond it.
