@@ -91,6 +91,12 @@ impl Collective {
         Err(Error::TooLarge { algorithm: algorithm.to_string(), kind, ranks, chunks })
     }
 
+    /// How it is carried out.
+    #[must_use]
+    pub fn algorithm(&self) -> &Algorithm {
+        &self.algorithm
+    }
+
     /// What the members agree on.
     #[must_use]
     pub fn contract(&self) -> Contract {

@@ -10,6 +10,7 @@ mod described;
 mod device;
 mod faults_command;
 mod figures;
+mod flight_record;
 mod job;
 mod launch;
 mod measured;

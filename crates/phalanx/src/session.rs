@@ -28,6 +28,7 @@ use units::{Bytes, Rank, Seconds};
 use crate::chaos::Chaos;
 use crate::checkpointing;
 use crate::figures::Figures;
+use crate::flight_record;
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::output::thousands;
@@ -259,7 +260,15 @@ impl<'a, O: Operators> Session<'a, O> {
         let checkpoints =
             checkpointing::checkpoints(self.job, self.rank, &kept.path, attempt, start)?;
         kept.safekeeping.checkpoints = Some(checkpoints);
-        let trained = self.run(&mut worker, kept, life, start.step, recovered.as_ref())?;
+        let trained = self.run(&mut worker, kept, life, start.step, recovered.as_ref());
+        if let Err(error) = &trained
+            && is_loss(error)
+        {
+            // What cannot be written must not hide what went wrong.
+            let (communicator, _) = worker.communication(program::Axis::World);
+            drop(flight_record::write(communicator, &kept.path, generation));
+        }
+        let trained = trained?;
         let model_folder = kept.path.join("model");
         train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;
         Ok(trained)

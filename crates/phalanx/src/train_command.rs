@@ -13,7 +13,7 @@ use compute::{Cpu, Operators};
 use data::{Prepared, Sampler, Sampling, Source, TokenizerSource};
 use train::control::{Lifeline, Policy, supervise};
 use train::{Batches, Identity, Launcher, handed_listener};
-use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Transport};
+use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Secret, Transport};
 use units::{Rank, Seconds};
 
 use crate::chaos::Chaos;
@@ -91,7 +91,7 @@ fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Pat
     prepare(job, args.json || measure_only.is_some())?;
     let ranks = job.cluster.accelerators;
     if ranks == 1 && measure_only.is_none() {
-        return rank(args, job, &alone(), begin);
+        return rank(args, job, &alone()?, begin);
     }
     let program = std::env::current_exe().context("cannot find this program again")?;
     let command = || {
@@ -123,9 +123,10 @@ fn in_our_words(mut error: train::Error) -> train::Error {
 }
 
 /// A job of one rank, which meets nobody.
-fn alone() -> Identity {
+fn alone() -> Result<Identity> {
     let master = (std::net::Ipv4Addr::LOCALHOST, 0).into();
-    Identity { rank: Rank(0), ranks: 1, local_rank: 0, master, launcher: Launcher::Torchrun }
+    let (launcher, secret) = (Launcher::Torchrun, Secret::random()?);
+    Ok(Identity { rank: Rank(0), ranks: 1, local_rank: 0, master, secret, launcher })
 }
 
 /// Reads the text, or the tokens it became in an earlier run.
@@ -253,7 +254,13 @@ fn meet(job: &Job, identity: &Identity, resume: Option<&Path>) -> Result<Communi
         let rendezvous = rendezvous(job, identity, resume);
         Box::new(rendezvous.meet(listener).map_err(failed)?)
     };
-    Ok(Communicator::new(transport, Limits::default()).map_err(failed)?)
+    Ok(Communicator::new(transport, limits(job)).map_err(failed)?)
+}
+
+/// A peer may be silent for as long as a rank to the launcher.
+fn limits(job: &Job) -> Limits {
+    let silence = Duration::try_from_secs_f64(job.recovery.silence_s.0).unwrap_or(Duration::MAX);
+    Limits { silence, ..Limits::default() }
 }
 
 fn rendezvous(job: &Job, identity: &Identity, resume: Option<&Path>) -> Rendezvous {
@@ -262,6 +269,7 @@ fn rendezvous(job: &Job, identity: &Identity, resume: Option<&Path>) -> Rendezvo
         ranks: identity.ranks,
         address: identity.master,
         identity: format!("{}resume = {resume:?}\n", job.resolved()),
+        secret: identity.secret.clone(),
         timeout: RENDEZVOUS,
         shared_memory: environment("PHALANX_TRANSPORT").as_deref() != Some("tcp"),
     }
@@ -283,7 +291,7 @@ fn meet_again(
         rendezvous.timeout = RENDEZVOUS_ANEW;
         let met = rendezvous.meet(Some(listener).filter(|_| identity.rank == Rank(0)));
         let transport = met.map(|transport| Box::new(transport) as Box<dyn Transport>);
-        if let Ok(met) = transport.and_then(|met| Communicator::new(met, Limits::default())) {
+        if let Ok(met) = transport.and_then(|met| Communicator::new(met, limits(job))) {
             return Ok((meeting.generation, met));
         }
     }

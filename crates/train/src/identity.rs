@@ -2,9 +2,11 @@
 
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 
+use transport::Secret;
 use units::Rank;
 
 use crate::Error;
+use crate::secret::secret;
 
 /// Who started this process as a rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub struct Identity {
     pub local_rank: u32,
     /// Where rank 0 listens.
     pub master: SocketAddr,
+    /// What the ranks of the job know, and nobody else.
+    pub secret: Secret,
     /// Who says so.
     pub launcher: Launcher,
 }
@@ -103,7 +107,8 @@ impl Identity {
         let local_rank = number(environment, names.local_rank)?.unwrap_or(rank);
         let local_ranks = number(environment, names.local_ranks)?;
         let master = master(names.launcher, local_ranks == Some(ranks), environment)?;
-        Ok(Self { rank: Rank(rank), ranks, local_rank, master, launcher: names.launcher })
+        let (rank, secret) = (Rank(rank), secret(environment)?);
+        Ok(Self { rank, ranks, local_rank, master, secret, launcher: names.launcher })
     }
 }
 
@@ -170,7 +175,9 @@ mod tests {
 
     fn read(variables: &[(&str, &str)]) -> Result<Option<Identity>, Error> {
         Identity::read(&|name| {
-            let found = variables.iter().find(|(variable, _)| *variable == name);
+            let secret = ("PHALANX_SECRET", "the secret of a test");
+            let mut variables = variables.iter().chain([&secret]);
+            let found = variables.find(|(variable, _)| *variable == name);
             found.map(|(_, value)| (*value).to_owned())
         })
     }

@@ -9,9 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
+use transport::Secret;
 use units::Rank;
 
 use crate::Error;
+use crate::secret::SECRET;
 
 /// Set for rank 0: its standard input is the socket it listens on, so that no other process can
 /// take the port in between.
@@ -52,6 +54,8 @@ type Tell = Arc<dyn Fn(Ended) + Send + Sync>;
 pub(crate) struct Children {
     processes: Arc<Mutex<Vec<Process>>>,
     master: SocketAddr,
+    /// What the ranks of this run know, and nobody else.
+    secret: Secret,
     forwarding: Handle,
     tell: Option<Tell>,
 }
@@ -75,11 +79,13 @@ impl Children {
         let master = listener.local_addr().map_err(not_started(Rank(0)))?;
         let processes = Arc::default();
         let forwarding = forward(Arc::clone(&processes)).map_err(not_started(Rank(0)))?;
-        let children = Self { processes, master, forwarding, tell: None };
+        let secret = Secret::random();
+        let secret = secret.map_err(|e| not_started(Rank(0))(std::io::Error::other(e)))?;
+        let children = Self { processes, master, secret, forwarding, tell: None };
         let mut listener = Some(listener);
         for rank in (0..ranks).map(Rank) {
             let mut command = command();
-            speak(&mut command, rank, ranks, master);
+            children.speak(&mut command, rank, ranks);
             if let Some(listener) = listener.take() {
                 command.env(LISTENER, "stdin").stdin(Stdio::from(OwnedFd::from(listener)));
             }
@@ -103,7 +109,8 @@ impl Children {
         incarnation: u64,
         mut command: Command,
     ) -> Result<(), Error> {
-        speak(&mut command, rank, self.lock().len() as u32, self.master);
+        let ranks = self.lock().len() as u32;
+        self.speak(&mut command, rank, ranks);
         let child = command.spawn().map_err(not_started(rank))?;
         self.lock()[rank.index()] = Process { incarnation, child, over: false };
         self.watch_one(rank);
@@ -122,6 +129,24 @@ impl Children {
     /// Whether a process has not ended.
     pub(crate) fn any_left(&self) -> bool {
         self.lock().iter().any(|process| !process.over)
+    }
+
+    /// Says who it is to a process, as torchrun would; only rank 0 speaks to the user.
+    fn speak(&self, command: &mut Command, rank: Rank, ranks: u32) {
+        command
+            .env("RANK", rank.0.to_string())
+            .env("WORLD_SIZE", ranks.to_string())
+            .env("LOCAL_RANK", rank.0.to_string())
+            .env("LOCAL_WORLD_SIZE", ranks.to_string())
+            .env("MASTER_ADDR", self.master.ip().to_string())
+            .env("MASTER_PORT", self.master.port().to_string())
+            .env(SECRET, self.secret.reveal())
+            .env_remove("TORCHELASTIC_USE_AGENT_STORE")
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped());
+        if rank != Rank(0) {
+            command.stdout(Stdio::null());
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Process>> {
@@ -188,22 +213,5 @@ fn terminate(child: &mut Child) {
     if let (Ok(None), Some(pid)) = (child.try_wait(), pid) {
         // It may end at this very moment.
         let _ = kill_process(pid, Signal::TERM);
-    }
-}
-
-/// Says who it is to a process, as torchrun would; only rank 0 speaks to the user.
-fn speak(command: &mut Command, rank: Rank, ranks: u32, master: SocketAddr) {
-    command
-        .env("RANK", rank.0.to_string())
-        .env("WORLD_SIZE", ranks.to_string())
-        .env("LOCAL_RANK", rank.0.to_string())
-        .env("LOCAL_WORLD_SIZE", ranks.to_string())
-        .env("MASTER_ADDR", master.ip().to_string())
-        .env("MASTER_PORT", master.port().to_string())
-        .env_remove("TORCHELASTIC_USE_AGENT_STORE")
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped());
-    if rank != Rank(0) {
-        command.stdout(Stdio::null());
     }
 }

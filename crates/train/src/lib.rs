@@ -20,6 +20,7 @@ mod replicas;
 mod resume;
 mod run;
 mod safekeeping;
+mod secret;
 mod state;
 mod worker;
 

@@ -17,7 +17,7 @@ use model::{Block, Config, Llama3Scaling, Rotary};
 use plan::{Batch, Layout, Schedule, Shard, lower, lower_evaluation};
 use program::Mesh;
 use tempfile::TempDir;
-use transport::{Communicator, InProcess, Limits, Rendezvous, Transport};
+use transport::{Communicator, InProcess, Limits, Rendezvous, Secret, Transport};
 use units::Rank;
 
 use crate::state::block_runs;
@@ -280,10 +280,12 @@ fn between_processes(
     let mut listener = Some(listener);
     (0..ranks).map(move |rank| {
         let identity = "the same job".to_owned();
+        let secret = Secret::new("the secret of a test").unwrap();
         let timeout = Duration::from_secs(60);
+        let rank = Rank(rank);
         let rendezvous =
-            Rendezvous { rank: Rank(rank), ranks, address, identity, timeout, shared_memory };
-        let listener = listener.take().filter(|_| rank == 0);
+            Rendezvous { rank, ranks, address, identity, secret, timeout, shared_memory };
+        let listener = listener.take().filter(|_| rank == Rank(0));
         move || Box::new(rendezvous.meet(listener).unwrap()) as Box<dyn Transport>
     })
 }

@@ -188,9 +188,11 @@ impl<O: Operators> Worker<O> {
                 return Ok(Posted::AllToAll(under, placement));
             }
             Action::Collective(kind) => {
-                let ring = || Collective::ring(kind, ranks).part(member);
+                let fitting = || self.communicator.fitting(kind, &group).part(member);
                 let part = self.parts.entry((transfer.axis, kind));
-                transport::Action::Collective(Arc::clone(part.or_insert_with(|| Arc::new(ring()))))
+                transport::Action::Collective(Arc::clone(
+                    part.or_insert_with(|| Arc::new(fitting())),
+                ))
             }
             Action::Send { to } => transport::Action::Send { to: peer(to) },
             Action::Receive { from } => transport::Action::Receive { from: peer(from) },

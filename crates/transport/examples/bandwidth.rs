@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use collective::{Collective, Kind};
 use rustix::time::{ClockId, clock_gettime};
 use transport::{
-    Action, Communicator, Error, Group, InProcess, Limits, Operation, Rendezvous, Transport,
+    Action, Communicator, Error, Group, InProcess, Limits, Operation, Rendezvous, Secret, Transport,
 };
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
@@ -59,7 +59,8 @@ fn measure_processes(name: &str, shared_memory: bool) -> Result<(), Box<dyn std:
 
 fn rendezvous(rank: Rank, address: SocketAddr, shared_memory: bool) -> Rendezvous {
     let (identity, timeout) = ("bandwidth".into(), Duration::from_secs(10));
-    Rendezvous { rank, ranks: 2, address, identity, timeout, shared_memory }
+    let secret = Secret::new("the secret of an example").expect("it is long enough");
+    Rendezvous { rank, ranks: 2, address, identity, secret, timeout, shared_memory }
 }
 
 /// Buffer size, median time, and this process's processor time per operation.

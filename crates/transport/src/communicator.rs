@@ -12,7 +12,8 @@ use units::{Bytes, Rank};
 
 use crate::operation::{Action, Group, Operation};
 use crate::progress::{Command, Progress};
-use crate::{Error, Transport, Waker};
+use crate::topology::fitting;
+use crate::{Error, Flight, Transport, Waker};
 
 /// The named limits of every wait and every buffer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -21,6 +22,11 @@ pub struct Limits {
     pub wait: Duration,
     /// How long a dropped communicator goes on with what was posted.
     pub farewell: Duration,
+    /// How often ranks tell each other that they live; more rarely when there are over 256.
+    pub heartbeat: Duration,
+    /// How long a peer may be silent before the operations that need it fail; at least three
+    /// heartbeats.
+    pub silence: Duration,
     /// How much of a peer's data for operations not yet posted here is kept, before its stream is
     /// no longer read. One frame may go beyond.
     pub early: Bytes,
@@ -33,6 +39,8 @@ impl Default for Limits {
         Self {
             wait: Duration::from_secs(600),
             farewell: Duration::from_secs(10),
+            heartbeat: Duration::from_secs(1),
+            silence: Duration::from_secs(10),
             early: Bytes(256 << 20),
             frame: Bytes(4 << 30),
         }
@@ -66,6 +74,8 @@ pub struct Completed {
 pub struct Communicator {
     rank: Rank,
     ranks: u32,
+    /// Each rank's host, by number.
+    hosts: Vec<u32>,
     limits: Limits,
     next_ticket: u64,
     commands: Sender<Command>,
@@ -93,6 +103,7 @@ impl Communicator {
     /// [`Error::System`] when the thread cannot be started.
     pub fn new(transport: Box<dyn Transport>, limits: Limits) -> Result<Self, Error> {
         let (rank, ranks, waker) = (transport.rank(), transport.ranks(), transport.waker());
+        let hosts = (0..ranks).map(|rank| transport.host(Rank(rank))).collect();
         let (commands, inbox) = mpsc::channel();
         let outcomes = Arc::new(Outcomes::default());
         let progress = Progress::new(transport, inbox, Arc::clone(&outcomes), limits);
@@ -106,7 +117,18 @@ impl Communicator {
         let thread = Some(thread);
         let gathers = BTreeMap::new();
         let next_ticket = 0;
-        Ok(Self { rank, ranks, limits, next_ticket, commands, waker, outcomes, thread, gathers })
+        Ok(Self {
+            rank,
+            ranks,
+            hosts,
+            limits,
+            next_ticket,
+            commands,
+            waker,
+            outcomes,
+            thread,
+            gathers,
+        })
     }
 
     /// The rank that communicates.
@@ -119,6 +141,17 @@ impl Communicator {
     #[must_use]
     pub fn ranks(&self) -> u32 {
         self.ranks
+    }
+
+    /// A collective that the ranks of a group carry out fast where they are: inside hosts first where
+    /// several are on each, so that the least goes between hosts.
+    ///
+    /// # Panics
+    /// When a rank of the group is not in the job.
+    #[must_use]
+    pub fn fitting(&self, kind: Kind, group: &Group) -> Collective {
+        let hosts: Vec<_> = group.ranks.iter().map(|rank| self.hosts[rank.index()]).collect();
+        fitting(kind, &hosts)
     }
 
     /// Starts an operation; never blocks.
@@ -178,6 +211,15 @@ impl Communicator {
         }
         self.command(Command::Expire { ticket: ticket.0 });
         self.outcomes.take(ticket.0, None).expect("an expired operation has an outcome")
+    }
+
+    /// What this rank did last, and what it knows of the others; `None` when communication has broken
+    /// down altogether.
+    #[must_use]
+    pub fn flight(&self) -> Option<Flight> {
+        let (tell, told) = mpsc::channel();
+        self.command(Command::Tell(tell));
+        told.recv().ok()
     }
 
     /// Gathers from every rank of the group some bytes, of any length; in the order of the group.

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use units::{Bytes, Rank, Seconds};
 
+use crate::pulse::{LastHeard, Named};
+
 /// An error of the network, a peer, or the way the job was started.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
@@ -18,18 +20,23 @@ pub enum Error {
     },
     /// A peer that an operation needs is gone.
     #[error(
-        "`{operation}` (number {sequence} of its group) lost {peer}: {reason}; see that rank's own \
-         output for the cause"
+        "`{operation}` (number {sequence} of its group) lost {peer}{}: {reason}; see that rank's own \
+         output for the cause{last_heard}",
+        on(.host)
     )]
     PeerLost {
         /// The rank that is gone.
         peer: Rank,
+        /// Its host, where that is known.
+        host: Option<Arc<str>>,
         /// The operation's label.
         operation: Arc<str>,
         /// Its number in the order of posting on its group, from 0.
         sequence: u64,
         /// How the peer was seen to be gone.
         reason: String,
+        /// What the operation's ranks were doing.
+        last_heard: LastHeard,
     },
     /// A collective failed on another rank, which says more about it.
     #[error("`{operation}` (number {sequence} of its group) failed on {peer}; see its own output")]
@@ -44,7 +51,8 @@ pub enum Error {
     /// An operation was waited for longer than [`crate::Limits::wait`].
     #[error(
         "`{operation}` (number {sequence} of its group) is not done after {limit}: no answer from \
-         {waiting_for:?}; they may be slow, or may not have posted the same operation"
+         {}; they may be slow, or may not have posted the same operation{last_heard}",
+        Named(.waiting_for)
     )]
     Timeout {
         /// The operation's label.
@@ -55,6 +63,8 @@ pub enum Error {
         limit: Seconds,
         /// The peers with which a transfer is outstanding.
         waiting_for: Vec<Rank>,
+        /// What the operation's ranks were doing.
+        last_heard: LastHeard,
     },
     /// Two ranks posted different operations as the same number of a group.
     #[error(
@@ -113,4 +123,9 @@ impl Error {
     pub(crate) fn ended(peer: Rank, reason: impl ToString) -> Self {
         Self::StreamEnded { peer, reason: reason.to_string() }
     }
+}
+
+/// Where a rank is, if that is known.
+fn on(host: &Option<Arc<str>>) -> String {
+    host.as_ref().map(|host| format!(" on {host}")).unwrap_or_default()
 }

@@ -1,5 +1,7 @@
 //! What travels on a stream: a header of fixed size, then a chunk's bytes.
 
+use units::Rank;
+
 /// The size of an encoded header.
 pub(crate) const HEADER_BYTES: usize = 32;
 
@@ -10,10 +12,12 @@ pub(crate) enum Kind {
     Collective = 0x5048_4c01,
     /// A whole buffer from one rank to another.
     PointToPoint = 0x5048_4c02,
-    /// Nothing, and nothing will follow: the peer is done.
+    /// Nothing, and nothing will follow: the peer is done. It says whom it lost, if it lost anyone.
     Goodbye = 0x5048_4c03,
     /// Nothing: the collective with this group and sequence has failed on the sender.
     Abort = 0x5048_4c04,
+    /// Nothing: the sender lives, and says what it is doing.
+    Heartbeat = 0x5048_4c05,
 }
 
 /// Which operation of the job a frame belongs to, up to the rank that sends it.
@@ -36,7 +40,16 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    pub(crate) const GOODBYE: Self = Self::notice(Kind::Goodbye, 0, 0);
+    /// Leave-taking of a rank that has lost this peer, or none.
+    pub(crate) fn goodbye(lost: Option<Rank>) -> Self {
+        let chunk = lost.map_or(0, |rank| rank.0 + 1);
+        Self { chunk, ..Self::notice(Kind::Goodbye, 0, 0) }
+    }
+
+    /// Whom the sender of a goodbye had lost.
+    pub(crate) fn lost(self) -> Option<Rank> {
+        self.chunk.checked_sub(1).map(Rank)
+    }
 
     /// A frame without payload.
     pub(crate) const fn notice(kind: Kind, group: u64, sequence: u64) -> Self {
@@ -61,10 +74,12 @@ impl Header {
             kind if kind == Kind::PointToPoint as u32 => Kind::PointToPoint,
             kind if kind == Kind::Goodbye as u32 => Kind::Goodbye,
             kind if kind == Kind::Abort as u32 => Kind::Abort,
+            kind if kind == Kind::Heartbeat as u32 => Kind::Heartbeat,
             other => return Err(format!("it sent a frame of unknown kind {other:#x}")),
         };
         let bytes = u64_at(wire, 24);
-        let limit = if matches!(kind, Kind::Goodbye | Kind::Abort) { 0 } else { limit };
+        let carries = matches!(kind, Kind::Collective | Kind::PointToPoint);
+        let limit = if carries { limit } else { 0 };
         if bytes > limit || !bytes.is_multiple_of(4) {
             return Err(format!("it sent a {kind:?} frame of {bytes} bytes (limit {limit})"));
         }
@@ -103,7 +118,7 @@ mod tests {
         }
 
         #[test]
-        fn random_bytes_are_an_error_or_a_bounded_header(wire: [u8; HEADER_BYTES], kind in 0..6_u32) {
+        fn random_bytes_are_an_error_or_a_bounded_header(wire: [u8; HEADER_BYTES], kind in 0..7_u32) {
             let mut wire = wire;
             wire[..4].copy_from_slice(&(0x5048_4c00 + kind).to_le_bytes());
             if let Ok(header) = Header::decode(&wire, 1 << 20) {

@@ -81,6 +81,11 @@ impl Incoming {
         self.expected.contains_key(&ticket)
     }
 
+    /// Whether the next frame is left unread, since too much that is not asked for is here already.
+    pub(crate) fn is_held(&self) -> bool {
+        self.reading.is_none() && self.header.filled == HEADER_BYTES
+    }
+
     /// Keeps a frame for later.
     pub(crate) fn keep(&mut self, frame: Early) {
         self.early_bytes += frame.header.bytes;

@@ -25,10 +25,20 @@ const EVENTS: usize = 256;
 #[derive(Debug)]
 pub struct Interprocess {
     rank: Rank,
+    /// Of every rank.
+    hosts: Vec<Host>,
     streams: Vec<Option<Stream>>,
     poll: Poll,
     events: Events,
     waker: Arc<mio::Waker>,
+}
+
+/// Where a rank is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Host {
+    pub name: Arc<str>,
+    /// The same for all ranks there.
+    pub number: u32,
 }
 
 /// The way to a peer.
@@ -40,9 +50,10 @@ enum Stream {
 
 impl Interprocess {
     /// Takes over the connections to every rank but `rank`, which has `None` in its place, each
-    /// with the memory that is shared with that peer, if any.
+    /// with the memory that is shared with that peer, if any. `hosts` has every rank's.
     pub(crate) fn new(
         rank: Rank,
+        hosts: Vec<Host>,
         links: Vec<Option<(TcpStream, Option<Segment>)>>,
     ) -> Result<Self, Error> {
         let poll = Poll::new().map_err(Error::system("create a poll"))?;
@@ -63,7 +74,7 @@ impl Interprocess {
         let streams = links.into_iter().enumerate().map(stream).collect::<io::Result<_>>();
         let streams = streams.map_err(Error::system("watch a socket"))?;
         let events = Events::with_capacity(EVENTS);
-        Ok(Self { rank, streams, poll, events, waker: Arc::new(waker) })
+        Ok(Self { rank, hosts, streams, poll, events, waker: Arc::new(waker) })
     }
 
     /// Whether the bytes to and from a peer go through memory rather than TCP.
@@ -101,6 +112,14 @@ impl Transport for Interprocess {
 
     fn ranks(&self) -> u32 {
         self.streams.len() as u32
+    }
+
+    fn host_name(&self, rank: Rank) -> Option<Arc<str>> {
+        self.hosts.get(rank.index()).map(|host| Arc::clone(&host.name))
+    }
+
+    fn host(&self, rank: Rank) -> u32 {
+        self.hosts[rank.index()].number
     }
 
     fn try_write(&mut self, peer: Rank, pieces: &[IoSlice<'_>]) -> Result<usize, Error> {

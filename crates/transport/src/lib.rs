@@ -5,14 +5,18 @@
 //! [`Operation`] over it; the caller posts buffers, computes, and waits for them later.
 //!
 //! From the outside in: `communicator` is the handle, `progress` the loop of its thread, `incoming`
-//! and `outgoing` the two directions of a stream, `frame` what travels on it, `interprocess` the streams
+//! and `outgoing` the two directions of a stream, `frame` what travels on it, `pulse` whether peers
+//! live, `flight` what is told when one does not, `interprocess` the streams
 //! (`socket`; `shared_memory`, its `ring` and its `segment`), `rendezvous` how the processes of a job
-//! find each other, `sharing` how two of a host come to share memory.
+//! find each other (`lobby`, `handshake`, `message`), `sharing` how two of a host come to share memory,
+//! `topology` which algorithm fits where ranks are.
 
 mod communicator;
 mod element;
 mod error;
+mod flight;
 mod frame;
+mod handshake;
 mod in_process;
 mod incoming;
 mod interprocess;
@@ -21,6 +25,7 @@ mod message;
 mod operation;
 mod outgoing;
 mod progress;
+mod pulse;
 mod rendezvous;
 mod ring;
 mod segment;
@@ -28,12 +33,16 @@ mod shared_memory;
 mod sharing;
 mod socket;
 mod stream;
+mod topology;
 
 pub use communicator::{Communicator, Completed, Limits, Then, Ticket};
 pub use element::{Combine, Element, Reduction};
 pub use error::Error;
+pub use flight::{Flight, Peer, Record};
+pub use handshake::Secret;
 pub use in_process::InProcess;
 pub use interprocess::Interprocess;
 pub use operation::{Action, Group, Operation};
+pub use pulse::{Doing, LastHeard};
 pub use rendezvous::Rendezvous;
 pub use stream::{Transport, Waker};

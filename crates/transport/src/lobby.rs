@@ -1,17 +1,22 @@
 //! Where a listening rank receives connections: each is heard out, however slowly it speaks, and
-//! only whoever says a whole message of this protocol is let through.
+//! only whoever proves to know the job's secret and then says a whole message is let through.
 
 use std::collections::BTreeMap;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use mio::{Events, Interest, Poll, Token};
+use socket2::SockRef;
 
+use crate::handshake::{self, ANSWER_BYTES, Challenge, Secret};
 use crate::message::{PREFIX_BYTES, read_prefix};
 
 /// How many connections may be waiting with an incomplete message; beyond, the oldest is dropped.
 const GUEST_LIMIT: usize = 16 << 10;
+
+/// How many connections may wait to be accepted; the kernel may make it fewer.
+const BACKLOG: i32 = 4096;
 
 const LISTENER: Token = Token(usize::MAX);
 
@@ -19,6 +24,7 @@ const LISTENER: Token = Token(usize::MAX);
 pub(crate) struct Guest {
     /// The connection, blocking, with nothing read beyond the message.
     pub socket: TcpStream,
+    /// The version of the protocol that it speaks.
     pub version: u32,
     pub body: Vec<u8>,
 }
@@ -28,26 +34,40 @@ pub(crate) struct Lobby {
     poll: Poll,
     events: Events,
     listener: mio::net::TcpListener,
+    secret: Secret,
     guests: BTreeMap<usize, Speaking>,
     next_token: usize,
     /// Guests with bytes to read.
     ready: Vec<usize>,
+    /// How many have failed to prove that they know the secret.
+    strangers: u64,
 }
 
 /// A connection in the middle of its message.
 struct Speaking {
     socket: mio::net::TcpStream,
+    challenge: Challenge,
+    /// The version that it speaks, once it has proven to know the secret.
+    proven: Option<u32>,
     said: Vec<u8>,
 }
 
 impl Lobby {
-    pub(crate) fn new(listener: TcpListener) -> io::Result<Self> {
+    pub(crate) fn new(listener: TcpListener, secret: Secret) -> io::Result<Self> {
+        // More than the 128 that the standard library lets wait: those beyond would try again seconds later.
+        SockRef::from(&listener).listen(BACKLOG)?;
         listener.set_nonblocking(true)?;
         let mut listener = mio::net::TcpListener::from_std(listener);
         let poll = Poll::new()?;
         poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
         let (events, guests) = (Events::with_capacity(64), BTreeMap::new());
-        Ok(Self { poll, events, listener, guests, next_token: 0, ready: Vec::new() })
+        let (next_token, ready, strangers) = (0, Vec::new(), 0);
+        Ok(Self { poll, events, listener, secret, guests, next_token, ready, strangers })
+    }
+
+    /// How many have connected that do not know the secret.
+    pub(crate) fn strangers(&self) -> u64 {
+        self.strangers
     }
 
     /// The next connection that has said a whole message; `None` once the deadline has passed.
@@ -87,12 +107,22 @@ impl Lobby {
                 // The connection went away before it was accepted.
                 Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
+                // No descriptor is left: who has waited longest makes room.
+                Err(error) => match self.guests.pop_first() {
+                    Some(_) => continue,
+                    None => return Err(error),
+                },
             };
+            let challenge = handshake::challenge()?;
+            // A connection so young takes that much at once, or is broken.
+            if !matches!(socket.write(&challenge), Ok(written) if written == challenge.len()) {
+                continue;
+            }
             let token = self.next_token;
             self.next_token += 1;
             self.poll.registry().register(&mut socket, Token(token), Interest::READABLE)?;
-            self.guests.insert(token, Speaking { socket, said: Vec::new() });
+            self.guests
+                .insert(token, Speaking { socket, challenge, proven: None, said: Vec::new() });
             if self.guests.len() > GUEST_LIMIT {
                 self.guests.pop_first();
             }
@@ -104,10 +134,12 @@ impl Lobby {
         let Some(speaking) = self.guests.get_mut(&token) else {
             return Ok(None);
         };
-        let heard = speaking.hear();
+        let heard = speaking.hear(&self.secret);
         if matches!(heard, Ok(None)) {
             return Ok(None);
         }
+        let is_stranger = matches!(&heard, Err(e) if e.kind() == ErrorKind::PermissionDenied);
+        self.strangers += u64::from(is_stranger);
         let Some(mut speaking) = self.guests.remove(&token) else {
             return Ok(None);
         };
@@ -125,18 +157,22 @@ impl Lobby {
 
 impl Speaking {
     /// Reads what there is, but nothing beyond the message; its version once it is whole.
-    fn hear(&mut self) -> io::Result<Option<u32>> {
+    fn hear(&mut self, secret: &Secret) -> io::Result<Option<u32>> {
         loop {
-            let (version, total) = match self.said.first_chunk() {
-                None => (0, PREFIX_BYTES),
-                Some(start) => {
-                    let (version, length) = read_prefix(start).ok_or(ErrorKind::InvalidData)?;
-                    (version, PREFIX_BYTES + length)
+            let total = match (self.proven, self.said.first_chunk()) {
+                (None, _) => ANSWER_BYTES,
+                (Some(_), None) => PREFIX_BYTES,
+                (Some(_), Some(start)) => {
+                    PREFIX_BYTES + read_prefix(start).ok_or(ErrorKind::InvalidData)?
                 }
             };
             let missing = total - self.said.len();
             if missing == 0 {
-                return Ok(Some(version));
+                match self.proven {
+                    Some(version) => return Ok(Some(version)),
+                    None => self.believe(secret)?,
+                }
+                continue;
             }
             match (&mut self.socket).take(missing as u64).read_to_end(&mut self.said) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
@@ -145,5 +181,16 @@ impl Speaking {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Checks the answer and replies.
+    fn believe(&mut self, secret: &Secret) -> io::Result<()> {
+        let answer = std::mem::take(&mut self.said).try_into();
+        let answer = answer.map_err(|_| ErrorKind::InvalidData)?;
+        let stranger = ErrorKind::PermissionDenied;
+        let (proof, version) =
+            handshake::reply(secret, &self.challenge, &answer).ok_or(stranger)?;
+        self.proven = Some(version);
+        self.socket.write_all(&proof)
     }
 }

@@ -8,42 +8,63 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// The version of everything that travels between ranks.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
-/// What a message starts with: magic, version, length of the body.
-pub(crate) const PREFIX_BYTES: usize = 12;
+/// What a message starts with: magic, and the length of the body.
+pub(crate) const PREFIX_BYTES: usize = 8;
 
 /// The longest message that is accepted.
 const MESSAGE_LIMIT: usize = 16 << 20;
 
-const MAGIC: [u8; 4] = *b"PHLX";
+/// What everything that one rank says to another before their streams carry frames starts with.
+pub(crate) const MAGIC: [u8; 4] = *b"PHLX";
 
-/// Version and body length from the start of a message; `None` if it is not one.
-pub(crate) fn read_prefix(start: &[u8; PREFIX_BYTES]) -> Option<(u32, usize)> {
-    let [m0, m1, m2, m3, v0, v1, v2, v3, l0, l1, l2, l3] = *start;
+/// The length of the body from the start of a message; `None` if it is not one.
+pub(crate) fn read_prefix(start: &[u8; PREFIX_BYTES]) -> Option<usize> {
+    let [m0, m1, m2, m3, l0, l1, l2, l3] = *start;
     let length = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
-    let ours = [m0, m1, m2, m3] == MAGIC && length <= MESSAGE_LIMIT;
-    ours.then(|| (u32::from_le_bytes([v0, v1, v2, v3]), length))
+    ([m0, m1, m2, m3] == MAGIC && length <= MESSAGE_LIMIT).then_some(length)
 }
 
 /// The start of a message with a body of `length` bytes.
 fn prefix(length: usize) -> [u8; PREFIX_BYTES] {
     let mut start = [0; PREFIX_BYTES];
     start[..4].copy_from_slice(&MAGIC);
-    start[4..8].copy_from_slice(&VERSION.to_le_bytes());
-    start[8..].copy_from_slice(&(length as u32).to_le_bytes());
+    start[4..].copy_from_slice(&(length as u32).to_le_bytes());
     start
 }
 
 /// Sends a message on a blocking socket.
 pub(crate) fn send(
-    mut socket: &TcpStream,
+    socket: &TcpStream,
     message: &impl Serialize,
     deadline: Instant,
 ) -> io::Result<()> {
+    send_encoded(socket, &encode(message)?, deadline)
+}
+
+/// A message as it is sent.
+pub(crate) fn encode(message: &impl Serialize) -> io::Result<Vec<u8>> {
     let body = serde_json::to_vec(message)?;
+    Ok([&prefix(body.len())[..], &body].concat())
+}
+
+/// Sends what several are sent.
+pub(crate) fn send_encoded(
+    mut socket: &TcpStream,
+    message: &[u8],
+    deadline: Instant,
+) -> io::Result<()> {
+    #[cfg(test)]
+    SENT.set(SENT.get() + 1);
     socket.set_write_timeout(Some(time_left(deadline)?))?;
-    socket.write_all(&[&prefix(body.len())[..], &body].concat())
+    socket.write_all(message)
+}
+
+#[cfg(test)]
+thread_local! {
+    /// How many messages this thread has sent.
+    pub(crate) static SENT: std::cell::Cell<u32> = const { std::cell::Cell::new(0) };
 }
 
 /// Receives a message on a blocking socket, and nothing beyond it.
@@ -54,7 +75,7 @@ pub(crate) fn receive<T: DeserializeOwned>(
     socket.set_read_timeout(Some(time_left(deadline)?))?;
     let mut start = [0; PREFIX_BYTES];
     socket.read_exact(&mut start)?;
-    let (_, length) = read_prefix(&start).ok_or(ErrorKind::InvalidData)?;
+    let length = read_prefix(&start).ok_or(ErrorKind::InvalidData)?;
     let mut body = vec![0; length];
     socket.read_exact(&mut body)?;
     Ok(serde_json::from_slice(&body)?)
@@ -79,14 +100,14 @@ mod tests {
             if ours {
                 start[..4].copy_from_slice(&MAGIC);
             }
-            if let Some((_, length)) = read_prefix(&start) {
+            if let Some(length) = read_prefix(&start) {
                 prop_assert!(ours && length <= MESSAGE_LIMIT);
             }
         }
 
         #[test]
         fn a_length_survives_the_wire(length in 0..=MESSAGE_LIMIT) {
-            prop_assert_eq!(read_prefix(&prefix(length)), Some((VERSION, length)));
+            prop_assert_eq!(read_prefix(&prefix(length)), Some(length));
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::IoSlice;
 
-use crate::frame::{HEADER_BYTES, Header};
+use crate::frame::{HEADER_BYTES, Header, Kind};
 use crate::operation::Active;
 
 /// The most that one call writes, small enough to leave room for reading in between.
@@ -41,6 +41,12 @@ impl Outgoing {
     /// Queues a frame without payload.
     pub(crate) fn push_notice(&mut self, notice: Header) {
         self.notices.push_back(notice);
+    }
+
+    /// Queues a heartbeat, in the place of one that is still to be written.
+    pub(crate) fn push_heartbeat(&mut self, heartbeat: Header) {
+        self.notices.retain(|notice| notice.key.kind != Kind::Heartbeat);
+        self.notices.push_back(heartbeat);
     }
 
     /// Whether there is nothing to write, or nobody to write it to.

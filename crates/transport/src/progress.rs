@@ -2,17 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use units::{Rank, Seconds};
 
 use crate::communicator::Outcomes;
+use crate::flight::{self, Recorder};
 use crate::frame::{HEADER_BYTES, Header, Key, Kind};
 use crate::incoming::{self, Early, Incoming, Reading, Sink};
 use crate::operation::{Action, Active};
 use crate::outgoing::{Outgoing, Source};
-use crate::{Completed, Error, Limits, Operation, Transport};
+use crate::pulse::{Doing, LastHeard, Metronome, Pulse};
+use crate::{Completed, Error, Flight, Limits, Operation, Transport};
 
 /// What the rank asks of the loop.
 pub(crate) enum Command {
@@ -20,6 +22,8 @@ pub(crate) enum Command {
     Post { ticket: u64, operation: Operation, posted: Instant },
     /// Fail an operation that was waited for too long.
     Expire { ticket: u64 },
+    /// Tell what was done last.
+    Tell(Sender<Flight>),
     /// End; before that, complete what was posted and take leave.
     Close { flush: bool },
 }
@@ -40,6 +44,8 @@ pub(crate) struct Progress {
     peers: Vec<Peer>,
     /// Where data to be added lands first.
     scratch: Vec<f32>,
+    metronome: Metronome,
+    recorder: Recorder,
     closing: Option<Closing>,
 }
 
@@ -55,6 +61,7 @@ enum Lane {
 #[derive(Default)]
 struct Peer {
     gone: Option<Gone>,
+    pulse: Pulse,
     outgoing: Outgoing,
     incoming: Incoming,
 }
@@ -80,6 +87,7 @@ impl Progress {
         limits: Limits,
     ) -> Self {
         let peers = (0..transport.ranks()).map(|_| Peer::default()).collect();
+        let metronome = Metronome::new(&limits, transport.ranks());
         Self {
             transport,
             commands,
@@ -90,6 +98,8 @@ impl Progress {
             sequences: BTreeMap::new(),
             peers,
             scratch: vec![0.0; incoming::PIECE_BYTES / 4],
+            metronome,
+            recorder: Recorder::new(),
             closing: None,
         }
     }
@@ -100,13 +110,14 @@ impl Progress {
         loop {
             self.take_commands();
             self.take_leave();
+            self.beat();
             if self.move_bytes() {
                 continue;
             }
             if self.is_finished() {
                 return;
             }
-            if let Err(error) = self.transport.wait(self.patience()) {
+            if let Err(error) = self.transport.wait(Some(self.patience())) {
                 return self.outcomes.put_broken(error);
             }
         }
@@ -117,6 +128,8 @@ impl Progress {
             match command {
                 Command::Post { ticket, operation, posted } => self.post(ticket, operation, posted),
                 Command::Expire { ticket } => self.expire(ticket),
+                // Whoever asked may not wait for the answer any more.
+                Command::Tell(asker) => drop(asker.send(self.flight())),
                 Command::Close { flush } => {
                     let grace = if flush { self.limits.farewell } else { Duration::ZERO };
                     let deadline = Instant::now() + grace;
@@ -136,9 +149,11 @@ impl Progress {
         }
         closing.said_goodbye = true;
         let own = self.transport.rank().index();
+        let is_lost = |peer: &Peer| peer.gone.as_ref().is_some_and(|gone| !gone.orderly);
+        let lost = self.peers.iter().position(is_lost).map(|index| Rank(index as u32));
         for (index, peer) in self.peers.iter_mut().enumerate() {
             if index != own && peer.gone.is_none() && !peer.outgoing.broken {
-                peer.outgoing.push_notice(Header::GOODBYE);
+                peer.outgoing.push_notice(Header::goodbye(lost));
             }
         }
     }
@@ -151,9 +166,76 @@ impl Progress {
         Instant::now() >= closing.deadline || (closing.said_goodbye && idle())
     }
 
-    fn patience(&self) -> Option<Duration> {
-        let deadline = self.closing.as_ref()?.deadline;
-        Some(deadline.saturating_duration_since(Instant::now()))
+    fn patience(&self) -> Duration {
+        let pause = self.metronome.pause();
+        self.closing.as_ref().map_or(pause, |closing| {
+            closing.deadline.saturating_duration_since(Instant::now()).min(pause)
+        })
+    }
+
+    /// When it is time, tells every peer that this rank lives, and gives up those that are silent.
+    fn beat(&mut self) {
+        let leaves = self.closing.as_ref().is_some_and(|closing| closing.said_goodbye);
+        if leaves || !self.metronome.beats() {
+            return;
+        }
+        let heartbeat = self.doing().header();
+        let mut silent = Vec::new();
+        for (index, peer) in self.peers.iter_mut().enumerate() {
+            if index == self.transport.rank().index() || peer.gone.is_some() {
+                continue;
+            }
+            peer.pulse.beat(peer.incoming.is_held());
+            if !peer.outgoing.broken {
+                peer.outgoing.push_heartbeat(heartbeat);
+            }
+            if peer.pulse.is_silent(&self.metronome) {
+                silent.push(Rank(index as u32));
+            }
+        }
+        for peer in silent {
+            let limit = self.metronome.silence();
+            let reason =
+                format!("not a word from it for {limit:?}: it is stopped, or the way to it is cut");
+            self.depart(peer, Gone { orderly: false, reason });
+        }
+    }
+
+    /// What this rank is doing: the oldest operation under way.
+    fn doing(&self) -> Doing {
+        let oldest = self.operations.values().find(|operation| !operation.failed);
+        let nothing = Doing::Nothing { posted: self.recorder.posted() };
+        oldest.map_or(nothing, |operation| Doing::of(operation.key))
+    }
+
+    /// What this rank did last, and what it knows of the others.
+    fn flight(&self) -> Flight {
+        let own = self.transport.rank();
+        let others = (0..).map(Rank).zip(&self.peers).filter(|(rank, _)| *rank != own);
+        let peer = |(rank, peer): (Rank, &Peer)| flight::Peer {
+            rank,
+            host: self.transport.host_name(rank).map(|name| name.to_string()),
+            doing: peer.pulse.doing,
+            missed_heartbeats: peer.pulse.missed,
+            gone: peer.gone.as_ref().map(|gone| gone.reason.clone()),
+        };
+        let under_way = self.operations.values().filter(|operation| !operation.failed);
+        Flight {
+            rank: own,
+            posted: self.recorder.posted(),
+            operations: self.recorder.operations(under_way),
+            peers: others.map(peer).collect(),
+        }
+    }
+
+    /// What the ranks of an operation, this one too, were last known to do.
+    fn last_heard(&self, operation: &Active) -> LastHeard {
+        let own = self.transport.rank();
+        let heard = (0..).map(Rank).zip(&self.peers).filter_map(|(rank, peer)| {
+            let doing = if rank == own { Some(self.doing()) } else { peer.pulse.doing };
+            doing.filter(|_| rank == own || operation.involves(rank)).map(|doing| (rank, doing))
+        });
+        LastHeard(heard.collect())
     }
 
     /// Moves a piece in each direction of every stream; whether anything moved.
@@ -163,7 +245,9 @@ impl Progress {
         for peer in (0..self.transport.ranks()).map(Rank).filter(|peer| *peer != own) {
             if self.peers[peer.index()].gone.is_none() {
                 moved |= self.write(peer);
-                moved |= self.read(peer).unwrap_or_else(|error| self.lose(peer, &error));
+                let read = self.read(peer).unwrap_or_else(|error| self.lose(peer, &error));
+                self.peers[peer.index()].pulse.heard |= read;
+                moved |= read;
             }
         }
         moved
@@ -180,6 +264,7 @@ impl Progress {
             Action::Receive { from } => (Lane::From(from), Some(from)),
         };
         let next = self.sequences.entry((operation.group.id, lane)).or_default();
+        self.recorder.post();
         let active = Active::new(operation, *next, posted);
         *next += 1;
         if !matches!(lane, Lane::To(_)) {
@@ -305,10 +390,16 @@ impl Progress {
             .map_err(|reason| Error::ended(peer, reason))?;
         match header.key.kind {
             Kind::Goodbye => {
-                self.depart(peer, Gone { orderly: true, reason: "it left the job".into() });
+                self.see_off(peer, header.lost());
                 return Ok(true);
             }
             Kind::Abort => return Ok(self.take_abort(peer, header.key)),
+            Kind::Heartbeat => {
+                let Peer { pulse, incoming, .. } = &mut self.peers[peer.index()];
+                pulse.doing = Doing::from_header(header);
+                incoming.header.filled = 0;
+                return Ok(true);
+            }
             Kind::Collective | Kind::PointToPoint => {}
         }
         let receiver = self.receivers.get(&receiver_key(header.key, peer)).copied();
@@ -361,7 +452,7 @@ impl Progress {
     fn is_past(&self, key: Key, peer: Rank) -> bool {
         let lane = match key.kind {
             Kind::PointToPoint => Lane::From(peer),
-            Kind::Collective | Kind::Goodbye | Kind::Abort => Lane::Collective,
+            _ => Lane::Collective,
         };
         self.sequences.get(&(key.group, lane)).is_some_and(|next| key.sequence < *next)
     }
@@ -370,6 +461,7 @@ impl Progress {
         let operation = self.operations.remove(&ticket).expect("it was just driven");
         operation.receiver().map(|receiver| self.receivers.remove(&receiver));
         let finished = Instant::now();
+        self.recorder.end(&operation, finished, None);
         let Active { buffer, posted, started, .. } = operation;
         let started = started.unwrap_or(finished);
         self.outcomes.put(ticket, Ok(Completed { buffer, posted, started, finished }));
@@ -384,6 +476,7 @@ impl Progress {
             sequence: operation.key.sequence,
             limit: Seconds(self.limits.wait.as_secs_f64()),
             waiting_for: operation.waiting_for(),
+            last_heard: self.last_heard(operation),
         };
         self.fail_and_tell(ticket, error);
     }
@@ -432,6 +525,7 @@ impl Progress {
     /// Reports an operation's failure and takes it apart.
     fn fail(&mut self, ticket: u64, error: Error) {
         let operation = self.operations.get_mut(&ticket).expect("only active operations fail");
+        self.recorder.end(operation, Instant::now(), Some(error.to_string()));
         operation.failed = true;
         operation.receiver().map(|receiver| self.receivers.remove(&receiver));
         for sender in operation.pending_senders() {
@@ -458,6 +552,21 @@ impl Progress {
         };
         self.depart(peer, Gone { orderly: false, reason });
         true
+    }
+
+    /// A peer said goodbye. If it left because it lost another, that one is to be named here too, whose
+    /// end may not have been seen yet.
+    fn see_off(&mut self, peer: Rank, lost: Option<Rank>) {
+        let known = |rank: &Rank| self.peers.get(rank.index()).is_some_and(|p| p.gone.is_none());
+        let own = self.transport.rank();
+        if let Some(lost) = lost.filter(|rank| *rank != own && *rank != peer && known(rank)) {
+            self.depart(lost, Gone { orderly: false, reason: format!("{peer} lost it") });
+        }
+        let reason = match lost {
+            Some(lost) => format!("it left the job after it had lost {lost}"),
+            None => "it left the job".into(),
+        };
+        self.depart(peer, Gone { orderly: true, reason });
     }
 
     /// Closes a peer's stream and fails the operations that cannot do without.
@@ -501,9 +610,11 @@ impl Progress {
         let gone = self.peers[peer.index()].gone.as_ref().expect("the peer is gone");
         let error = Error::PeerLost {
             peer,
+            host: self.transport.host_name(peer),
             operation: Arc::clone(&operation.label),
             sequence: operation.key.sequence,
             reason: gone.reason.clone(),
+            last_heard: self.last_heard(operation),
         };
         // Every survivor sees a death itself, and is to name the dead rank rather than this one.
         match gone.orderly {

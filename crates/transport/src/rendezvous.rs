@@ -1,20 +1,24 @@
 //! How the processes of a job find each other, and agree that they are one job.
 //!
+//! Every connection begins with the handshake, in which both sides prove to know the job's secret.
 //! Every other rank says hello to rank 0. Once all have, rank 0 answers everyone with the table of
 //! addresses, or with the reason why the job does not start. Then each rank connects to the ranks
 //! below it and accepts those above; the connection to rank 0 stays. Last, ranks of one host set up
 //! the memory that they share.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use units::Rank;
 
+use crate::handshake::{self, Secret};
+use crate::interprocess::Host;
 use crate::lobby::Lobby;
-use crate::message::{VERSION, receive, send, time_left};
+use crate::message::{VERSION, encode, receive, send, send_encoded, time_left};
 use crate::sharing::{self, Pairs};
 use crate::{Error, Interprocess};
 
@@ -38,6 +42,8 @@ pub struct Rendezvous {
     pub address: SocketAddr,
     /// What must be the same on every rank, line by line: the job as resolved.
     pub identity: String,
+    /// What the ranks of the job know, and nobody else.
+    pub secret: Secret,
     /// How long to wait for all ranks.
     pub timeout: Duration,
     /// Whether to use memory rather than TCP with the ranks of the same host that do so too.
@@ -50,23 +56,43 @@ struct Hello {
     rank: Rank,
     ranks: u32,
     identity: String,
-    member: Member,
+    place: Place,
+    seat: Seat,
+}
+
+/// A host.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+struct Place {
+    /// What people call it.
+    name: String,
+    /// What tells it from others, where that can be found out.
+    host: Option<String>,
 }
 
 /// How others reach a rank.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct Member {
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+struct Seat {
     /// Where it accepts its higher peers.
     address: SocketAddr,
-    /// The host whose ranks it is willing to share memory with.
-    host: Option<String>,
+    /// Which of the roster's places it is in.
+    place: u32,
+    /// Whether it is willing to share memory with the ranks of its host.
+    shares_memory: bool,
+}
+
+/// Where all ranks are. Every rank is told all of it, so each place is in it once.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct Roster {
+    places: Vec<Place>,
+    /// By rank.
+    seats: Vec<Seat>,
 }
 
 /// What rank 0 answers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum Verdict {
-    /// All are here: the members by rank, and a number that other jobs do not have.
-    Start { job: u64, members: Vec<Member> },
+    /// All are here, and a number that other jobs do not have.
+    Start { job: u64, roster: Roster },
     /// The job does not start because of this rank.
     Refused { rank: Rank, reason: String },
 }
@@ -95,10 +121,15 @@ impl Rendezvous {
             return Err(self.failed("name the address of one interface, reachable by every rank"));
         }
         match self.rank {
-            Rank(0) if self.ranks == 1 => Interprocess::new(self.rank, vec![None]),
+            Rank(0) if self.ranks == 1 => self.alone(),
             Rank(0) => self.host(listener, deadline),
             _ => self.join(deadline),
         }
+    }
+
+    fn alone(&self) -> Result<Interprocess, Error> {
+        let host = Host { name: host_name().into(), number: 0 };
+        Interprocess::new(self.rank, vec![host], vec![None])
     }
 
     /// Rank 0: gathers everyone's hello and answers.
@@ -112,21 +143,31 @@ impl Rendezvous {
             None => TcpListener::bind(self.address)
                 .map_err(|e| self.failed(format!("cannot listen: {e}")))?,
         };
+        let (sockets, job, roster) = self.receive_all(listener, deadline)?;
+        self.connected(sockets, job, &roster, deadline)
+    }
+
+    /// Waits for everyone and answers; the connections by rank.
+    fn receive_all(
+        &self,
+        listener: TcpListener,
+        deadline: Instant,
+    ) -> Result<(Vec<Option<TcpStream>>, u64, Roster), Error> {
         let mut arrived = Vec::new();
         let outcome = self.gather(listener, deadline, &mut arrived);
-        let (job, members) = self.table(&mut arrived);
+        let (job, roster) = self.roster(&mut arrived);
         let verdict = match &outcome {
-            Ok(()) => Verdict::Start { job, members: members.clone() },
+            Ok(()) => Verdict::Start { job, roster: roster.clone() },
             Err((rank, reason)) => Verdict::Refused { rank: *rank, reason: reason.clone() },
         };
+        let verdict = encode(&verdict).map_err(Error::system("write down who is where"))?;
         for (socket, _) in &arrived {
             // Whoever cannot be told any more sees the connection end.
-            drop(send(socket, &verdict, deadline));
+            drop(send_encoded(socket, &verdict, deadline));
         }
         outcome.map_err(|(rank, reason)| Error::Refused { rank, reason })?;
         let sockets = arrived.into_iter().map(|(socket, _)| Some(socket));
-        let sockets = std::iter::once(None).chain(sockets).collect();
-        self.connected(sockets, job, members, deadline)
+        Ok((std::iter::once(None).chain(sockets).collect(), job, roster))
     }
 
     /// Waits until every other rank has arrived. After an objection it still waits for the others,
@@ -138,12 +179,12 @@ impl Rendezvous {
         arrived: &mut Vec<(TcpStream, Hello)>,
     ) -> Result<(), (Rank, String)> {
         let system = |error: io::Error| (self.rank, format!("its sockets failed: {error}"));
-        let mut lobby = Lobby::new(listener).map_err(system)?;
+        let mut lobby = Lobby::new(listener, self.secret.clone()).map_err(system)?;
         let mut objection = None;
         let mut told = 0;
         while arrived.len() + told + 1 < self.ranks as usize {
             let Some(guest) = lobby.next(deadline).map_err(system)? else {
-                return Err(objection.unwrap_or_else(|| self.missing(arrived)));
+                return Err(objection.unwrap_or_else(|| self.missing(arrived, lobby.strangers())));
             };
             let Ok(hello) = serde_json::from_slice::<Hello>(&guest.body) else {
                 continue;
@@ -184,52 +225,64 @@ impl Rendezvous {
     }
 
     /// Who had not come when the time was over.
-    fn missing(&self, arrived: &[(TcpStream, Hello)]) -> (Rank, String) {
+    fn missing(&self, arrived: &[(TcpStream, Hello)], strangers: u64) -> (Rank, String) {
         let here: BTreeSet<_> = arrived.iter().map(|(_, hello)| hello.rank).collect();
         let missing: Vec<_> = (1..self.ranks).map(Rank).filter(|r| !here.contains(r)).collect();
         let names: Vec<_> = missing.iter().map(|rank| rank.0.to_string()).collect();
         let (address, timeout) = (self.address, self.timeout);
-        let reason =
+        let mut reason =
             format!("not at {address} within {timeout:?}; ranks missing: {}", names.join(", "));
+        if strangers > 0 {
+            reason += &format!("; connections that were given another secret: {strangers}");
+        }
         (missing[0], reason)
     }
 
-    /// Orders who has arrived by rank; the number of the job, and how others reach its members.
-    fn table(&self, arrived: &mut [(TcpStream, Hello)]) -> (u64, Vec<Member>) {
+    /// Orders who has arrived by rank; the number of the job, and how others reach its ranks.
+    fn roster(&self, arrived: &mut [(TcpStream, Hello)]) -> (u64, Roster) {
         arrived.sort_by_key(|(_, hello)| hello.rank);
-        let others = arrived.iter().map(|(_, hello)| hello.member.clone());
-        let members = std::iter::once(self.member(self.address)).chain(others).collect();
+        let (place, seat) = self.seat(self.address);
+        let mut roster = Roster::default();
+        let mut known = BTreeMap::new();
+        roster.add(&place, seat, &mut known);
+        arrived.iter().for_each(|(_, hello)| roster.add(&hello.place, hello.seat, &mut known));
         // The standard library's per-process random seed tells this job from any other.
         let job = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), self.address);
-        (job, members)
+        (job, roster)
     }
 
-    fn member(&self, address: SocketAddr) -> Member {
-        Member { address, host: self.shared_memory.then(sharing::host).flatten() }
+    fn seat(&self, address: SocketAddr) -> (Place, Seat) {
+        let place = Place { name: host_name(), host: sharing::host() };
+        (place, Seat { address, place: 0, shares_memory: self.shared_memory })
     }
 
     /// Another rank: says hello to rank 0, then meets its peers.
     fn join(&self, deadline: Instant) -> Result<Interprocess, Error> {
+        let (host, listener, job, roster) = self.arrive(deadline)?;
+        let mut sockets: Vec<_> = roster.seats.iter().map(|_| None).collect();
+        sockets[0] = Some(host);
+        self.connect_lower(&mut sockets, &roster.seats, job, deadline)?;
+        self.accept_higher(&mut sockets, listener, job, deadline)?;
+        self.connected(sockets, job, &roster, deadline)
+    }
+
+    /// Says hello to rank 0 and hears where everyone is: one message each way, however many ranks there
+    /// are.
+    fn arrive(&self, deadline: Instant) -> Result<(TcpStream, TcpListener, u64, Roster), Error> {
         let host = self.connect_patiently(self.address, deadline)?;
         let failed = |e: io::Error| self.failed(format!("no answer from rank 0: {e}"));
         let listener = listen_beside(&host).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let identity = self.identity.clone();
-        let member = self.member(address);
-        let hello = Hello { rank: self.rank, ranks: self.ranks, identity, member };
+        let (place, seat) = self.seat(address);
+        let hello = Hello { rank: self.rank, ranks: self.ranks, identity, place, seat };
         send(&host, &hello, deadline).map_err(failed)?;
         match receive(&host, deadline).map_err(failed)? {
             Verdict::Refused { rank, reason } => Err(Error::Refused { rank, reason }),
-            Verdict::Start { members, .. } if members.len() != self.ranks as usize => {
-                Err(self.failed("rank 0 sent a table of another size"))
+            Verdict::Start { job, roster } if roster.is_for(self.ranks) => {
+                Ok((host, listener, job, roster))
             }
-            Verdict::Start { job, members } => {
-                let mut sockets: Vec<_> = members.iter().map(|_| None).collect();
-                sockets[0] = Some(host);
-                self.connect_lower(&mut sockets, &members, job, deadline)?;
-                self.accept_higher(&mut sockets, listener, job, deadline)?;
-                self.connected(sockets, job, members, deadline)
-            }
+            Verdict::Start { .. } => Err(self.failed("rank 0 sent a roster that cannot be")),
         }
     }
 
@@ -238,28 +291,30 @@ impl Rendezvous {
         &self,
         sockets: Vec<Option<TcpStream>>,
         job: u64,
-        members: Vec<Member>,
+        roster: &Roster,
         deadline: Instant,
     ) -> Result<Interprocess, Error> {
-        let hosts: Vec<_> = members.into_iter().map(|member| member.host).collect();
+        let shared = |seat: &Seat| roster.place(seat).host.clone().filter(|_| seat.shares_memory);
+        let hosts: Vec<_> = roster.seats.iter().map(shared).collect();
         let pairs = Pairs { rank: self.rank, job, hosts: &hosts, sockets: &sockets, deadline };
         let segments = pairs.share().map_err(|(peer, error)| {
             self.failed(format!("no word from {peer} about shared memory: {error}"))
         })?;
         let link = |(socket, segment): (Option<_>, _)| socket.map(|socket| (socket, segment));
-        Interprocess::new(self.rank, sockets.into_iter().zip(segments).map(link).collect())
+        let links = sockets.into_iter().zip(segments).map(link).collect();
+        Interprocess::new(self.rank, roster.hosts(), links)
     }
 
     fn connect_lower(
         &self,
         sockets: &mut [Option<TcpStream>],
-        members: &[Member],
+        seats: &[Seat],
         job: u64,
         deadline: Instant,
     ) -> Result<(), Error> {
         let lower = 1..self.rank.index();
-        for (socket, member) in sockets[lower.clone()].iter_mut().zip(&members[lower]) {
-            let address = member.address;
+        for (socket, seat) in sockets[lower.clone()].iter_mut().zip(&seats[lower]) {
+            let address = seat.address;
             let stream = self.connect_patiently(address, deadline)?;
             send(&stream, &Greeting { job, rank: self.rank }, deadline)
                 .map_err(|e| self.failed(format!("cannot greet a peer at {address}: {e}")))?;
@@ -276,7 +331,7 @@ impl Rendezvous {
         deadline: Instant,
     ) -> Result<(), Error> {
         let failed = |e: io::Error| self.failed(format!("cannot accept peers: {e}"));
-        let mut lobby = Lobby::new(listener).map_err(failed)?;
+        let mut lobby = Lobby::new(listener, self.secret.clone()).map_err(failed)?;
         let own = self.rank.index();
         while let Some(missing) = (own + 1..sockets.len()).find(|peer| sockets[*peer].is_none()) {
             let Some(guest) = lobby.next(deadline).map_err(failed)? else {
@@ -295,12 +350,19 @@ impl Rendezvous {
         Ok(())
     }
 
-    /// Connects, again and again while nobody listens yet.
+    /// Connects, again and again while nobody listens yet, and shakes hands.
     fn connect_patiently(
         &self,
         address: SocketAddr,
         deadline: Instant,
     ) -> Result<TcpStream, Error> {
+        let socket = self.knock(address, deadline)?;
+        let failed = |e| self.failed(format!("{} cannot join {address}: {e}", self.rank));
+        handshake::connect(&socket, &self.secret, deadline).map_err(failed)?;
+        Ok(socket)
+    }
+
+    fn knock(&self, address: SocketAddr, deadline: Instant) -> Result<TcpStream, Error> {
         let mut pause = FIRST_PAUSE;
         loop {
             match connect(address, deadline) {
@@ -321,6 +383,47 @@ impl Rendezvous {
     fn failed(&self, reason: impl Into<String>) -> Error {
         Error::Rendezvous { address: self.address, reason: reason.into() }
     }
+}
+
+impl Roster {
+    /// Seats the next rank. Who cannot tell its host is on one of its own.
+    fn add(&mut self, place: &Place, seat: Seat, known: &mut BTreeMap<Place, u32>) {
+        let found = known.get(place).copied().filter(|_| place.host.is_some());
+        let place = found.unwrap_or_else(|| {
+            let number = self.places.len() as u32;
+            self.places.push(place.clone());
+            known.insert(place.clone(), number);
+            number
+        });
+        self.seats.push(Seat { place, ..seat });
+    }
+
+    /// Whether it seats so many ranks, each in a place that it has.
+    fn is_for(&self, ranks: u32) -> bool {
+        let known = |seat: &Seat| (seat.place as usize) < self.places.len();
+        self.seats.len() == ranks as usize && self.seats.iter().all(known)
+    }
+
+    fn place(&self, seat: &Seat) -> &Place {
+        &self.places[seat.place as usize]
+    }
+
+    /// Every rank's host.
+    fn hosts(&self) -> Vec<Host> {
+        let names: Vec<Arc<str>> =
+            self.places.iter().map(|place| place.name.as_str().into()).collect();
+        let host = |seat: &Seat| Host {
+            name: Arc::clone(&names[seat.place as usize]),
+            number: seat.place,
+        };
+        self.seats.iter().map(host).collect()
+    }
+}
+
+/// What people call this host.
+fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().to_owned()
 }
 
 /// The lines in which two identities differ.
@@ -353,4 +456,82 @@ fn connect(address: SocketAddr, deadline: Instant) -> io::Result<TcpStream> {
     let socket = TcpStream::connect_timeout(&address, time_left(deadline)?)?;
     socket.set_nodelay(true)?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::message::SENT;
+
+    /// More ranks than a process may have files, were it not raised.
+    const RANKS: u32 = 1024;
+
+    #[test]
+    fn a_thousand_ranks_meet_with_one_message_each_way() {
+        raise_file_limit();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = listener.local_addr().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(100);
+        let secret = Secret::new("the secret of a test").unwrap();
+        let rendezvous = |rank| Rendezvous {
+            rank: Rank(rank),
+            ranks: RANKS,
+            address,
+            identity: "job".into(),
+            secret: secret.clone(),
+            timeout: Duration::from_secs(100),
+            shared_memory: false,
+        };
+        let begin = Instant::now();
+        std::thread::scope(|scope| {
+            let join = |rank| {
+                let rendezvous = rendezvous(rank);
+                let arrive = move || {
+                    let (_, _, job, roster) = rendezvous.arrive(deadline).unwrap();
+                    (job, roster, SENT.get())
+                };
+                std::thread::Builder::new()
+                    .stack_size(256 << 10)
+                    .spawn_scoped(scope, arrive)
+                    .unwrap()
+            };
+            let others: Vec<_> = (1..RANKS).map(join).collect();
+            let host = rendezvous(0);
+            let (sockets, job, roster) = host.receive_all(listener, deadline).unwrap();
+            assert_eq!((sockets.len(), SENT.get()), (RANKS as usize, RANKS - 1));
+            assert_eq!(roster.places.len(), 1, "one host");
+            for other in others {
+                let (told, theirs, sent) = other.join().unwrap();
+                assert_eq!((told, sent), (job, 1));
+                let address = |seat: &Seat| seat.address;
+                assert!(theirs.seats.iter().map(address).eq(roster.seats.iter().map(address)));
+            }
+        });
+        println!("{RANKS} ranks met in {:?}", begin.elapsed());
+    }
+
+    /// Each rank has a listener and both ends of a connection here.
+    fn raise_file_limit() {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    }
+
+    #[test]
+    fn ranks_of_one_host_share_a_place_and_strays_have_their_own() {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        let seat = Seat { address, place: 7, shares_memory: true };
+        let place = |host: Option<&str>| Place { name: "n".into(), host: host.map(str::to_owned) };
+        let (mut roster, mut known) = (Roster::default(), BTreeMap::new());
+        for host in [Some("a"), Some("b"), Some("a"), None, None] {
+            roster.add(&place(host), seat, &mut known);
+        }
+        let numbers: Vec<_> = roster.hosts().iter().map(|host| host.number).collect();
+        assert_eq!(numbers, [0, 1, 0, 2, 3]);
+        assert!(roster.is_for(5) && !roster.is_for(4));
+        roster.seats[0].place = 4;
+        assert!(!roster.is_for(5), "a place that is not there");
+    }
 }

@@ -21,6 +21,16 @@ pub trait Transport: Send {
     /// The number of ranks in the job, this one included.
     fn ranks(&self) -> u32;
 
+    /// What a rank's host is called, where that is known.
+    fn host_name(&self, _rank: Rank) -> Option<Arc<str>> {
+        None
+    }
+
+    /// A number for a rank's host, the same for all ranks there.
+    fn host(&self, _rank: Rank) -> u32 {
+        0
+    }
+
     /// Writes as much of `pieces`, one after the other, as the stream takes now; how many bytes.
     ///
     /// # Errors

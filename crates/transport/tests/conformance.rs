@@ -13,7 +13,8 @@ use collective::{
 };
 use mesh::{MakeMesh, run};
 use transport::{
-    Action, Combine, Communicator, Element, Error, Group, Limits, Operation, Reduction, Ticket,
+    Action, Combine, Communicator, Doing, Element, Error, Group, Limits, Operation, Reduction,
+    Ticket,
 };
 use units::{Bytes, Rank};
 
@@ -23,6 +24,7 @@ macro_rules! on_every_transport {
         mod in_process { $(#[test] fn $test() { super::$test(super::mesh::in_process); })* }
         mod tcp { $(#[test] fn $test() { super::$test(super::mesh::tcp); })* }
         mod shared_memory { $(#[test] fn $test() { super::$test(super::mesh::shared_memory); })* }
+        mod disturbed { $(#[test] fn $test() { super::$test(super::mesh::disturbed); })* }
         mod mixed { $(#[test] fn $test() { super::$test(super::mesh::mixed); })* }
     };
 }
@@ -40,7 +42,11 @@ on_every_transport!(
     a_rank_that_is_done_may_leave,
     a_lost_peer_is_named_by_every_operation_it_is_part_of,
     a_rank_that_leaves_early_is_named,
+    a_loss_is_blamed_on_who_was_lost_first,
     a_wait_beyond_the_limit_names_who_has_not_answered,
+    a_silent_rank_is_named_with_what_the_others_do,
+    a_rank_that_computes_for_long_is_not_silent,
+    the_last_operations_are_on_record,
     different_operations_in_the_same_place_are_noticed,
     a_failed_collective_fails_for_those_who_post_it_later,
     garbage_on_a_stream_is_a_lost_peer,
@@ -457,6 +463,34 @@ fn a_rank_that_leaves_early_is_named(make: MakeMesh) {
     });
 }
 
+/// Rank 0 sees that rank 1 stopped and leaves; rank 2, which waits for rank 0 only, hears why.
+fn a_loss_is_blamed_on_who_was_lost_first(make: MakeMesh) {
+    let mut mesh = make(3);
+    let stopped = mesh.remove(1);
+    let ends: Vec<_> = mesh.into_iter().collect();
+    std::thread::scope(|scope| {
+        for end in ends {
+            let limits = match end.rank() {
+                Rank(0) => lively(Duration::from_millis(500)),
+                _ => lively(Duration::from_secs(60)),
+            };
+            scope.spawn(move || {
+                let mut communicator = Communicator::new(end, limits).unwrap();
+                let from = if communicator.rank() == Rank(0) { Rank(1) } else { Rank(0) };
+                let receive = Action::Receive { from };
+                let ticket = post(&mut communicator, &all(3), receive, vec![0.0; 9], "receive");
+                let error = communicator.wait(ticket).unwrap_err().to_string();
+                let reason = match communicator.rank() {
+                    Rank(0) => "lost rank 1",
+                    _ => "it left the job after it had lost rank 1",
+                };
+                assert!(error.contains(reason), "{error}");
+            });
+        }
+    });
+    drop(stopped);
+}
+
 fn a_wait_beyond_the_limit_names_who_has_not_answered(make: MakeMesh) {
     let limits = Limits { wait: Duration::from_millis(50), ..Limits::default() };
     let over = std::sync::Barrier::new(3);
@@ -473,6 +507,79 @@ fn a_wait_beyond_the_limit_names_who_has_not_answered(make: MakeMesh) {
         }
 
         over.wait();
+    });
+}
+
+/// Heartbeats that follow each other fast.
+fn lively(silence: Duration) -> Limits {
+    Limits { heartbeat: Duration::from_millis(20), silence, ..Limits::default() }
+}
+
+fn a_silent_rank_is_named_with_what_the_others_do(make: MakeMesh) {
+    let mut mesh = make(3);
+    // The bare end of rank 2 has streams that nobody reads or writes, as a stopped process does.
+    let stopped = mesh.pop();
+    let done = std::sync::Barrier::new(2);
+    run(mesh, lively(Duration::from_millis(500)), |mut communicator| {
+        let action = part(&Collective::ring(Kind::AllReduce, 3), &all(3), communicator.rank());
+        let ticket = post(&mut communicator, &all(3), action, vec![1.0; 500_000], "gradients");
+        let error = communicator.wait(ticket).unwrap_err();
+        let Error::PeerLost { peer: Rank(2), reason, last_heard, .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(reason, "not a word from it for 500ms: it is stopped, or the way to it is cut");
+        let gradients = Doing::Collective { group: 0, sequence: 0 };
+        assert!(last_heard.0.contains(&(communicator.rank(), gradients)), "{error}");
+        assert!(last_heard.0.iter().all(|(rank, _)| *rank != Rank(2)), "{error}");
+        done.wait();
+    });
+    drop(stopped);
+}
+
+fn a_rank_that_computes_for_long_is_not_silent(make: MakeMesh) {
+    let (silence, longer) = (Duration::from_secs(2), Duration::from_millis(2_500));
+    run(make(2), lively(silence), |mut communicator| {
+        let transfer = match communicator.rank() {
+            Rank(0) => Action::Receive { from: Rank(1) },
+            _ => Action::Send { to: Rank(0) },
+        };
+        if communicator.rank() == Rank(1) {
+            // Computing.
+            std::thread::sleep(longer);
+        }
+        let ticket = post(&mut communicator, &all(2), transfer, vec![1.0; 10], "late");
+        communicator.wait(ticket).unwrap();
+    });
+}
+
+fn the_last_operations_are_on_record(make: MakeMesh) {
+    let told = std::sync::Barrier::new(2);
+    run(make(2), lively(Duration::from_secs(10)), |mut communicator| {
+        (0..300).for_each(|_| communicator.barrier(&all(2)).unwrap());
+        if communicator.rank() == Rank(0) {
+            let receive = Action::Receive { from: Rank(1) };
+            let ticket = post(&mut communicator, &group(7, &[0, 1]), receive, vec![0.0; 5], "late");
+            let flight = communicator.flight().unwrap();
+            assert_eq!((flight.rank, flight.posted, flight.operations.len()), (Rank(0), 301, 257));
+            let (late, barriers) = flight.operations.split_last().unwrap();
+            assert_eq!((&*late.label, late.group, late.bytes), ("late", 7, Bytes(20)));
+            assert_eq!((&late.waiting_for[..], late.ended_s), (&[Rank(1)][..], None));
+            let sequences: Vec<_> = barriers.iter().map(|barrier| barrier.sequence).collect();
+            assert_eq!(sequences, (44..300).collect::<Vec<_>>());
+            assert!(barriers.iter().all(|barrier| barrier.ended_s >= Some(barrier.posted_s)));
+            told.wait();
+            communicator.wait(ticket).unwrap();
+        } else {
+            // Rank 0 says with a heartbeat what it waits in.
+            let receives = Doing::PointToPoint { group: 7, sequence: 0 };
+            while communicator.flight().unwrap().peers[0].doing != Some(receives) {
+                std::thread::yield_now();
+            }
+            told.wait();
+            let send = Action::Send { to: Rank(0) };
+            let ticket = post(&mut communicator, &group(7, &[0, 1]), send, vec![0.0; 5], "late");
+            communicator.wait(ticket).unwrap();
+        }
     });
 }
 
@@ -534,7 +641,11 @@ fn garbage_on_a_stream_is_a_lost_peer(make: MakeMesh) {
             (seed >> 56) as u8
         };
         let garbage: Vec<u8> = (0..200).map(|_| byte()).collect();
-        stranger.try_write(Rank(0), &[IoSlice::new(&garbage)]).unwrap();
+        let mut left = &garbage[..];
+        while !left.is_empty() {
+            let written = stranger.try_write(Rank(0), &[IoSlice::new(left)]).unwrap();
+            left = &left[written..];
+        }
         run(mesh, Limits::default(), |mut communicator| {
             let receive = Action::Receive { from: Rank(1) };
             let ticket = post(&mut communicator, &all(2), receive, vec![0.0; 100], "receive");

@@ -3,17 +3,18 @@
 
 mod mesh;
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use transport::{Error, Interprocess, Rendezvous, Transport};
+use transport::{Error, Interprocess, Rendezvous, Secret, Transport};
 use units::Rank;
 
 fn rendezvous(rank: u32, ranks: u32, address: SocketAddr) -> Rendezvous {
     let (identity, timeout) = ("job".into(), Duration::from_secs(60));
-    Rendezvous { rank: Rank(rank), ranks, address, identity, timeout, shared_memory: true }
+    let (rank, secret) = (Rank(rank), mesh::secret());
+    Rendezvous { rank, ranks, address, identity, secret, timeout, shared_memory: true }
 }
 
 fn listener() -> (TcpListener, SocketAddr) {
@@ -97,13 +98,13 @@ fn nobody_listening_is_an_error_with_the_address() {
 #[test]
 fn strangers_do_no_harm() {
     let (listener, address) = listener();
-    let messages: [&[u8]; 6] = [
+    let messages: [&[u8]; 5] = [
         b"",
         b"GET / HTTP/1.1\r\nHost: here\r\n\r\n",
         b"PHLX",
-        b"PHLX\x01\0\0\0\xff\xff\xff\xff",
-        b"PHLX\x01\0\0\0\x02\0\0\0{}",
-        b"PHLX\x01\0\0\0\x04\0\0\0\xff\xff\xff\xff",
+        b"PHLX\x02\0\0\0\xff\xff\xff\xff",
+        // As long as an answer to the challenge.
+        &[b'x'; 72],
     ];
     let strangers: Vec<_> = messages
         .iter()
@@ -117,6 +118,32 @@ fn strangers_do_no_harm() {
     let outcomes = meet(rendezvous(0, 3, address), listener, others);
     assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
     drop(strangers);
+}
+
+#[test]
+fn a_rank_with_another_secret_is_kept_out_and_both_sides_say_why() {
+    let (listener, address) = listener();
+    let host = Rendezvous { timeout: Duration::from_millis(500), ..rendezvous(0, 2, address) };
+    let secret = Secret::new("the secret of another test").unwrap();
+    let other = Rendezvous { secret, ..rendezvous(1, 2, address) };
+    let mut outcomes = meet(host, listener, vec![other]).into_iter().map(Result::unwrap_err);
+    let at_host = outcomes.next().unwrap().to_string();
+    assert!(at_host.contains("connections that were given another secret: 1"), "{at_host}");
+    let at_other = outcomes.next().unwrap().to_string();
+    assert!(at_other.contains("it was given another secret than this rank"), "{at_other}");
+}
+
+#[test]
+fn who_is_no_rank_is_told_nothing() {
+    let (listener, address) = listener();
+    let joining = thread::spawn(move || rendezvous(1, 2, address).meet(None).unwrap_err());
+    let (mut joined, _) = listener.accept().unwrap();
+    joined.write_all(&[b'x'; 40]).unwrap();
+    let reason = joining.join().unwrap().to_string();
+    assert!(reason.contains("what listens there is no rank"), "{reason}");
+    let mut heard = Vec::new();
+    joined.read_to_end(&mut heard).unwrap();
+    assert!(heard.is_empty());
 }
 
 #[test]

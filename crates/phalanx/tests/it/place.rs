@@ -11,7 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// What launchers put into the environment: the binary must not see that of the tests' own.
-const VARIABLES: [&str; 12] = [
+const VARIABLES: [&str; 14] = [
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -24,6 +24,8 @@ const VARIABLES: [&str; 12] = [
     "SLURM_PROCID",
     "SLURM_STEP_ID",
     "SLURM_JOB_ID",
+    "PHALANX_SECRET",
+    "PHALANX_SECRET_FILE",
 ];
 
 /// A model of four layers and a job on it that takes seconds.
@@ -123,6 +125,8 @@ impl Place {
     pub fn phalanx(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_phalanx"));
         command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
+        // Where ranks that are started by hand find their secret.
+        command.env("XDG_CONFIG_HOME", self.path("config"));
         VARIABLES.iter().for_each(|variable| {
             command.env_remove(variable);
         });

@@ -1,12 +1,19 @@
 //! Meshes of every transport, for tests that are the same on all.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+mod disturbed;
+
 use std::net::{Ipv4Addr, TcpListener};
 use std::thread;
 use std::time::Duration;
 
-use transport::{Communicator, Error, InProcess, Interprocess, Limits, Rendezvous, Transport};
+use transport::{
+    Communicator, Error, InProcess, Interprocess, Limits, Rendezvous, Secret, Transport,
+};
 use units::Rank;
+
+#[allow(unused_imports, reason = "each test file uses its own part")]
+pub use disturbed::{Disturbed, disturbed};
 
 /// Makes the ends of a mesh of so many ranks, in rank order.
 pub type MakeMesh = fn(u32) -> Vec<Box<dyn Transport>>;
@@ -44,6 +51,11 @@ fn interprocess(ranks: u32, shares: fn(Rank) -> bool) -> Vec<Box<dyn Transport>>
     ends.into_iter().map(|end| Box::new(end) as Box<dyn Transport>).collect()
 }
 
+/// What the ranks of a test know.
+pub fn secret() -> Secret {
+    Secret::new("the secret of a test").unwrap()
+}
+
 /// Lets one rank per identity meet on a port that the system chooses.
 pub fn meet(identities: Vec<String>, shares: fn(Rank) -> bool) -> Vec<Result<Interprocess, Error>> {
     let ranks = identities.len() as u32;
@@ -53,7 +65,9 @@ pub fn meet(identities: Vec<String>, shares: fn(Rank) -> bool) -> Vec<Result<Int
     let mut listener = Some(listener);
     let join = |(rank, identity)| {
         let (rank, shared_memory) = (Rank(rank), shares(Rank(rank)));
-        let rendezvous = Rendezvous { rank, ranks, address, identity, timeout, shared_memory };
+        let secret = secret();
+        let rendezvous =
+            Rendezvous { rank, ranks, address, identity, secret, timeout, shared_memory };
         let listener = listener.take();
         thread::spawn(move || rendezvous.meet(listener))
     };
