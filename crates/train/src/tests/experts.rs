@@ -117,6 +117,7 @@ fn with_other_axes() -> Vec<Layout> {
             recompute: Recompute::Full,
             ..with(mesh(1, 1, 2, 2), 2, Shard::Optimizer)
         },
+        Layout { schedule: Schedule::ZeroBubble, ..with(mesh(2, 1, 2, 2), 2, Shard::Optimizer) },
         Layout {
             schedule: Schedule::Interleaved,
             virtual_stages: 2,
