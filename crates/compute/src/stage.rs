@@ -510,6 +510,7 @@ impl<T> BlockState<T> {
         let held = if sharded { own.clone() } else { 0..elements };
         let master = if sharded { operators.slice(&whole, own.clone()) } else { whole };
         let moments = [operators.zeros(held.len()), operators.zeros(held.len())];
+        let (outer, length) = (spec.groups > 1, held.len());
         Self {
             counted: config.ranges(block, &spec.shape, |parameter| {
                 let speaks = config.speaks_for(parameter, &spec.shape, spec.place);
@@ -521,8 +522,7 @@ impl<T> BlockState<T> {
             held,
             sharded,
             gathered: (!sharded).then(|| operators.cast(&master)),
-            outer: (spec.groups > 1)
-                .then(|| [operators.slice(&master, 0..held.len()), operators.zeros(held.len())]),
+            outer: outer.then(|| [operators.slice(&master, 0..length), operators.zeros(length)]),
             master,
             moments,
             gradients: None,

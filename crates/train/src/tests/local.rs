@@ -61,14 +61,15 @@ fn plain_outer_descent_at_rate_one_is_the_mean_of_the_groups() {
     }
 }
 
+/// So few steps go further with outer momentum than without: what must not be is that they go less far.
 #[test]
-fn groups_that_train_apart_learn_what_they_learn_together() {
+fn groups_that_train_apart_learn_as_much_as_together() {
     let job = Job::new(true);
     let last = |trained: Trained| trained.evaluations.last().copied().unwrap();
     let together = last(train(&job, &job.reference()));
     for layout in layouts(4) {
         let apart = last(train(&job, &layout));
-        assert!((apart / together - 1.0).abs() < 0.1, "{layout:?}: {apart} for {together}");
+        assert!(apart < 1.1 * together, "{layout:?}: {apart} for {together}");
     }
 }
 
