@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn runs_of_columns_are_found_among_many() {
         let run = |block, start, elements| Run { block, kind: Kind::Parameter, start, elements };
-        let blocks = [model::Block::Head, model::Block::Embedding, model::Block::Layer(1)];
+        let blocks = [Block::Head, Block::Embedding, Block::Layer(1)];
         // The right half of every row of 8, against pieces of 12, in any order.
         let columns = blocks.iter().flat_map(|b| (0..9).map(|row| run(*b, 8 * row + 4, 4)));
         let pieces = (0..6).flat_map(|piece| blocks.map(|b| run(b, 12 * piece, 12)));
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn deliveries_bring_every_rank_what_it_needs_once() {
         let run = |start, elements| {
-            vec![Run { block: model::Block::Head, kind: Kind::Parameter, start, elements }]
+            vec![Run { block: Block::Head, kind: Kind::Parameter, start, elements }]
         };
         let parts = [run(0, 40), run(40, 60)];
         let needs = [run(0, 100), run(30, 20)];
