@@ -666,7 +666,7 @@ mod tests {
           |
         6 | globel_batch = 2
           | ^^^^^^^^^^^^
-        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
+        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `outer_learning_rate`, `outer_momentum`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
         did you mean `global_batch` instead of `globel_batch`?
         ");
         let text = format!("[model]\nname = \"tiny\"\n{TRAINING}[layout]\nshard = \"gradient\"\n");

@@ -283,7 +283,7 @@ fn check_shards(layout: &Layout) -> Result<(), LayoutError> {
             "local_steps is for groups that train apart; give local_groups of at least 2, or leave it out",
         ));
     }
-    if layout.local_steps > 0 && layout.mesh.data % layout.mesh.replicas != 0 {
+    if layout.local_steps > 0 && !layout.mesh.data.is_multiple_of(layout.mesh.replicas) {
         return Err(LayoutError::Together("each of local_groups takes sequences of its own"));
     }
     let apart = layout.local_steps > 0;
