@@ -2,7 +2,8 @@
 
     golden/python.sh bench/pytorch.py --ranks 2
 
-One rank trains alone; more are processes under DistributedDataParallel over gloo, on loopback.
+One rank trains alone; more are processes under DistributedDataParallel, or with `--shard` under
+FSDP2, over gloo: on loopback, or wherever a launcher has started them (RANK, MASTER_ADDR).
 Prints one JSON line. README.md says what is timed and what was done to make it fast.
 """
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 LOOPBACK = "127.0.0.1"
@@ -114,6 +116,22 @@ def time_steps(a, model, optimizer, rank):
     return times, time.process_time() - cpu_start, loss.item()
 
 
+def replicated(model, a):
+    return DistributedDataParallel(
+        model,
+        gradient_as_bucket_view=True,
+        static_graph=True,
+        bucket_cap_mb=a.bucket_mb,
+    )
+
+
+def sharded(model):
+    """Layer by layer, the rest together; parameters are gathered again for the backward pass."""
+    for layer in model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
 def run_rank(rank, a, port):
     """One rank from start to end; rank 0 prints the result."""
     torch.set_num_threads(a.threads)
@@ -121,15 +139,13 @@ def run_rank(rank, a, port):
     model = Llama(a)
     parameters = sum(p.numel() for p in model.parameters())
     if a.ranks > 1:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        store = dist.TCPStore(LOOPBACK, port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=a.ranks)
-        model = DistributedDataParallel(
-            model,
-            gradient_as_bucket_view=True,
-            static_graph=True,
-            bucket_cap_mb=a.bucket_mb,
-        )
+        if port is None:
+            dist.init_process_group("gloo")
+        else:
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+            store = dist.TCPStore(LOOPBACK, port, is_master=False)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=a.ranks)
+        model = sharded(model) if a.shard else replicated(model, a)
     times, cpu_s, loss = time_steps(a, model, adamw(model, a.optimizer), rank)
     if a.ranks > 1:
         total = torch.tensor(cpu_s, dtype=torch.float64)
@@ -162,13 +178,14 @@ def parse():
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--optimizer", choices=["fused", "foreach"], default="fused")
+    parser.add_argument("--shard", action="store_true")
     return parser.parse_args()
 
 
 def main():
     a = parse()
-    if a.ranks == 1:
-        run_rank(0, a, port=None)
+    if a.ranks == 1 or "RANK" in os.environ:
+        run_rank(int(os.environ.get("RANK", 0)), a, port=None)
     else:
         store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
         multiprocessing.spawn(run_rank, args=(a, store.port), nprocs=a.ranks)

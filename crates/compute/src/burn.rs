@@ -461,6 +461,10 @@ impl Operators for Burn {
         self.add(into, other);
     }
 
+    fn blend(&self, into: &mut Tensor<1>, kept: f32, other: &Tensor<1>, factor: f32) {
+        into.inplace(|into| into * kept + other.clone() * factor);
+    }
+
     fn balance(
         &self,
         biases: &mut Tensor<1>,

@@ -747,6 +747,10 @@ fn sums<O: Operators>(suite: &Suite<O>) {
         suite.check("add", &rounded, &sum(&a, &b));
         suite.operators.accumulate(&mut exact, &other);
         suite.check_fp32("accumulate", &exact, &sum(&a, &b));
+        let mut blended = suite.tensor(&a);
+        suite.operators.blend(&mut blended, 0.75, &other, -0.5);
+        let expected: Vec<f64> = a.iter().zip(&b).map(|(a, b)| 0.75 * a - 0.5 * b).collect();
+        suite.check_fp32("blend", &blended, &expected);
         for range in [0..elements, elements / 3..elements - elements / 4, 0..0] {
             let expected = reference::dot(&a[range.clone()], &a[range.clone()]);
             let squares = suite.operators.square_sum(&suite.tensor(&a), range);

@@ -19,7 +19,7 @@ pub use operators::{
     AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, UNSEEN,
     Window, WindowMut,
 };
-pub use stage::{Microbatch, Optimizer, Precision, Stage, StageSpec};
+pub use stage::{Microbatch, Optimizer, OuterOptimizer, Precision, Stage, StageSpec};
 
 #[cfg(test)]
 mod conformance;

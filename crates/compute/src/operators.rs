@@ -372,6 +372,8 @@ pub trait Operators: Clone {
         mean: f32,
         rate: f32,
     );
+    /// `into` times `kept` plus `other` times `factor`, in fp32 whatever the precision.
+    fn blend(&self, into: &mut Self::Tensor, kept: f32, other: &Self::Tensor, factor: f32);
     /// Sum of squares of part of a tensor.
     fn square_sum(&self, tensor: &Self::Tensor, range: Range<usize>) -> f64;
     /// Updates part of the parameters and their two moments; `gradient` begins with that part's.

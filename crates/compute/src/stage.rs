@@ -46,8 +46,28 @@ pub struct Optimizer {
     pub epsilon: f32,
     /// Decoupled weight decay, of matrices only.
     pub weight_decay: f32,
-    /// Largest global gradient norm; larger ones are scaled down to it. `None` never clips.
+    /// Largest gradient norm of a group of ranks that train together; larger ones are scaled down to
+    /// it. `None` never clips.
     pub clip_norm: Option<f32>,
+    /// How the parameters of groups that train apart meet.
+    pub outer: OuterOptimizer,
+}
+
+/// Gradient descent with Nesterov's momentum on the mean change of all groups since the last outer
+/// update (Douillard et al. 2023, `DiLoCo`, arXiv:2311.08105, algorithm 1).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct OuterOptimizer {
+    /// Learning rate.
+    pub learning_rate: f32,
+    /// Momentum; 0 is plain gradient descent, with a learning rate of 1 the mean of the groups.
+    pub momentum: f32,
+}
+
+impl Default for OuterOptimizer {
+    /// What the paper found best (section 3.1).
+    fn default() -> Self {
+        Self { learning_rate: 0.7, momentum: 0.9 }
+    }
 }
 
 /// Words in and words wanted of one microbatch, those of this rank's tokens in each sequence.
@@ -79,6 +99,8 @@ struct BlockState<T> {
     /// The held parameters in fp32.
     master: T,
     moments: [T; 2],
+    /// Where groups train apart: the held parameters after the last outer update, their momentum.
+    outer: Option<[T; 2]>,
     /// All parameters in compute precision, where they differ from the master.
     gathered: Option<T>,
     /// The sum of the gradients of this rank's microbatches, all elements.
@@ -116,8 +138,8 @@ pub struct Stage<O: Operators> {
     gathered: BTreeMap<(Buffer, Piece), O::Tensor>,
     /// What the gradients of weights will be made of, where they wait for a pass of their own.
     owed: BTreeMap<(u32, Segment, u32), Owed<O::Tensor>>,
-    /// The loss is a mean over this many tokens.
-    global_tokens: f64,
+    /// The loss of a group of ranks that train together is a mean over this many tokens.
+    group_tokens: f64,
     optimizer: Optimizer,
     updates: u64,
     /// Updates by a gradient of a larger norm are left out.
@@ -135,6 +157,8 @@ pub struct StageSpec {
     shape: Shape,
     place: Place,
     sharded: bool,
+    /// Groups of ranks that train apart.
+    groups: u32,
     attention: AttentionDims,
     blocks: Vec<Block>,
 }
@@ -151,6 +175,7 @@ impl StageSpec {
             shape,
             place: program.mesh.place(rank),
             sharded: program.optimizer_sharded,
+            groups: program.groups(),
             attention: AttentionDims {
                 sequences: shape.sequences as usize,
                 length: (shape.sequence / shape.context) as usize,
@@ -181,9 +206,14 @@ impl StageSpec {
         self.exchanges.mesh.ranks()
     }
 
-    /// Of the ranks that hold the same share, one in each replica, whether this is the first.
-    fn is_first_replica(&self) -> bool {
-        self.exchanges.mesh.coordinate(self.rank, Axis::Replica) == 0
+    /// Whether it counts its share of the gradient norm: of the ranks that hold the same share, one
+    /// in each replica, the first does; of groups that train apart, each.
+    fn counts_norm(&self) -> bool {
+        self.groups > 1 || self.replica(self.rank) == 0
+    }
+
+    fn replica(&self, rank: Rank) -> u32 {
+        self.exchanges.mesh.coordinate(rank, Axis::Replica)
     }
 
     /// This rank's chunk of a buffer that the ranks along `axis` share out.
@@ -235,7 +265,7 @@ impl<O: Operators> Stage<O> {
             parts: BTreeMap::new(),
             gathered: BTreeMap::new(),
             owed: BTreeMap::new(),
-            global_tokens: 1.0,
+            group_tokens: 1.0,
             optimizer,
             updates: 0,
             largest_norm: f64::INFINITY,
@@ -262,7 +292,7 @@ impl<O: Operators> Stage<O> {
     /// Prepares for a step (or an evaluation) by `program` on these microbatches.
     pub fn begin(&mut self, program: &Program, microbatches: Vec<Microbatch>, learning_rate: f32) {
         self.microbatches = microbatches;
-        self.global_tokens = program.global_tokens() as f64;
+        self.group_tokens = program.global_tokens() as f64 / f64::from(program.groups());
         self.optimizer.learning_rate = learning_rate;
         self.values.clear();
         self.saved.clear();
@@ -284,6 +314,7 @@ impl<O: Operators> Stage<O> {
             Instruction::Accumulate { block } => self.accumulate(block),
             Instruction::SquareSum { block } => self.square_sum(block),
             Instruction::Update { block } => self.update(block),
+            Instruction::OuterUpdate { block } => self.outer_update(block),
             Instruction::Release { block } => self.state(block).gathered = None,
             Instruction::Discard { value, microbatch } => {
                 // What another segment has consumed is gone already.
@@ -300,13 +331,22 @@ impl<O: Operators> Stage<O> {
     /// The mean loss over the step's tokens, once the statistics are shared.
     #[must_use]
     pub fn loss(&self) -> f64 {
-        self.statistic(1)
+        let groups = 0..self.program.groups;
+        groups.map(|group| self.statistic(1, group)).sum::<f64>() / f64::from(self.program.groups)
     }
 
-    /// The global gradient norm before clipping, once the statistics are shared.
+    /// The global gradient norm before clipping, once the statistics are shared; of groups that
+    /// train apart the largest.
     #[must_use]
     pub fn gradient_norm(&self) -> f64 {
-        self.statistic(0).sqrt()
+        let norms = (0..self.program.groups).map(|group| self.group_norm(group));
+        norms
+            .reduce(|most, norm| if most > norm || most.is_nan() { most } else { norm })
+            .unwrap_or_default()
+    }
+
+    fn group_norm(&self, group: u32) -> f64 {
+        self.statistic(0, group).sqrt()
     }
 
     /// Leaves out updates by a gradient of a larger global norm than this, from the next on.
@@ -335,12 +375,14 @@ impl<O: Operators> Stage<O> {
         &self.program.blocks
     }
 
-    /// The sum over ranks, in the order of ranks, so that all ranks get the same bits.
-    fn statistic(&self, which: usize) -> f64 {
+    /// The sum over the ranks of a group, in the order of ranks, so that all ranks get the same bits.
+    fn statistic(&self, which: usize, group: u32) -> f64 {
         if self.program.ranks() == 1 {
             return f64::from(self.share[which] as f32);
         }
-        self.statistics.chunks_exact(2).map(|share| f64::from(share[which])).sum()
+        let shares = (0..).map(Rank).zip(self.statistics.chunks_exact(2));
+        let counts = |rank| self.program.groups == 1 || self.program.replica(rank) == group;
+        shares.filter(|(rank, _)| counts(*rank)).map(|(_, share)| f64::from(share[which])).sum()
     }
 
     fn state(&mut self, block: Block) -> &mut BlockState<O::Tensor> {
@@ -367,7 +409,7 @@ impl<O: Operators> Stage<O> {
         let first = if state.sharded { *start } else { state.own.start };
         for counted in &state.counted {
             let (from, to) = (counted.start.max(state.own.start), counted.end.min(state.own.end));
-            if from < to && self.program.is_first_replica() {
+            if from < to && self.program.counts_norm() {
                 let range = first + from - state.own.start..first + to - state.own.start;
                 self.share[0] += self.operators.square_sum(tensor, range);
             }
@@ -407,19 +449,38 @@ impl<O: Operators> Stage<O> {
         state.gathered = (!state.sharded).then(|| operators.cast(&state.master));
     }
 
+    /// The mean change of all groups is the gradient of Nesterov's momentum; groups go on from where
+    /// it leads.
+    fn outer_update(&mut self, block: Block) {
+        let operators = self.operators.clone();
+        let OuterOptimizer { learning_rate, momentum: kept } = self.optimizer.outer;
+        let share = 1.0 / self.program.groups as f32;
+        let state = self.state(block);
+        state.gathered = None; // it may share the master's memory
+        let Reduced { tensor: changes, .. } = state.arrived.take().expect("changes are summed");
+        let [anchor, momentum] = state.outer.as_mut().expect("groups train apart");
+        operators.blend(momentum, kept, &changes, share);
+        operators.blend(anchor, 1.0, &changes, -learning_rate * share);
+        operators.blend(anchor, 1.0, momentum, -learning_rate * kept);
+        state.master = anchor.clone();
+        state.gathered = (!state.sharded).then(|| operators.cast(&state.master));
+    }
+
     /// The mean load of a routed expert, and how far biases move against the loads.
     fn balance(&self) -> (f32, f32) {
         self.config.experts.map_or((0.0, 0.0), |experts| {
-            let copies = self.global_tokens * experts.per_token as f64;
+            let copies = self.group_tokens * experts.per_token as f64;
             ((copies / experts.count as f64) as f32, experts.balance_rate)
         })
     }
 
     fn settings(&self) -> AdamW {
-        let Optimizer { learning_rate, beta1, beta2, epsilon, weight_decay, clip_norm } =
+        let Optimizer { learning_rate, beta1, beta2, epsilon, weight_decay, clip_norm, .. } =
             self.optimizer;
+        let own = if self.program.groups > 1 { self.program.replica(self.program.rank) } else { 0 };
+        let norm = self.group_norm(own);
         // As torch.nn.utils.clip_grad_norm_ has it.
-        let clip = |limit: f32| (f64::from(limit) / (self.gradient_norm() + 1e-6)).min(1.0) as f32;
+        let clip = |limit: f32| (f64::from(limit) / (norm + 1e-6)).min(1.0) as f32;
         AdamW {
             learning_rate,
             beta1,
@@ -449,6 +510,7 @@ impl<T> BlockState<T> {
         let held = if sharded { own.clone() } else { 0..elements };
         let master = if sharded { operators.slice(&whole, own.clone()) } else { whole };
         let moments = [operators.zeros(held.len()), operators.zeros(held.len())];
+        let (outer, length) = (spec.groups > 1, held.len());
         Self {
             counted: config.ranges(block, &spec.shape, |parameter| {
                 let speaks = config.speaks_for(parameter, &spec.shape, spec.place);
@@ -460,6 +522,7 @@ impl<T> BlockState<T> {
             held,
             sharded,
             gathered: (!sharded).then(|| operators.cast(&master)),
+            outer: outer.then(|| [operators.slice(&master, 0..length), operators.zeros(length)]),
             master,
             moments,
             gradients: None,

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use checkpoint::hugging_face::Weights;
-use compute::{Cpu, Microbatch, Operators, Optimizer, Precision, Stage, StageSpec};
+use compute::{Cpu, Microbatch, Operators, Optimizer, OuterOptimizer, Precision, Stage, StageSpec};
 use model::{Config, Segment};
 use plan::{Batch, Layout, lower};
 use program::{Action, Axis, Buffer, Instruction, Piece, Program, Transfer, Value};
@@ -66,6 +66,7 @@ impl Golden {
             epsilon: 1e-8,
             weight_decay: 0.1,
             clip_norm: None,
+            outer: OuterOptimizer::default(),
         };
         Stage::new(device, self.config.clone(), spec, optimizer, |block, values| {
             self.weights.read_block(&self.config, block, values)

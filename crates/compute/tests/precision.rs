@@ -1,6 +1,6 @@
 //! Under bf16, what is kept from step to step stays fp32.
 
-use compute::{Cpu, Optimizer, Precision, Stage, StageSpec};
+use compute::{Cpu, Optimizer, OuterOptimizer, Precision, Stage, StageSpec};
 use model::{Block, Config, catalogue};
 use plan::{Batch, Layout, Shard, lower};
 use program::{Action, Axis, Buffer, Instruction, Mesh, Piece, Transfer};
@@ -24,6 +24,7 @@ fn stage(config: &Config, shard: Shard) -> Stage<Cpu> {
         epsilon: 1e-8,
         weight_decay: 0.0,
         clip_norm: None,
+        outer: OuterOptimizer::default(),
     };
     let device = Cpu::new(1, Precision::Bf16);
     let fill = |_, values: &mut [f32]| -> Result<(), std::convert::Infallible> {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use cluster::Precision;
-use compute::Optimizer;
+use compute::{Optimizer, OuterOptimizer};
 use model::{
     Activation, Config, Experts, LatentAttention, Llama3Scaling, Norm, Positions, Rotary,
     SlidingWindow,
@@ -115,6 +115,12 @@ pub struct Training {
     /// Largest global gradient norm; 0 never clips.
     #[serde(default = "defaults::clip_norm")]
     pub clip_norm: f32,
+    /// Learning rate of the outer update of groups that train apart (`local_steps`).
+    #[serde(default = "defaults::outer_learning_rate")]
+    pub outer_learning_rate: f32,
+    /// Its Nesterov momentum.
+    #[serde(default = "defaults::outer_momentum")]
+    pub outer_momentum: f32,
     /// Seed of the initial parameters and of the order of the data.
     #[serde(default)]
     pub seed: u64,
@@ -157,6 +163,12 @@ mod defaults {
     }
     pub fn clip_norm() -> f32 {
         1.0
+    }
+    pub fn outer_learning_rate() -> f32 {
+        compute::OuterOptimizer::default().learning_rate
+    }
+    pub fn outer_momentum() -> f32 {
+        compute::OuterOptimizer::default().momentum
     }
     pub fn evaluation_sequences() -> u64 {
         32
@@ -429,7 +441,11 @@ impl Job {
     pub fn optimizer(&self) -> Optimizer {
         let Training { beta1, beta2, epsilon, weight_decay, clip_norm, .. } = self.training;
         let clip_norm = (clip_norm > 0.0).then_some(clip_norm);
-        Optimizer { learning_rate: 0.0, beta1, beta2, epsilon, weight_decay, clip_norm }
+        let outer = OuterOptimizer {
+            learning_rate: self.training.outer_learning_rate,
+            momentum: self.training.outer_momentum,
+        };
+        Optimizer { learning_rate: 0.0, beta1, beta2, epsilon, weight_decay, clip_norm, outer }
     }
 
     /// The learning rate of each step.
@@ -650,7 +666,7 @@ mod tests {
           |
         6 | globel_batch = 2
           | ^^^^^^^^^^^^
-        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
+        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `outer_learning_rate`, `outer_momentum`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
         did you mean `global_batch` instead of `globel_batch`?
         ");
         let text = format!("[model]\nname = \"tiny\"\n{TRAINING}[layout]\nshard = \"gradient\"\n");

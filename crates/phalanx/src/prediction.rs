@@ -20,6 +20,11 @@ pub struct Prediction {
     step_time_s: Seconds,
     /// What 5, 50 and 95 % of steps stay below.
     step_time_s_quantiles: Option<[Seconds; 3]>,
+    /// What an outer update takes where groups train apart, and after how many steps there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    outer_update_s: Option<Seconds>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    outer_update_every_steps: Option<u32>,
     tokens_per_s: f64,
     tokens_per_s_per_accelerator: f64,
     model_flops_utilization: Option<f64>,
@@ -69,6 +74,8 @@ impl Prediction {
         Self {
             step_time_s: summary.step_time,
             step_time_s_quantiles: quantiles,
+            outer_update_s: None,
+            outer_update_every_steps: None,
             tokens_per_s,
             tokens_per_s_per_accelerator: tokens_per_s / f64::from(ranks),
             model_flops_utilization: utilization(Counting::Causal),
@@ -91,6 +98,24 @@ impl Prediction {
             machine,
             summary,
             peak: peak.map(|peak| format!("{peak} {}", job.training.precision)),
+        }
+    }
+
+    /// With an outer update that takes so long after every so many steps.
+    #[must_use]
+    pub fn with_outer_update(self, time: Seconds, every_steps: u32) -> Self {
+        let slower = self.step_time_s / (self.step_time_s + time * (1.0 / f64::from(every_steps)));
+        let slowed = |figure: Option<f64>| figure.map(|figure| figure * slower);
+        Self {
+            outer_update_s: Some(time),
+            outer_update_every_steps: Some(every_steps),
+            tokens_per_s: self.tokens_per_s * slower,
+            tokens_per_s_per_accelerator: self.tokens_per_s_per_accelerator * slower,
+            model_flops_utilization: slowed(self.model_flops_utilization),
+            model_flops_utilization_full_attention: slowed(
+                self.model_flops_utilization_full_attention,
+            ),
+            ..self
         }
     }
 
@@ -162,6 +187,9 @@ impl std::fmt::Display for Prediction {
             f.write_str(&row("to", long.to_string()))?;
         }
         f.write_str(&row("optimizer (part of compute)", self.optimizer_s.to_string()))?;
+        if let (Some(time), Some(every)) = (self.outer_update_s, self.outer_update_every_steps) {
+            f.write_str(&row(&format!("outer update, every {every} steps"), time.to_string()))?;
+        }
         f.write_str(&row("tokens/s", thousands(self.tokens_per_s as u64)))?;
         let per_accelerator = thousands(self.tokens_per_s_per_accelerator as u64);
         f.write_str(&row("tokens/s an accelerator", per_accelerator))?;

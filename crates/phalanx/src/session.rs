@@ -12,7 +12,7 @@ use checkpoint::sharded::{Kind, Progress};
 use compute::{Operators, Stage};
 use data::{Sampler, Tokenizer};
 use model::Counting;
-use plan::{Batch, Layout, Schedule, lower, lower_evaluation};
+use plan::{Batch, Layout, Schedule, lower, lower_evaluation, lower_outer};
 use program::Program;
 use report::{Summary, perfetto, summary_table};
 use serde_json::{Value, json};
@@ -122,7 +122,8 @@ impl<'a, O: Operators> Session<'a, O> {
         let step = lowered(job)?;
         let evaluation = evaluation_program(job)?;
         let device = Device { operators, config: job.model.clone(), optimizer: job.optimizer() };
-        let programs = Programs { step, evaluation };
+        let outer = lower_outer(&job.model, &job.layout, &job.batch())?;
+        let programs = Programs { step, evaluation, outer };
         Ok(Self { job, speaks, rank, batches, programs, device, machine: None })
     }
 
@@ -304,7 +305,7 @@ impl<'a, O: Operators> Session<'a, O> {
         let model = &self.job.model;
         let weights = self.job.weights.as_deref().map(Weights::open).transpose()?;
         train::restore(worker, &self.programs.step, 0, |block, kind, start, values| {
-            if kind != Kind::Parameter {
+            if !matches!(kind, Kind::Parameter | Kind::Anchor) {
                 return Ok(());
             }
             let mut whole = vec![0.0; model.block_elements(block) as usize];
@@ -312,7 +313,7 @@ impl<'a, O: Operators> Session<'a, O> {
                 Some(weights) => weights.read_block(model, block, &mut whole)?,
                 None => Stage::<O>::fresh(model, self.job.training.seed, block, &mut whole),
             }
-            let start = start as usize;
+            let start = (start % model.block_elements(block)) as usize;
             values.copy_from_slice(&whole[start..start + values.len()]);
             Ok::<(), checkpoint::Error>(())
         })?;
@@ -327,6 +328,11 @@ impl<'a, O: Operators> Session<'a, O> {
         let trace = sim::simulate(&self.programs.step, &world)?;
         if self.speaks {
             println!("prediction     {} a step", trace.duration());
+        }
+        if let Some(outer) = self.programs.outer.as_ref().filter(|_| self.speaks) {
+            let (time, every) =
+                (sim::simulate(outer, &world)?.duration(), self.job.layout.local_steps);
+            println!("               {time} an outer update, after every {every} steps");
         }
         Ok(Some(trace))
     }

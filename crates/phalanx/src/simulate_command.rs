@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use plan::lower_outer;
 use program::{Program, Trace};
 use report::{Communicators, Summary, chakra, perfetto};
 use serde_json::Value;
@@ -52,21 +53,32 @@ fn predicted(
         Job::of(args.draft()?, &options.costing).with_context(|| args.job.display().to_string())?;
     let program = lowered(&job)?;
     let traced = options.trace.is_some() || options.chakra.is_some();
+    let outer = lower_outer(&job.model, &job.layout, &job.batch())?;
+    let mut outer_time = None;
     let (world, source, quantiles, (summary, trace)) = if job.cluster.is_local() {
         let (world, source) = measured(args, &job, options, measure)?;
         let trace = run(&program, &world)?;
+        if let Some(outer) = &outer {
+            outer_time = Some(run(outer, &world)?.duration());
+        }
         (world, source, None, (Summary::new(&program, &trace), Some(trace)))
     } else {
         let precision = job.training.precision;
         let described = Described::new(&job.cluster, precision, &options.costing)?;
         let predicted = predict(&program, &described, traced)?;
+        if let Some(outer) = &outer {
+            outer_time = Some(described.times(outer)?.step_time);
+        }
         let varies = described.quantiles(&predicted.0, program.mesh.ranks());
         (World::Roofline(described.roofline.clone()), described.source(), varies, predicted)
     };
     if let Some(trace) = trace {
         write(&program, &trace, options)?;
     }
-    let prediction = Prediction::new(&job, &program, &world, summary, quantiles, source);
+    let mut prediction = Prediction::new(&job, &program, &world, summary, quantiles, source);
+    if let Some(time) = outer_time {
+        prediction = prediction.with_outer_update(time, job.layout.local_steps);
+    }
     Ok((job, program, prediction))
 }
 

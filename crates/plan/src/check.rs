@@ -278,7 +278,16 @@ fn check_experts(layout: &Layout, config: &Config) -> Result<(), LayoutError> {
 
 fn check_shards(layout: &Layout) -> Result<(), LayoutError> {
     let alone = layout.mesh.degree(program::Axis::Data) == 1;
-    if layout.mesh.replicas > 1 && (layout.shard == Shard::None || alone) {
+    if layout.local_steps > 0 && layout.mesh.replicas == 1 {
+        return Err(LayoutError::Together(
+            "local_steps is for groups that train apart; give local_groups of at least 2, or leave it out",
+        ));
+    }
+    if layout.local_steps > 0 && !layout.mesh.data.is_multiple_of(layout.mesh.replicas) {
+        return Err(LayoutError::Together("each of local_groups takes sequences of its own"));
+    }
+    let apart = layout.local_steps > 0;
+    if !apart && layout.mesh.replicas > 1 && (layout.shard == Shard::None || alone) {
         return Err(LayoutError::Together(
             "shard_ranks says among how many ranks state is shared out; give at least 2 and a shard other than none, or leave it out",
         ));

@@ -30,6 +30,10 @@ pub struct Layout {
     pub micro_batch: u64,
     /// What the data axis splits.
     pub shard: Shard,
+    /// Steps that replicas take apart, as groups of their own, before their parameters meet in an
+    /// outer update; 0 where their gradients do in every step.
+    #[serde(default)]
+    pub local_steps: u32,
     /// The order of a pipeline rank's turns.
     pub schedule: Schedule,
     /// What the forward pass does not keep.
@@ -64,6 +68,7 @@ impl Layout {
             stage_layers: Vec::new(),
             micro_batch,
             shard,
+            local_steps: 0,
             schedule: Schedule::default(),
             recompute: Recompute::default(),
             sequence_parallel: false,

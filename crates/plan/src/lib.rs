@@ -17,7 +17,7 @@ pub mod search;
 
 pub use check::LayoutError;
 pub use layout::{Batch, Layout};
-pub use lower::{lower, lower_evaluation};
+pub use lower::{lower, lower_evaluation, lower_outer};
 pub use options::{ContextExchange, Recompute, Shard, TensorOverlap, Timing};
 pub use partial::PartialLayout;
 pub use schedule::{Schedule, Turn};

@@ -68,6 +68,31 @@ pub fn lower_evaluation(
     Ok(common.program(classes))
 }
 
+/// The program of an outer update, which follows every `local_steps`-th step: the groups' mean change
+/// of each block is the gradient of an outer optimizer (Douillard et al. 2023, `DiLoCo`, algorithm 1).
+/// `None` where gradients meet in every step.
+///
+/// # Errors
+/// A layout that does not fit the model or the batch.
+pub fn lower_outer(
+    config: &Config,
+    layout: &Layout,
+    batch: &Batch,
+) -> Result<Option<Program>, LayoutError> {
+    layout.check(config, batch)?;
+    if layout.local_steps == 0 {
+        return Ok(None);
+    }
+    let common = Common::new(config, layout, batch);
+    let class = |rank| {
+        let mut lowering = Lowering::new(&common, rank, &[]);
+        lowering.outer_update();
+        lowering.list
+    };
+    let classes = (0..layout.mesh.pipeline).map(class).collect();
+    Ok(Some(common.program(classes)))
+}
+
 /// What all ranks have in common.
 struct Common<'a> {
     config: &'a Config,
@@ -117,6 +142,7 @@ impl<'a> Common<'a> {
             in_flight: IN_FLIGHT,
             parameters_sharded: shards(layout, Shard::Optimizer),
             optimizer_sharded: shards(layout, Shard::Optimizer),
+            local_steps: layout.local_steps,
             tied_embeddings: config.tied_embeddings,
             classes,
             layers: config.layers,
@@ -261,9 +287,10 @@ impl<'a> Lowering<'a> {
         self.tickets += 1;
         let element_bytes = match buffer {
             Buffer::Parameters(_) => self.layout.parameter_bytes,
-            Buffer::Gradients(_) | Buffer::ReplicatedGradients(_) | Buffer::ReducedGradients(_) => {
-                self.layout.gradient_bytes
-            }
+            Buffer::Gradients(_)
+            | Buffer::ReplicatedGradients(_)
+            | Buffer::ReducedGradients(_)
+            | Buffer::Change(_) => self.layout.gradient_bytes,
             Buffer::Activation { value: Value::LogSums(_) | Value::Routes(_), .. }
             | Buffer::Statistics => 4,
             Buffer::Activation { .. } | Buffer::ActivationGradient { .. } => {

@@ -26,6 +26,10 @@ pub struct PartialLayout {
     pub expert_tensor: Option<u32>,
     /// Ranks that share out state; as many as data times context unless given (hybrid sharding).
     pub shard_ranks: Option<u32>,
+    /// Groups that ranks along the data axis form, each of which trains on its own for `local_steps`.
+    pub local_groups: Option<u32>,
+    /// Steps that groups take apart before their parameters meet in an outer update.
+    pub local_steps: Option<u32>,
     /// Sequences in a microbatch.
     pub micro_batch: Option<u64>,
     /// In which order axes lie on accelerators.
@@ -73,6 +77,7 @@ impl PartialLayout {
         let mesh = &layout.mesh;
         let unless_one = |degree: u32| (degree > 1).then_some(degree);
         let shared = mesh.context * mesh.data / mesh.replicas;
+        let apart = layout.local_steps > 0;
         Self {
             tensor: Some(mesh.tensor),
             context: unless_one(mesh.context),
@@ -80,7 +85,9 @@ impl PartialLayout {
             virtual_stages: unless_one(layout.virtual_stages),
             expert: unless_one(mesh.expert),
             expert_tensor: unless_one(mesh.expert_tensor),
-            shard_ranks: (mesh.replicas > 1).then_some(shared),
+            shard_ranks: (mesh.replicas > 1 && !apart).then_some(shared),
+            local_groups: apart.then_some(mesh.replicas),
+            local_steps: apart.then_some(layout.local_steps),
             micro_batch: Some(layout.micro_batch),
             placement: Some(mesh.placement).filter(|placement| *placement != Placement::default()),
             shard: Some(layout.shard),
@@ -136,6 +143,16 @@ impl PartialLayout {
         }
         let micro_batch = self.micro_batch.unwrap_or_else(|| default_micro_batch(&mesh, batch));
         let shares = mesh.data * mesh.context > 1;
+        if self.local_groups.is_some() != self.local_steps.is_some() {
+            return Err(LayoutError::Together(
+                "local_groups says which ranks train apart and local_steps for how long; give both, or neither",
+            ));
+        }
+        if self.local_groups.is_some() && self.shard_ranks.is_some() {
+            return Err(LayoutError::Together(
+                "state is shared out within each of local_groups; leave out shard_ranks",
+            ));
+        }
         let default_shard = if shares { Shard::Optimizer } else { Shard::None };
         let default_schedule = match virtual_stages {
             1 => Schedule::OneForwardOneBackward,
@@ -144,6 +161,7 @@ impl PartialLayout {
         let simplest = Layout::new(mesh, micro_batch, self.shard.unwrap_or(default_shard));
         let layout = Layout {
             virtual_stages,
+            local_steps: self.local_steps.unwrap_or_default(),
             stage_layers: self.stage_layers(config, mesh.pipeline, virtual_stages)?,
             schedule: self.schedule.clone().unwrap_or(default_schedule),
             recompute: self.recompute.clone().unwrap_or_default(),
@@ -174,6 +192,7 @@ impl PartialLayout {
             ("expert", expert),
             ("expert_tensor", expert_tensor),
             ("shard_ranks", given(self.shard_ranks)),
+            ("local_groups", given(self.local_groups)),
         ];
         if let Some((name, _)) = named.into_iter().find(|(_, degree)| *degree == 0) {
             return Err(LayoutError::Zero(name));
@@ -184,7 +203,16 @@ impl PartialLayout {
         }
         let data = ranks / model_ranks;
         let share = data * context;
-        let shard_ranks = self.shard_ranks.unwrap_or(share);
+        let groups = given(self.local_groups);
+        if !data.is_multiple_of(groups) {
+            return Err(LayoutError::divide(
+                "local_groups",
+                u64::from(groups),
+                "the data degree",
+                u64::from(data),
+            ));
+        }
+        let shard_ranks = self.shard_ranks.unwrap_or(share / groups);
         if !share.is_multiple_of(shard_ranks) {
             let (degree, quantity) = (u64::from(shard_ranks), "data x context");
             return Err(LayoutError::divide("shard_ranks", degree, quantity, u64::from(share)));

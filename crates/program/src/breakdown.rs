@@ -20,6 +20,8 @@ pub enum Work {
     SquareSum,
     /// The optimizer.
     Update,
+    /// The outer optimizer.
+    OuterUpdate,
 }
 
 impl Work {
@@ -31,6 +33,7 @@ impl Work {
             Instruction::Accumulate { .. } => Some(Self::Accumulate),
             Instruction::SquareSum { .. } => Some(Self::SquareSum),
             Instruction::Update { .. } => Some(Self::Update),
+            Instruction::OuterUpdate { .. } => Some(Self::OuterUpdate),
             Instruction::Discard { .. }
             | Instruction::Release { .. }
             | Instruction::Post { .. }
@@ -46,6 +49,7 @@ impl fmt::Display for Work {
             Self::Accumulate => f.write_str("accumulate"),
             Self::SquareSum => f.write_str("square-sum"),
             Self::Update => f.write_str("update"),
+            Self::OuterUpdate => f.write_str("outer-update"),
         }
     }
 }
@@ -97,7 +101,7 @@ impl Breakdown {
     #[must_use]
     pub fn optimizer(&self) -> Seconds {
         let of = |work| self.work.get(&work).copied().unwrap_or_default();
-        of(Work::SquareSum) + of(Work::Update)
+        of(Work::SquareSum) + of(Work::Update) + of(Work::OuterUpdate)
     }
 
     /// What is left of a step of this length.

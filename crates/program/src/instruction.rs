@@ -110,6 +110,9 @@ pub enum Buffer {
     ReplicatedGradients(Block),
     /// What the reduction of a block's gradients left here: the own chunk, or all of it.
     ReducedGradients(Block),
+    /// How far a block's parameters have come from their anchor, where they were after the last
+    /// outer update.
+    Change(Block),
     /// A value of a microbatch.
     Activation {
         /// Which value.
@@ -247,6 +250,11 @@ pub enum Instruction {
     },
     /// Clip by the global norm and apply the optimizer.
     Update {
+        /// To which block.
+        block: Block,
+    },
+    /// Apply the outer optimizer to the mean change of all groups, and go on from there.
+    OuterUpdate {
         /// To which block.
         block: Block,
     },

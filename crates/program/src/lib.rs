@@ -46,6 +46,9 @@ pub struct Program {
     pub parameters_sharded: bool,
     /// Whether a rank updates only its chunk of each block.
     pub optimizer_sharded: bool,
+    /// Steps that the replicas take apart, as groups of their own, before their parameters meet;
+    /// 0 where their gradients do in every step.
+    pub local_steps: u32,
     /// Whether the head's product uses the embedding block.
     pub tied_embeddings: bool,
     /// The instructions of each class, by pipeline coordinate.
@@ -126,6 +129,10 @@ impl Program {
             Instruction::Update { block } => {
                 vec![Operator::AdamW { elements: self.updated_elements(block) }]
             }
+            // The mean change to the momentum, and both to the anchor.
+            Instruction::OuterUpdate { block } => {
+                vec![Operator::Add { elements: self.updated_elements(block) }; 3]
+            }
             Instruction::Discard { .. }
             | Instruction::Release { .. }
             | Instruction::Post { .. }
@@ -133,6 +140,12 @@ impl Program {
                 vec![]
             }
         }
+    }
+
+    /// Groups of ranks that train apart between outer updates: 1, or as many as there are replicas.
+    #[must_use]
+    pub fn groups(&self) -> u32 {
+        if self.local_steps > 0 { self.mesh.replicas } else { 1 }
     }
 
     /// Sequences in a step, over all ranks.

@@ -43,6 +43,7 @@ impl fmt::Display for Buffer {
             Self::ActivationGradient { value, microbatch } => {
                 write!(f, "gradient({value}) mb{microbatch}")
             }
+            Self::Change(block) => write!(f, "change({block})"),
             Self::Statistics => write!(f, "statistics"),
         }
     }
@@ -77,6 +78,7 @@ impl fmt::Display for Instruction {
             Self::Accumulate { block } => write!(f, "accumulate {block}"),
             Self::SquareSum { block } => write!(f, "square-sum {block}"),
             Self::Update { block } => write!(f, "update {block}"),
+            Self::OuterUpdate { block } => write!(f, "outer-update {block}"),
             Self::Release { block } => write!(f, "release {block}"),
             Self::Post { ticket, transfer } => write!(f, "post {ticket} {transfer}"),
             Self::Wait { ticket } => write!(f, "wait {ticket}"),

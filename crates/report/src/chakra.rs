@@ -178,7 +178,8 @@ impl Writer<'_> {
             Instruction::Compute { .. }
             | Instruction::Accumulate { .. }
             | Instruction::SquareSum { .. }
-            | Instruction::Update { .. } => self.compute(index, instruction),
+            | Instruction::Update { .. }
+            | Instruction::OuterUpdate { .. } => self.compute(index, instruction),
             Instruction::Release { .. } | Instruction::Discard { .. } => {}
         }
     }

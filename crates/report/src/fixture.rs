@@ -60,6 +60,7 @@ pub(crate) fn program() -> Program {
         in_flight: 1,
         parameters_sharded: false,
         optimizer_sharded: false,
+        local_steps: 0,
         tied_embeddings: false,
         classes: vec![first, second],
         layers: 8,

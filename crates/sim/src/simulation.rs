@@ -130,7 +130,8 @@ impl<'p, M: Machine> Simulation<'p, M> {
             Instruction::Compute { .. }
             | Instruction::Accumulate { .. }
             | Instruction::SquareSum { .. }
-            | Instruction::Update { .. } => self.record(rank, index, Lane::Compute, began),
+            | Instruction::Update { .. }
+            | Instruction::OuterUpdate { .. } => self.record(rank, index, Lane::Compute, began),
         }
     }
 

@@ -30,6 +30,7 @@ fn program(mesh: Mesh, classes: Vec<Vec<Instruction>>) -> Program {
         in_flight: 64,
         parameters_sharded: false,
         optimizer_sharded: false,
+        local_steps: 0,
         tied_embeddings: false,
         classes,
         layers: 1,

@@ -99,7 +99,8 @@ impl Profile {
             | Instruction::Discard { .. } => Ok(Seconds::ZERO),
             Instruction::Accumulate { .. }
             | Instruction::SquareSum { .. }
-            | Instruction::Update { .. } => Ok(program
+            | Instruction::Update { .. }
+            | Instruction::OuterUpdate { .. } => Ok(program
                 .operators(instruction)
                 .iter()
                 .map(|operator| self.elementwise(operator))

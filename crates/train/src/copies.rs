@@ -6,7 +6,8 @@
 
 use std::collections::BTreeSet;
 
-use checkpoint::sharded::Run;
+use checkpoint::sharded::{Kind, Run};
+use model::Block;
 use serde::{Deserialize, Serialize};
 use units::Rank;
 
@@ -112,14 +113,35 @@ pub fn deliveries(holders: &[Rank], parts: &[Vec<Run>], needs: &[Vec<Run>]) -> V
     let mut deliveries = Vec::new();
     for (of, (from, part)) in (0..).map(Rank).zip(holders.iter().zip(parts)) {
         for (to, need) in (0..).map(Rank).zip(needs) {
-            let overlaps = part.iter().flat_map(|run| need.iter().filter_map(|n| overlap(run, n)));
-            let runs: Vec<Run> = overlaps.collect();
+            let runs = overlaps(part, need);
             if !runs.is_empty() {
                 deliveries.push(Delivery { of, from: *from, to, runs });
             }
         }
     }
     deliveries
+}
+
+/// The elements that are in both lists, in the order of the first. Runs may be as many as the matrices
+/// that ranks split by columns have rows, so no run of one is held against every run of the other.
+fn overlaps(part: &[Run], need: &[Run]) -> Vec<Run> {
+    let mut sorted = need.to_vec();
+    sorted.sort_unstable_by_key(place);
+    let near = |run: &Run| {
+        let first = sorted.partition_point(|other| ends_before(other, run));
+        sorted[first..].iter().map_while(|other| overlap(run, other)).collect::<Vec<_>>()
+    };
+    part.iter().flat_map(near).collect()
+}
+
+/// What runs that do not overlap are ordered by.
+pub(crate) fn place(run: &Run) -> (Block, Kind, u64) {
+    (run.block, run.kind, run.start)
+}
+
+/// Whether all of a run lies before another.
+pub(crate) fn ends_before(run: &Run, other: &Run) -> bool {
+    (run.block, run.kind, run.start + run.elements) <= place(other)
 }
 
 /// The elements that are in both.
@@ -132,8 +154,6 @@ pub(crate) fn overlap(one: &Run, other: &Run) -> Option<Run> {
 
 #[cfg(test)]
 mod tests {
-    use checkpoint::sharded::Kind;
-
     use super::*;
 
     /// What ranks hold that each have made `made` copies, of step 0 on, of which the last
@@ -188,9 +208,27 @@ mod tests {
     }
 
     #[test]
+    fn runs_of_columns_are_found_among_many() {
+        let run = |block, start, elements| Run { block, kind: Kind::Parameter, start, elements };
+        let blocks = [Block::Head, Block::Embedding, Block::Layer(1)];
+        // The right half of every row of 8, against pieces of 12, in any order.
+        let columns = blocks.iter().flat_map(|b| (0..9).map(|row| run(*b, 8 * row + 4, 4)));
+        let pieces = (0..6).flat_map(|piece| blocks.map(|b| run(b, 12 * piece, 12)));
+        let (columns, mut pieces): (Vec<_>, Vec<_>) = (columns.collect(), pieces.collect());
+        pieces.reverse();
+        let mut found = overlaps(&columns, &pieces);
+        let each = columns.iter().flat_map(|c| pieces.iter().filter_map(|p| overlap(c, p)));
+        let mut expected: Vec<Run> = each.collect();
+        found.sort_unstable_by_key(place);
+        expected.sort_unstable_by_key(place);
+        assert_eq!(found, expected);
+        assert_eq!(found.iter().map(|run| run.elements).sum::<u64>(), 3 * 9 * 4);
+    }
+
+    #[test]
     fn deliveries_bring_every_rank_what_it_needs_once() {
         let run = |start, elements| {
-            vec![Run { block: model::Block::Head, kind: Kind::Parameter, start, elements }]
+            vec![Run { block: Block::Head, kind: Kind::Parameter, start, elements }]
         };
         let parts = [run(0, 40), run(40, 60)];
         let needs = [run(0, 100), run(30, 20)];

@@ -31,7 +31,7 @@ pub fn export<O: Operators>(
     let first = |axis| mesh.coordinate(rank, axis) == 0;
     let writes = first(Axis::Data) && first(Axis::Replica) && first(Axis::Tensor);
     let writer = Writer::new(folder, config, Dtype::F32)?;
-    let blocks = saved_blocks(program, rank);
+    let blocks = if first(Axis::Replica) { saved_blocks(program, rank) } else { vec![] };
     let mut whole = Vec::new();
     for block in &blocks {
         whole.push(gather(worker, program, config, *block)?);

@@ -11,7 +11,7 @@ use program::{Axis, Program};
 use transport::{Action, Group, Operation, Ticket};
 use units::Rank;
 
-use crate::copies::{Copies, Delivery, agree, deliveries, overlap};
+use crate::copies::{Copies, Delivery, agree, deliveries, ends_before, overlap, place};
 use crate::state::{restore, snapshot, state_runs};
 use crate::{Error, Worker};
 
@@ -173,6 +173,7 @@ impl Replicas {
             let values = wait(worker, ticket)?;
             arrived.extend(runs.map(|runs| Shard::new(runs, values)));
         }
+        let arrived = sorted(&arrived);
         let filled = restore(worker, program, step, |block, kind, start, values| {
             let elements = values.len() as u64;
             fill(&arrived, Run { block, kind, start, elements }, values);
@@ -186,23 +187,31 @@ impl Replicas {
 /// Some runs of a shard.
 fn gather(shard: &Shard, runs: &[Run]) -> Shard {
     let mut part = Shard::default();
+    let held = sorted(std::slice::from_ref(shard));
     for wanted in runs {
         let mut values = vec![0.0; wanted.elements as usize];
-        fill(std::slice::from_ref(shard), *wanted, &mut values);
+        fill(&held, *wanted, &mut values);
         part.push(wanted.block, wanted.kind, wanted.start, &values);
     }
     part
 }
 
-/// Fills a run with what shards have of it.
-fn fill(shards: &[Shard], wanted: Run, values: &mut [f32]) {
-    for (run, found) in shards.iter().flat_map(Shard::iter) {
-        if let Some(both) = overlap(&run, &wanted) {
-            let from = (both.start - run.start) as usize;
-            let to = (both.start - wanted.start) as usize;
-            let elements = both.elements as usize;
-            values[to..to + elements].copy_from_slice(&found[from..from + elements]);
-        }
+/// The runs of shards that have no element in common, in order.
+fn sorted(shards: &[Shard]) -> Vec<(Run, &[f32])> {
+    let mut runs: Vec<_> = shards.iter().flat_map(Shard::iter).collect();
+    runs.sort_unstable_by_key(|(run, _)| place(run));
+    runs
+}
+
+/// Fills a run with what others have of it.
+fn fill(held: &[(Run, &[f32])], wanted: Run, values: &mut [f32]) {
+    let first = held.partition_point(|(run, _)| ends_before(run, &wanted));
+    for (run, found) in &held[first..] {
+        let Some(both) = overlap(run, &wanted) else { return };
+        let from = (both.start - run.start) as usize;
+        let to = (both.start - wanted.start) as usize;
+        let elements = both.elements as usize;
+        values[to..to + elements].copy_from_slice(&found[from..from + elements]);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use checkpoint::sharded::{Checkpoint, Progress};
+use checkpoint::sharded::{Checkpoint, Kind, Progress};
 use checkpoint::store::Store;
 use compute::Operators;
 use model::Config;
@@ -45,10 +45,26 @@ pub fn resume<O: Operators>(
         let opened = Checkpoint::open(Arc::clone(store), &name, config);
         let read = opened.map_err(|error| error.to_string()).and_then(|checkpoint| {
             let progress = checkpoint.progress();
+            let (saved, groups) = (checkpoint.groups(), u64::from(program.groups()));
+            if saved > 1 && saved != groups {
+                return Err(format!(
+                    "{name} is of {saved} groups that train apart, not {groups}; set local_groups"
+                ));
+            }
             if progress.step > newest {
                 return Err(format!("{name} is newer than what is known to be right"));
             }
             restore(worker, program, progress.step, |block, kind, start, values| {
+                let (kind, start) = match kind {
+                    _ if saved == groups => (kind, start),
+                    // All groups begin with the same.
+                    Kind::OuterMomentum => {
+                        values.fill(0.0);
+                        return Ok(());
+                    }
+                    Kind::Anchor => (Kind::Parameter, start),
+                    kind => (kind, start % config.block_elements(block)),
+                };
                 checkpoint.read(block, kind, start, values).map_err(|error| error.to_string())
             })?;
             Ok(progress)

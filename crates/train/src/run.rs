@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use checkpoint::sharded::{Kind, Shard};
+use checkpoint::sharded::Shard;
 use compute::Operators;
 use program::{Axis, Instruction, Lane, Program, Span, Trace};
 use serde::{Deserialize, Serialize};
@@ -12,6 +12,7 @@ use units::{Rank, Seconds};
 use crate::agreement::{Agreement, Word};
 use crate::numbers::{Norms, OnDivergence};
 use crate::pace::{Pace, Slow};
+use crate::state::kinds;
 use crate::worker::Clock;
 use crate::{Batches, Error, LearningRate, Safekeeping, Worker};
 
@@ -22,6 +23,9 @@ pub struct Programs {
     pub step: Program,
     /// One evaluation.
     pub evaluation: Program,
+    /// The outer update of groups that train apart, after every so many steps as the step's program
+    /// says and after the last.
+    pub outer: Option<Program>,
 }
 
 /// How long and how fast to train.
@@ -207,6 +211,7 @@ fn run_steps<O: Operators>(
         if applied {
             observe(&event);
         }
+        outer_update(worker, programs, (step + 1, steps))?;
         if safekeeping.flips.remove(&(step + 1)) {
             flip(worker);
         }
@@ -231,6 +236,21 @@ fn run_steps<O: Operators>(
     let counted = times.split_off(WARM_UP.min(times.len().saturating_sub(1)));
     let trace = gather_trace(worker, kept)?;
     Ok(Outcome { step_time: Seconds::median(counted), held_out_loss, trace })
+}
+
+/// Carries out an outer update when it is due, after `step` of `steps` steps.
+fn outer_update<O: Operators>(
+    worker: &mut Worker<O>,
+    programs: &Programs,
+    (step, steps): (u64, u64),
+) -> Result<(), Error> {
+    let every = u64::from(programs.step.local_steps);
+    if let Some(outer) = &programs.outer
+        && (step.is_multiple_of(every) || step == steps)
+    {
+        worker.execute(outer, vec![], 0.0, Clock::Wall)?;
+    }
+    Ok(())
 }
 
 fn train_step<O: Operators>(
@@ -379,7 +399,7 @@ fn comparison<O: Operators>(worker: &mut Worker<O>, program: &Program) -> u32 {
     for block in stage.blocks().to_vec() {
         let held = stage.held(block);
         let state = stage.snapshot(block, held.clone());
-        for (kind, values) in Kind::ALL.into_iter().zip(state) {
+        for (kind, values) in kinds(program).iter().copied().zip(state) {
             shard.push(block, kind, held.start as u64, &values);
         }
     }

@@ -10,13 +10,32 @@ use units::Rank;
 
 use crate::Worker;
 
-/// The blocks that a rank saves and exports: those it holds, a tied embedding once, and of several
-/// replicas those of the first.
+/// The kinds of state that ranks have.
+pub(crate) fn kinds(program: &Program) -> &'static [Kind] {
+    if program.groups() > 1 { &Kind::WITH_OUTER } else { &Kind::ALL }
+}
+
+/// The kinds of which a rank saves its part. Of several replicas the first saves; of groups that
+/// train apart each saves what it has of its own.
+fn saved_kinds(program: &Program, rank: Rank) -> &'static [Kind] {
+    match program.mesh.coordinate(rank, Axis::Replica) {
+        0 => kinds(program),
+        _ if program.groups() > 1 => &Kind::ALL,
+        _ => &[],
+    }
+}
+
+/// Where a rank's copy of a block begins: those of groups that train apart are counted one after the
+/// other.
+fn origin(config: &Config, program: &Program, rank: Rank, (block, kind): (Block, Kind)) -> u64 {
+    let own = program.groups() > 1 && Kind::ALL.contains(&kind);
+    let group = if own { program.mesh.coordinate(rank, Axis::Replica) } else { 0 };
+    u64::from(group) * config.block_elements(block)
+}
+
+/// The blocks that a rank saves and exports: those it holds, a tied embedding once.
 #[must_use]
 pub fn saved_blocks(program: &Program, rank: Rank) -> Vec<Block> {
-    if program.mesh.coordinate(rank, Axis::Replica) > 0 {
-        return vec![];
-    }
     let mut blocks = program.held_blocks(rank);
     if program.mesh.coordinate(rank, Axis::Pipeline) > 0 {
         blocks.retain(|block| *block != Block::Embedding);
@@ -58,9 +77,13 @@ pub fn state_runs(config: &Config, program: &Program, rank: Rank, all: bool) -> 
         let whole = all && !program.optimizer_sharded;
         let part = if whole { 0..elements } else { collective::chunk_range(elements, degree, own) };
         let of_block = block_runs(config, program, rank, (block, part), !all);
-        for kind in Kind::ALL {
-            let run =
-                |run: &model::Run| Run { block, kind, start: run.whole, elements: run.elements };
+        let kinds = if all { kinds(program) } else { saved_kinds(program, rank) };
+        for kind in kinds.iter().copied() {
+            let first = origin(config, program, rank, (block, kind));
+            let run = |run: &model::Run| {
+                let start = first + run.whole;
+                Run { block, kind, start, elements: run.elements }
+            };
             runs.extend(of_block.iter().map(run));
         }
     }
@@ -78,11 +101,12 @@ pub fn snapshot<O: Operators>(worker: &mut Worker<O>, program: &Program) -> Shar
         let own = stage.own(block);
         let runs = block_runs(stage.config(), program, rank, (block, own.clone()), true);
         let state = stage.snapshot(block, own.clone());
-        for (kind, values) in Kind::ALL.into_iter().zip(state) {
+        for (kind, values) in saved_kinds(program, rank).iter().copied().zip(state) {
+            let first = origin(stage.config(), program, rank, (block, kind));
             for run in &runs {
                 let start = run.part as usize - own.start;
                 let values = &values[start..start + run.elements as usize];
-                shard.push(block, kind, run.whole, values);
+                shard.push(block, kind, first + run.whole, values);
             }
         }
     }
@@ -108,10 +132,11 @@ pub fn restore<O: Operators, E>(
         // Runs may be as many as a matrix has rows: all that lies between them is read at once.
         let first = runs.iter().map(|run| run.whole).min().unwrap_or_default();
         let end = runs.iter().map(|run| run.whole + run.elements).max().unwrap_or_default();
-        let mut state = Kind::ALL.map(|_| vec![0.0; held.len()]);
-        for (kind, values) in Kind::ALL.into_iter().zip(&mut state) {
+        let mut state = vec![vec![0.0; held.len()]; kinds(program).len()];
+        for (kind, values) in kinds(program).iter().copied().zip(&mut state) {
             let mut span = vec![0.0; (end - first) as usize];
-            read(block, kind, first, &mut span)?;
+            let start = origin(stage.config(), program, rank, (block, kind)) + first;
+            read(block, kind, start, &mut span)?;
             for run in &runs {
                 let from =
                     (run.whole - first) as usize..(run.whole - first + run.elements) as usize;

@@ -6,15 +6,15 @@ use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::Duration;
 
 use checkpoint::hugging_face::Weights;
-use compute::{Cpu, Optimizer, Precision, Stage};
+use compute::{Cpu, Optimizer, OuterOptimizer, Precision, Stage};
 use data::{Sampler, Sampling, Source, TokenFile, TokenizerSource};
 use model::{Block, Config, Llama3Scaling, Rotary};
-use plan::{Batch, Layout, Schedule, Shard, lower, lower_evaluation};
+use plan::{Batch, Layout, Schedule, Shard, lower, lower_evaluation, lower_outer};
 use program::Mesh;
 use tempfile::TempDir;
 use transport::{Communicator, InProcess, Limits, Rendezvous, Secret, Transport};
@@ -27,6 +27,7 @@ mod axes;
 mod experts;
 mod grid;
 mod hybrid;
+mod local;
 mod memory;
 mod recomputing;
 mod resuming;
@@ -118,6 +119,8 @@ struct Job {
     masked: bool,
     /// Steps with a gradient norm over so many times the median of late are left out; 0 none.
     spike: f64,
+    /// How groups that train apart meet.
+    outer: OuterOptimizer,
 }
 
 impl Job {
@@ -130,6 +133,7 @@ impl Job {
             steps: STEPS,
             masked: false,
             spike: 0.0,
+            outer: OuterOptimizer::default(),
         }
     }
 
@@ -147,6 +151,7 @@ impl Job {
             epsilon: 1e-8,
             weight_decay: 0.1,
             clip_norm: Some(0.5),
+            outer: self.outer,
         }
     }
 
@@ -196,6 +201,7 @@ fn run_rank(
     let programs = Programs {
         step: lower(&job.config, layout, &job.batch).unwrap(),
         evaluation: lower_evaluation(&job.config, layout, &job.batch).unwrap(),
+        outer: lower_outer(&job.config, layout, &job.batch).unwrap(),
     };
     let operators = Cpu::new(1, job.precision);
     let device = Device {

@@ -102,6 +102,12 @@ impl Checkpoint {
         self.manifest.progress
     }
 
+    /// Of how many groups that train apart the state is; 1 where all ranks train together.
+    #[must_use]
+    pub fn groups(&self) -> u64 {
+        self.manifest.groups()
+    }
+
     /// Checks every byte.
     ///
     /// # Errors
@@ -152,7 +158,8 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Writes the parameters as a folder that Hugging Face transformers opens, a block at a time.
+    /// Writes the parameters as a folder that Hugging Face transformers opens, a block at a time; of
+    /// groups that train apart, those they had after their last outer update.
     ///
     /// # Errors
     /// As [`Checkpoint::read`], and [`Error::Io`] when the folder cannot be written.
@@ -162,7 +169,8 @@ impl Checkpoint {
         let blocks: Vec<Block> = config.blocks().collect();
         for (index, block) in blocks.iter().enumerate() {
             let mut values = vec![0.0; config.block_elements(*block) as usize];
-            self.read(*block, Kind::Parameter, 0, &mut values)?;
+            let kind = if self.groups() > 1 { Kind::Anchor } else { Kind::Parameter };
+            self.read(*block, kind, 0, &mut values)?;
             writer.write_shard(index, blocks.len(), &[(*block, &values)])?;
         }
         writer.write_index(&blocks.into_iter().map(|block| vec![block]).collect::<Vec<_>>())?;

@@ -25,11 +25,18 @@ pub enum Kind {
     FirstMoment,
     /// Means of the squared gradient (Adam's v).
     SecondMoment,
+    /// Parameters after the last outer update, where groups of ranks train apart.
+    Anchor,
+    /// Momentum of the outer updates.
+    OuterMomentum,
 }
 
 impl Kind {
-    /// All of them.
+    /// Those of every run. Where groups of ranks train apart each has its own, one after the other.
     pub const ALL: [Self; 3] = [Self::Parameter, Self::FirstMoment, Self::SecondMoment];
+    /// With those that groups which train apart have in common.
+    pub const WITH_OUTER: [Self; 5] =
+        [Self::Parameter, Self::FirstMoment, Self::SecondMoment, Self::Anchor, Self::OuterMomentum];
 }
 
 impl fmt::Display for Kind {
@@ -38,6 +45,8 @@ impl fmt::Display for Kind {
             Self::Parameter => "parameter",
             Self::FirstMoment => "first moment",
             Self::SecondMoment => "second moment",
+            Self::Anchor => "anchor",
+            Self::OuterMomentum => "outer momentum",
         })
     }
 }
@@ -155,7 +164,19 @@ pub(super) fn part_name(rank: Rank) -> String {
 pub(super) type Index = BTreeMap<(Block, Kind), Vec<(u64, usize, usize)>>;
 
 impl Manifest {
-    /// Checks that the files hold every element of a model of `config` once and nothing else.
+    /// Of how many groups that train apart the state is; 1 where all ranks train together.
+    pub(super) fn groups(&self) -> u64 {
+        let pieces = || self.files.iter().flat_map(|file| &file.pieces);
+        let apart = pieces().find(|piece| piece.kind == Kind::Anchor);
+        let Some(Piece { block, .. }) = apart else { return 1 };
+        let end = |piece: &Piece| piece.start.saturating_add(piece.elements);
+        let of = |piece: &&Piece| piece.block == *block && piece.kind == Kind::Parameter;
+        let elements = self.config.block_elements(*block).max(1);
+        pieces().filter(of).map(end).max().unwrap_or_default().div_ceil(elements).max(1)
+    }
+
+    /// Checks that the files hold every element of a model of `config` once and nothing else; of
+    /// groups that train apart, every group's.
     pub(super) fn index(&self, place: &str, config: &Config) -> Result<Index, Error> {
         if self.config != *config {
             let [ours, theirs] = [config, &self.config].map(|config| format!("{config:?}"));
@@ -173,14 +194,18 @@ impl Manifest {
                 pieces.push((piece.start, number, which));
             }
         }
+        let groups = self.groups();
+        let kinds = if groups > 1 { &Kind::WITH_OUTER[..] } else { &Kind::ALL };
         for block in config.blocks() {
-            for kind in Kind::ALL {
-                let pieces = index.entry((block, kind)).or_default();
+            for kind in kinds {
+                let pieces = index.entry((block, *kind)).or_default();
                 pieces.sort_unstable();
-                self.check_cover(place, (block, kind), config.block_elements(block), pieces)?;
+                let copies = if Kind::ALL.contains(kind) { groups } else { 1 };
+                let elements = config.block_elements(block).saturating_mul(copies);
+                self.check_cover(place, (block, *kind), elements, pieces)?;
             }
         }
-        let known = config.blocks().count() * Kind::ALL.len();
+        let known = config.blocks().count() * kinds.len();
         if index.len() != known {
             let problem = "it has blocks that the model has not".to_owned();
             return Err(Error::Damaged { place: place.to_owned(), problem });

@@ -482,6 +482,12 @@ impl Operators for Cpu {
         kernels::add(into.values_mut(), other.values());
     }
 
+    fn blend(&self, into: &mut Tensor, kept: f32, other: &Tensor, factor: f32) {
+        for (into, other) in into.values_mut().iter_mut().zip(other.values()) {
+            *into = *into * kept + other * factor;
+        }
+    }
+
     fn balance(
         &self,
         biases: &mut Tensor,

@@ -31,6 +31,14 @@ impl<O: Operators> Stage<O> {
                 let held = start..start + state.held.len();
                 self.operators.download(self.operators.slice(&tensor, held))
             }
+            Buffer::Change(block) => {
+                let operators = self.operators.clone();
+                let state = self.state(block);
+                let [anchor, _] = state.outer.as_ref().expect("groups train apart");
+                let mut change = anchor.clone();
+                operators.blend(&mut change, 1.0, &state.master, -1.0);
+                operators.download(change)
+            }
             Buffer::Activation { .. } | Buffer::ActivationGradient { .. } => {
                 self.take_value(transfer)
             }
@@ -48,6 +56,10 @@ impl<O: Operators> Stage<O> {
             Buffer::Parameters(block) => {
                 let gathered = self.operators.upload(buffer);
                 self.state(block).gathered = Some(gathered);
+            }
+            Buffer::Change(block) => {
+                let tensor = self.operators.upload(buffer);
+                self.state(block).arrived = Some(Reduced { tensor, start: 0 });
             }
             Buffer::Gradients(block) => {
                 let tensor = self.operators.upload(buffer);

@@ -127,7 +127,7 @@ impl<O: Operators> Stage<O> {
     fn loss_forward(&mut self, work: Work) {
         let Work { layer, microbatch, .. } = work;
         let mut logits = take(&mut self.values, work.of(Value::Logits(layer)));
-        let weight = 1.0 / self.global_tokens;
+        let weight = 1.0 / self.group_tokens;
         let targets = &self.microbatches[microbatch as usize].targets;
         let loss = if self.program.exchanges.before(Segment::Loss, layer).is_none() {
             let words = self.config.vocabulary as usize;

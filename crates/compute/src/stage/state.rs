@@ -27,31 +27,35 @@ impl<O: Operators> Stage<O> {
         self.blocks[&block].own.clone()
     }
 
-    /// Copies of the fp32 parameters, first and second moments of some held elements of a block.
+    /// Copies of the fp32 parameters, first and second moments of some held elements of a block, and
+    /// where groups train apart of their anchor and outer momentum.
     #[must_use]
-    pub fn snapshot(&self, block: Block, elements: Range<usize>) -> [Vec<f32>; 3] {
+    pub fn snapshot(&self, block: Block, elements: Range<usize>) -> Vec<Vec<f32>> {
         let state = &self.blocks[&block];
         let range = elements.start - state.held.start..elements.end - state.held.start;
-        let [first, second] = &state.moments;
-        [&state.master, first, second].map(|tensor| {
-            let copy = self.operators.slice(tensor, range.clone());
-            self.operators.download(copy)
-        })
+        let inner = std::iter::once(&state.master).chain(&state.moments);
+        let copy = |tensor| self.operators.slice(tensor, range.clone());
+        let copies = inner.chain(state.outer.iter().flatten()).map(copy);
+        copies.map(|copy| self.operators.download(copy)).collect()
     }
 
-    /// Puts the parameters, first and second moments of all held elements of a block in place.
+    /// Puts what [`Stage::snapshot`] copies of all held elements of a block in place.
     ///
     /// # Panics
     /// If one of them has not the length of what is held.
-    pub fn restore(&mut self, block: Block, state: [Vec<f32>; 3]) {
+    pub fn restore(&mut self, block: Block, state: Vec<Vec<f32>>) {
         let operators = self.operators.clone();
         let found = self.state(block);
         for values in &state {
             assert_eq!(values.len(), found.held.len(), "{block}");
         }
-        let [master, first, second] = state.map(|values| operators.upload(values));
-        found.master = master;
-        found.moments = [first, second];
+        let mut tensors = state.into_iter().map(|values| operators.upload(values));
+        let mut next = || tensors.next().expect("a kind of state is missing");
+        found.master = next();
+        found.moments = [next(), next()];
+        if let Some(outer) = &mut found.outer {
+            *outer = [next(), next()];
+        }
         found.gathered = (!found.sharded).then(|| operators.cast(&found.master));
     }
 

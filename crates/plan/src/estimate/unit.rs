@@ -119,6 +119,7 @@ impl Sample {
             in_flight,
             parameters_sharded: true,
             optimizer_sharded: true,
+            local_steps: 0,
             tied_embeddings,
             classes: Vec::new(),
             layers,

@@ -1,7 +1,7 @@
 //! Data parallelism: gathers of parameters before a visit, reductions of gradients after it, and
 //! the update at the end of the step.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use collective::Kind;
 use model::{Block, Pass};
@@ -242,7 +242,7 @@ impl Lowering<'_> {
 
     /// Sums the reduced gradients of all replicas.
     fn join(&mut self, block: Block) {
-        if self.layout.mesh.replicas > 1 {
+        if self.layout.mesh.replicas > 1 && self.layout.local_steps == 0 {
             let elements = self.common.blocks[&block].div_ceil(self.sharers(block));
             let action = Action::Collective(Kind::AllReduce);
             let buffer = Buffer::ReducedGradients(block);
@@ -272,6 +272,28 @@ impl Lowering<'_> {
         self.list.extend(sums.into_iter().map(|block| Instruction::SquareSum { block }));
         self.share_statistics();
         self.list.extend(blocks.into_iter().map(|block| Instruction::Update { block }));
+    }
+
+    /// Sums how far the groups have come, a block ahead of the update.
+    pub(super) fn outer_update(&mut self) {
+        let blocks = self.layout.blocks(self.config, self.rank);
+        let mut moving = VecDeque::new();
+        for block in blocks.into_iter().map(Some).chain([None]) {
+            if let Some(block) = block {
+                let shared = shards(self.layout, Shard::Optimizer);
+                let degree = if shared { self.sharers(block) } else { 1 };
+                let elements = self.common.blocks[&block].div_ceil(degree);
+                let action = Action::Collective(Kind::AllReduce);
+                let ticket = self.post(action, Axis::Replica, Buffer::Change(block), elements);
+                moving.push_back((block, ticket));
+            }
+            if (moving.len() > 1 || block.is_none())
+                && let Some((block, ticket)) = moving.pop_front()
+            {
+                self.wait(ticket);
+                self.list.push(Instruction::OuterUpdate { block });
+            }
+        }
     }
 
     /// An embedding on two ranks gets gradients from both.

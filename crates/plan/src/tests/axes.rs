@@ -355,3 +355,31 @@ fn the_blocks_of_all_ranks_are_the_model() {
     assert_eq!(layout.stage_layers, [1, 2, 1, 0, 2, 1]);
     proved(&config, &layout, &batch(&mesh, 3));
 }
+
+/// Bytes that a rank of each class hands to transfers between replicas.
+fn between_replicas(program: &Program) -> u64 {
+    let bytes = |instruction: &Instruction| match instruction {
+        Instruction::Post { transfer, .. } if transfer.axis == Axis::Replica => transfer.bytes().0,
+        _ => 0,
+    };
+    program.classes.iter().flatten().map(bytes).sum()
+}
+
+#[test]
+fn groups_that_train_apart_meet_in_outer_updates_alone() {
+    let config = config(4, true);
+    product!(data in [2, 4], shard in SHARDS, pipeline in [1, 2], tensor in [1, 2] => {
+        let mesh = Mesh { data, replicas: 2, pipeline, tensor, ..Mesh::ONE };
+        let layout = Layout { local_steps: 8, ..Layout::new(mesh, 1, shard) };
+        let step = proved(&config, &layout, &batch(&mesh, 2));
+        assert_eq!(between_replicas(&step), 0, "{layout:?}");
+        let outer = lower_outer(&config, &layout, &batch(&mesh, 2)).unwrap().unwrap();
+        assert_eq!(outer.verify_every_rank(), Ok(()), "{layout:?}");
+        // In eight steps they move what others move in every one.
+        let together = Layout { local_steps: 0, ..layout.clone() };
+        if shard != Shard::None && data > 2 {
+            let step = proved(&config, &together, &batch(&mesh, 2));
+            assert_eq!(between_replicas(&outer), between_replicas(&step), "{layout:?}");
+        }
+    });
+}

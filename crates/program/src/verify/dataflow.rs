@@ -47,6 +47,8 @@ pub(super) struct Dataflow<'p> {
     unreduced: FxHashSet<Block>,
     /// Blocks whose reduced gradients the other replicas have not added theirs to.
     apart: FxHashSet<Block>,
+    /// Blocks of whose changes the sum over the replicas has come.
+    changes: FxHashSet<Block>,
     /// Blocks whose sums over the replicas are complete: nothing may be added to them.
     joined: FxHashSet<Block>,
     /// Reduced gradients that have arrived and are not yet accumulated.
@@ -74,6 +76,7 @@ impl<'p> Dataflow<'p> {
             unsummed: FxHashSet::default(),
             unreduced: FxHashSet::default(),
             apart: FxHashSet::default(),
+            changes: FxHashSet::default(),
             joined: FxHashSet::default(),
             reduced: Vec::new(),
             posted: BTreeMap::new(),
@@ -115,6 +118,10 @@ impl<'p> Dataflow<'p> {
                 self.resident.remove(&block);
                 fresh(self.updated.insert(block), "the block is updated twice")
             }
+            Instruction::OuterUpdate { block } => {
+                self.resident.remove(&block);
+                fresh(self.changes.remove(&block), "the sum of its changes has not come")
+            }
             Instruction::Release { block } => {
                 fresh(self.resident.remove(&block), "the block is not gathered")
             }
@@ -128,6 +135,9 @@ impl<'p> Dataflow<'p> {
         }
         if let Some((buffer, piece)) = self.gathered.iter().next() {
             return unfinished(format!("{buffer}{piece} gathered and not read"));
+        }
+        if let Some(block) = self.changes.iter().next() {
+            return unfinished(format!("changes of {block} that no outer update has used"));
         }
         let left = self.open.iter().filter(|_| self.trains).min();
         if let Some((segment, layer, microbatch)) = left.or(self.owed.iter().min()) {
@@ -358,7 +368,10 @@ impl<'p> Dataflow<'p> {
                 }
                 self.unreduced.remove(&block);
             }
-            Buffer::Parameters(_) | Buffer::ReducedGradients(_) | Buffer::Statistics => {}
+            Buffer::Parameters(_)
+            | Buffer::ReducedGradients(_)
+            | Buffer::Change(_)
+            | Buffer::Statistics => {}
         }
         fresh(self.posted.insert(ticket, *transfer).is_none(), "the ticket is in use")
     }
@@ -407,13 +420,16 @@ impl<'p> Dataflow<'p> {
             }
             Buffer::Gradients(block) => {
                 self.reduced.push(block);
-                if self.program.mesh.replicas > 1 {
+                if self.program.mesh.replicas > 1 && self.program.local_steps == 0 {
                     self.apart.insert(block);
                 }
             }
             Buffer::ReducedGradients(block) if transfer.axis == Axis::Replica => {
                 self.apart.remove(&block);
                 self.joined.insert(block);
+            }
+            Buffer::Change(block) => {
+                self.changes.insert(block);
             }
             Buffer::ReducedGradients(_) | Buffer::ReplicatedGradients(_) | Buffer::Statistics => {}
         }

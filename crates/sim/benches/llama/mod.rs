@@ -78,6 +78,7 @@ pub fn program(size: &Size) -> Program {
         in_flight: size.in_flight,
         parameters_sharded: false,
         optimizer_sharded: true,
+        local_steps: 0,
         tied_embeddings: false,
         classes: (0..mesh.pipeline).map(|stage| Stage::list(size, stage)).collect(),
         layers,

@@ -496,7 +496,8 @@ fn place(instruction: &Instruction) -> Place {
     match *instruction {
         Instruction::Accumulate { block }
         | Instruction::SquareSum { block }
-        | Instruction::Update { block } => Place::Block(block),
+        | Instruction::Update { block }
+        | Instruction::OuterUpdate { block } => Place::Block(block),
         Instruction::Compute { layer, piece, .. } => Place::Layer(layer, piece),
         Instruction::Discard { .. }
         | Instruction::Release { .. }

@@ -53,6 +53,7 @@ fn one_class(list: Vec<Instruction>) -> Program {
         in_flight: 8,
         parameters_sharded: false,
         optimizer_sharded: false,
+        local_steps: 0,
         tied_embeddings: false,
         classes: vec![list],
         layers: 1,

@@ -133,6 +133,33 @@ fn expert_parallelism_goes_with_every_other_axis() {
     }
 }
 
+/// Shared experts read what the router and the routed experts read, in passes at other times.
+#[test]
+fn experts_go_with_split_backward_passes_over_a_split_sequence() {
+    let mesh = |data| Mesh { tensor: 2, data, pipeline: 2, ..Mesh::ONE };
+    // Some turns are whole, and weights wait for long.
+    let written = "0F0,0F1,0F2,0F3,0I0,0I1,0W0,0I2,0W1,0I3,0W2,0W3,\
+                   0F4,0I4,0F5,0F6,0F7,0I5,0I6,0I7,0W4,0W5,0W6,0W7\n\
+                   1F0,1I0,1F1,1I1,1W0,1F2,1B2,1F3,1I3,1W3,1W1,\
+                   1F4,1I4,1F5,1B5,1F6,1F7,1B6,1I7,1W7,1W4\n";
+    let recomputes = [Recompute::None, Recompute::Full, Recompute::Selective];
+    let layouts = recomputes.into_iter().flat_map(|recompute| {
+        let schedules = [
+            (Schedule::ZeroBubble, 1, mesh(2)),
+            (Schedule::ZeroBubble, 2, mesh(1)),
+            (Schedule::Text(written.to_owned()), 1, mesh(1)),
+        ];
+        schedules.map(|(schedule, virtual_stages, mesh)| Layout {
+            schedule,
+            virtual_stages,
+            recompute: recompute.clone(),
+            sequence_parallel: true,
+            ..Layout::new(mesh, 1, Shard::None)
+        })
+    });
+    trains_the_same(&deepseek(), layouts);
+}
+
 #[test]
 fn experts_change_no_bit_when_repeated() {
     let job = deepseek();

@@ -1,7 +1,6 @@
 //! A run that is saved, stopped and gone on with is the run that was never stopped.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use checkpoint::sharded::{Checkpoint, Progress, Saver, Setup};
@@ -28,8 +27,12 @@ pub struct Keeping {
 }
 
 impl Keeping {
-    fn in_store(store: &Arc<dyn Store>) -> Self {
+    pub fn in_store(store: &Arc<dyn Store>) -> Self {
         Self { store: Some(Arc::clone(store)), asynchronous: true, ..Self::default() }
+    }
+
+    pub fn resuming(store: &Arc<dyn Store>) -> Self {
+        Self { resume: true, ..Self::in_store(store) }
     }
 
     /// Resumes, and is ready to save.
@@ -73,14 +76,14 @@ impl Keeping {
     }
 }
 
-fn memory() -> (SimulatedDisk, Arc<dyn Store>) {
+pub fn memory() -> (SimulatedDisk, Arc<dyn Store>) {
     let disk = SimulatedDisk::new(Path::new("/"));
     let store: Arc<dyn Store> = Arc::new(Folder::on(disk.clone(), Path::new("/")));
     (disk, store)
 }
 
-fn resumed(job: &Job, layout: &Layout, store: &Arc<dyn Store>) -> Trained {
-    let keeping = Keeping { resume: true, ..Keeping::in_store(store) };
+pub fn resumed(job: &Job, layout: &Layout, store: &Arc<dyn Store>) -> Trained {
+    let keeping = Keeping::resuming(store);
     train_keeping(job, layout, in_process(layout.mesh.ranks()), &keeping)
 }
 
