@@ -1,0 +1,61 @@
+"""A rank that is killed is named by the exceptions of all others, with the operation that it broke."""
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
+from ranks import free_port
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+RANKS, LOST = 3, 1
+
+
+def trained(index):
+    network = DistributedDataParallel(nn.Linear(50, 50))
+    for step in range(10**6):
+        if index == LOST and step == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        network(torch.randn(4, 50)).sum().backward()
+
+
+def reduced(index):
+    for step in range(10**6):
+        if index == LOST and step == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1000))
+
+
+def rank(index, work, port, told):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(index), WORLD_SIZE=str(RANKS))
+    torch.set_num_threads(1)
+    import phalanx.torch
+
+    dist.init_process_group("phalanx")
+    try:
+        work(index)
+    except RuntimeError as error:
+        told.put((index, time.time(), str(error)))
+
+
+def check(work):
+    told, port = processes.get_context("fork").Queue(), free_port()
+    context = processes.start_processes(rank, (work, port, told), RANKS, join=False, start_method="fork")
+    context.processes[LOST].join()
+    killed, said = time.time(), [told.get(timeout=60) for _ in range(RANKS - 1)]
+    for index, when, message in sorted(said):
+        # PyTorch adds where in its own code the error came up.
+        message = message.partition("\n")[0]
+        assert index != LOST and f"rank {LOST}" in message and "all-reduce" in message, message
+        print(f"   rank {index} after {max(0.0, when - killed):.2f} s: {message}")
+    for process in context.processes:
+        process.join()
+
+
+if __name__ == "__main__":
+    for work in (reduced, trained):
+        check(work)
+        print("ok: a rank lost while others", work.__name__, flush=True)
