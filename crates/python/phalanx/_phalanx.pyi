@@ -16,12 +16,14 @@ class Listener:
     def __init__(self, host: str) -> None: ...
     @property
     def address(self) -> str: ...
+    @property
+    def secret(self) -> str: ...
 
 class Communicator:
     """A process's way to the others of its job."""
 
     def __init__(
-        self, rank: int, ranks: int, address: str, timeout_s: float, identity: str, listener: Listener | None = None
+        self, rank: int, ranks: int, address: str, secret: str, timeout_s: float, identity: str, listener: Listener | None = None
     ) -> None: ...
     def post(self, operations: list[Any]) -> Batch:
         """Starts operations; the tensors that they name must stay until the batch is finished."""

@@ -235,11 +235,11 @@ class ProcessGroup(dist.ProcessGroup):
     def _meet(self, store: dist.Store) -> _phalanx.Communicator:
         listener = _listen() if self._rank == 0 else None
         if listener:
-            store.set("phalanx", listener.address)
-        address = store.get("phalanx").decode()
+            store.set("phalanx", f"{listener.address} {listener.secret}")
+        address, secret = store.get("phalanx").decode().split()
         limit = self._timeout.total_seconds()
         identity = f"torch.distributed over {self._size} ranks\n"
-        communicator = _phalanx.Communicator(self._rank, self._size, address, limit, identity, listener)
+        communicator = _phalanx.Communicator(self._rank, self._size, address, secret, limit, identity, listener)
         _open.add(communicator)
         return communicator
 

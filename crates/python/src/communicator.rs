@@ -14,7 +14,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use transport::{
     Action, Combine, Completed, Element, Group, Interprocess, Limits, Operation, Reduction,
-    Rendezvous, Ticket,
+    Rendezvous, Secret, Ticket,
 };
 use units::Rank;
 
@@ -25,6 +25,7 @@ use crate::patience::{HEARTBEAT, wait_for};
 #[pyclass(frozen)]
 pub struct Listener {
     address: SocketAddr,
+    secret: Secret,
     listener: Mutex<Option<TcpListener>>,
 }
 
@@ -34,7 +35,15 @@ impl Listener {
     #[new]
     fn new(host: &str) -> PyResult<Self> {
         let listener = TcpListener::bind((host, 0))?;
-        Ok(Self { address: listener.local_addr()?, listener: Mutex::new(Some(listener)) })
+        let secret = Secret::random().map_err(|e| Error::new_err(e.to_string()))?;
+        let address = listener.local_addr()?;
+        Ok(Self { address, secret, listener: Mutex::new(Some(listener)) })
+    }
+
+    /// What the others must know to be let in.
+    #[getter]
+    fn secret(&self) -> &str {
+        self.secret.reveal()
     }
 
     /// Where.
@@ -56,23 +65,28 @@ pub struct Communicator {
 impl Communicator {
     /// Meets the other ranks: rank 0 on its listener, the others at its address.
     #[new]
-    #[pyo3(signature = (rank, ranks, address, timeout_s, identity, listener=None))]
+    #[pyo3(signature = (rank, ranks, address, secret, timeout_s, identity, listener=None))]
+    #[expect(clippy::too_many_arguments, reason = "Python names them")]
     fn new(
         py: Python<'_>,
         rank: u32,
         ranks: u32,
         address: &str,
+        secret: &str,
         timeout_s: f64,
         identity: String,
         listener: Option<&Listener>,
     ) -> PyResult<Self> {
         let address = address.parse().map_err(|_| PyValueError::new_err(address.to_owned()))?;
         let timeout = seconds(timeout_s);
+        let secret = Secret::new(secret)
+            .ok_or_else(|| PyValueError::new_err("the secret is shorter than 16 characters"))?;
         let rendezvous = Rendezvous {
             rank: Rank(rank),
             ranks,
             address,
             identity,
+            secret,
             timeout,
             shared_memory: std::env::var("PHALANX_TRANSPORT").as_deref() != Ok("tcp"),
         };
