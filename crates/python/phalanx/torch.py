@@ -15,15 +15,17 @@ one, and in which operation.
 from __future__ import annotations
 
 import atexit
+import functools
 import hashlib
 import os
 import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,7 +77,7 @@ class _Work(dist.Work):
         self._finishing = threading.Lock()
         self._finished = False
         self._error: Exception | None = None
-        self._future: torch.futures.Future | None = None
+        self._done, self._future = torch.futures.Future(), None
 
     def is_completed(self) -> bool:
         return self._batch.is_done()
@@ -102,7 +104,6 @@ class _Work(dist.Work):
         with self._finishing:
             if self._future is None:
                 # An exception that is set is a value to C++; one that is raised in a callback is an error.
-                self._done = torch.futures.Future()
                 self._future = self._done.then(lambda _: self.result())
                 _completer().watch(self)
             return self._future
@@ -157,15 +158,11 @@ class _Completer(threading.Thread):
                 work._batch.expire()
 
 
-_the_completer: _Completer | None = None
-
-
+@functools.cache
 def _completer() -> _Completer:
-    global _the_completer
-    if _the_completer is None:
-        _the_completer = _Completer()
-        _the_completer.start()
-    return _the_completer
+    completer = _Completer()
+    completer.start()
+    return completer
 
 
 def _number(name: str) -> int:
@@ -430,7 +427,8 @@ class ProcessGroup(dist.ProcessGroup):
         """Sends and receives a tensor each; what this rank has for itself it copies, or has in ``own``."""
         if self._rank in sent or self._rank in received:
             target, source = received.get(self._rank, own), sent.get(self._rank, own)
-            target.copy_(source)
+            with torch.no_grad():
+                target.copy_(source)
         operations = [self._message("send", lane, to, part) for to, part in sent.items() if to != self._rank]
         operations += [
             self._message("receive", lane, origin, part) for origin, part in received.items() if origin != self._rank
@@ -459,15 +457,16 @@ class ProcessGroup(dist.ProcessGroup):
         result: Any,
         opts: Any,
         tensors: Any = None,
-        averages: list[tuple[bool, Tensor]] = [],
+        averages: Sequence[tuple[bool, Tensor]] = (),
     ) -> dist.Work:
         timeout = getattr(opts, "timeout", _NO_LIMIT)
         limit = timeout if timeout > _NO_LIMIT else self._timeout
         means = [tensor for wanted, tensor in averages if wanted]
 
         def then() -> None:
-            for tensor in means:
-                tensor.div_(self._size)
+            with torch.no_grad():
+                for tensor in means:
+                    tensor.div_(self._size)
 
         batch = self._communicator.post(operations)
         return _Work(batch, tensors, result, limit, then if means else None)

@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+# Older names of collectives, which older versions of PyTorch know too.
+warnings.filterwarnings("ignore", category=FutureWarning)
 RANKS = 3
 # Sums of so many numbers in another order differ by so much.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
