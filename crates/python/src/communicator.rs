@@ -222,7 +222,7 @@ impl Asked {
             other => return Err(Error::new_err(format!("nothing is reduced by {other}"))),
         };
         let reduction = Reduction { element, combine };
-        let none = || Error::new_err(format!("{:?} is not reduced by {combine:?}", element));
+        let none = || Error::new_err(format!("{element:?} is not reduced by {combine:?}"));
         Ok(Some(reduction.exists().then_some(reduction).ok_or_else(none)?))
     }
 }
