@@ -1,6 +1,7 @@
 //! The `phalanx` command: arguments, files in and out, exit codes. Programs ask through [`answer`].
 
 mod answer;
+mod bench_command;
 mod carried;
 mod catalogue_command;
 mod chaos;
@@ -93,6 +94,9 @@ enum Command {
         #[command(flatten)]
         options: scale::ScaleArgs,
     },
+    /// Measure this machine: how fast ranks communicate, beside what it allows
+    #[command(subcommand)]
+    Bench(bench_command::BenchCommand),
     /// Recompute published measurements: how wrong the simulator is, by source
     Validate(validate::ValidateArgs),
 }
@@ -183,6 +187,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Plan { job, options } => plan_command::plan(&job, &options),
         Command::Faults(command) => faults_command::faults(&command),
         Command::Scale { job, options } => scale::scale(&job, &options),
+        Command::Bench(command) => bench_command::bench(&command),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }
