@@ -13,6 +13,7 @@ mod figures;
 mod flight_record;
 mod job;
 mod launch;
+mod ledger;
 mod measured;
 mod output;
 mod plan_command;
@@ -229,6 +230,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             Train::Process { .. }
             | Train::Communication { .. }
             | Train::Diverged { .. }
+            | Train::Spiked { .. }
             | Train::Drifted { .. }
             | Train::Superseded { .. },
         ) => FAILED,
