@@ -6,9 +6,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
+use sim::goodput::Failures;
 use train::control::goodput::{Campaign, Goodput, goodput};
 use train::control::simulation::{Bug, Survived, run};
 use units::Seconds;
@@ -35,37 +37,11 @@ pub struct CheckArgs {
     #[arg(long)]
     threads: Option<usize>,
     /// Break something on purpose, which is then found
-    #[arg(long, value_enum)]
-    plant: Option<Planted>,
+    #[arg(long, value_name = "BUG", value_parser = bugs())]
+    plant: Option<Bug>,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
-}
-
-/// What can be broken on purpose.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Planted {
-    MeetsWithoutAll,
-    HearsTheDead,
-    RecoversHalf,
-    SkipsSync,
-    CommitsAlone,
-    DropsTokens,
-    RemovesEarly,
-}
-
-impl From<Planted> for Bug {
-    fn from(planted: Planted) -> Self {
-        match planted {
-            Planted::MeetsWithoutAll => Self::MeetsWithoutAll,
-            Planted::HearsTheDead => Self::HearsTheDead,
-            Planted::RecoversHalf => Self::RecoversHalf,
-            Planted::SkipsSync => Self::SkipsSync,
-            Planted::CommitsAlone => Self::CommitsAlone,
-            Planted::DropsTokens => Self::DropsTokens,
-            Planted::RemovesEarly => Self::RemovesEarly,
-        }
-    }
 }
 
 #[derive(Debug, Args)]
@@ -76,11 +52,12 @@ pub struct GoodputArgs {
     /// Accelerators of a node, which are lost together
     #[arg(long, default_value_t = 8)]
     per_node: u32,
-    /// Interruptions of 1,000 nodes in a day. Llama 3 had 419 unexpected ones in 54 days on 16,384
-    /// accelerators, so 3.8 (arXiv 2407.21783, 2024); Meta's research clusters had 6.5 and 2.34
-    /// (arXiv 2410.21680, 2024)
-    #[arg(long, default_value_t = 3.8, verbatim_doc_comment)]
-    failures_per_1000_node_days: f64,
+    /// How often nodes fail, as it was published of a run or a cluster (measured/failures.toml)
+    #[arg(long, default_value = "llama-3", value_parser = PossibleValuesParser::new(Failures::published().keys().map(String::as_str)))]
+    failures: String,
+    /// Interruptions of 1,000 nodes in a day, in its place
+    #[arg(long)]
+    failures_per_1000_node_days: Option<f64>,
     /// Share of them that are noticed only by silence
     #[arg(long, default_value_t = 0.1)]
     silent: f64,
@@ -122,6 +99,14 @@ pub struct GoodputArgs {
     json: bool,
 }
 
+/// Reads the name of what is to be broken.
+fn bugs() -> impl TypedValueParser<Value = Bug> {
+    PossibleValuesParser::new(Bug::ALL.map(Bug::name)).map(|name| {
+        let named = Bug::ALL.into_iter().find(|bug| bug.name() == name);
+        named.expect("it is one of the possible values")
+    })
+}
+
 /// A schedule that broke a promise.
 #[derive(Debug, thiserror::Error)]
 #[error("schedule {seed}: {violation}\nphalanx faults check --schedules 1 --seed {seed}{planted}")]
@@ -155,6 +140,7 @@ struct Total {
     faults: u64,
     generations: u64,
     launches: u64,
+    takeovers: u64,
     checkpoints: u64,
     steps: u64,
     steps_redone: u64,
@@ -168,6 +154,7 @@ impl Total {
         self.faults += one.faults;
         self.generations += one.generations;
         self.launches += one.launches;
+        self.takeovers += one.takeovers;
         self.checkpoints += one.checkpoints;
         self.steps += one.steps;
         self.steps_redone += one.redone;
@@ -180,6 +167,7 @@ impl Total {
         self.faults += other.faults;
         self.generations += other.generations;
         self.launches += other.launches;
+        self.takeovers += other.takeovers;
         self.checkpoints += other.checkpoints;
         self.steps += other.steps;
         self.steps_redone += other.steps_redone;
@@ -192,9 +180,9 @@ fn check(args: &CheckArgs) -> Result<()> {
     let begin = Instant::now();
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.unwrap_or_else(cores);
-    let bug = args.plant.map(Bug::from);
-    let total = survive(args.seed..args.seed.saturating_add(args.schedules), threads, bug)
-        .map_err(|(seed, violation)| Violated { seed, violation, planted: args.planted() })?;
+    let total =
+        survive(args.seed..args.seed.saturating_add(args.schedules), threads, args.plant)
+            .map_err(|(seed, violation)| Violated { seed, violation, planted: args.planted() })?;
     let time_s = begin.elapsed().as_secs_f64();
     if args.json {
         let mut value = serde_json::to_value(&total)?;
@@ -205,9 +193,10 @@ fn check(args: &CheckArgs) -> Result<()> {
     let Total { schedules, faults, launches, checkpoints, virtual_hours, .. } = total;
     println!("schedules      {}, none broke a promise", thousands(schedules));
     println!(
-        "survived       {} faults, {} of them cost the whole run's processes; up to {} ranks",
+        "survived       {} faults; {} cost the whole run's processes, {} its coordinator; up to {} ranks",
         thousands(faults),
         thousands(launches),
+        thousands(total.takeovers),
         total.most_ranks
     );
     println!(
@@ -225,8 +214,7 @@ fn check(args: &CheckArgs) -> Result<()> {
 impl CheckArgs {
     /// The bug as it is named on the command line.
     fn planted(&self) -> String {
-        let name = self.plant.and_then(|planted| planted.to_possible_value());
-        name.map(|name| format!(" --plant {}", name.get_name())).unwrap_or_default()
+        self.plant.map(|bug| format!(" --plant {}", bug.name())).unwrap_or_default()
     }
 }
 
@@ -268,10 +256,12 @@ fn survive(
 
 impl GoodputArgs {
     fn campaign(&self) -> Result<Campaign> {
+        let published = Failures::published()[&self.failures].per_1000_node_days;
+        let failures = self.failures_per_1000_node_days.unwrap_or(published);
         let positive = [
             ("--accelerators", f64::from(self.accelerators)),
             ("--per-node", f64::from(self.per_node)),
-            ("--failures-per-1000-node-days", self.failures_per_1000_node_days),
+            ("--failures-per-1000-node-days", failures),
             ("--days", self.days),
             ("--step-s", self.step_s),
             ("--save-every", self.save_every as f64),
@@ -284,7 +274,7 @@ impl GoodputArgs {
         Some(nodes).filter(|nodes| *nodes > 1).context("--accelerators must fill two nodes")?;
         Ok(Campaign {
             nodes,
-            failures_per_node_day: self.failures_per_1000_node_days / 1000.0,
+            failures_per_node_day: failures / 1000.0,
             silent: self.silent,
             days: self.days,
             step: Seconds(self.step_s),

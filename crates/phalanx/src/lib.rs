@@ -14,6 +14,7 @@ mod figures;
 mod flight_record;
 mod job;
 mod launch;
+mod ledger;
 mod measured;
 mod output;
 mod plan_command;
@@ -28,6 +29,7 @@ mod train_command;
 mod validate;
 mod watch;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -61,6 +63,9 @@ enum Command {
         /// Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
         #[arg(long, value_name = "SPEC")]
         chaos: Option<String>,
+        /// Start nothing yet: take over when the launcher that [recovery] register names is lost
+        #[arg(long)]
+        standby: bool,
     },
     /// List the hardware and the models that are known, or show an entry with its sources
     Catalogue {
@@ -168,7 +173,8 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("{SPEAKER}{}", message(&error));
+            // The launcher that would hear it may be gone.
+            let _ = writeln!(std::io::stderr(), "{SPEAKER}{}", message(&error));
             ExitCode::from(exit_code(&error))
         }
         Err(_) => {
@@ -181,8 +187,8 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
-        Command::Train { job, resume, chaos } => {
-            train_command::train(&job, resume.as_deref(), chaos.as_deref())
+        Command::Train { job, resume, chaos, standby } => {
+            train_command::train(&job, resume.as_deref(), chaos.as_deref(), standby)
         }
         Command::Plan { job, options } => plan_command::plan(&job, &options),
         Command::Faults(command) => faults_command::faults(&command),
@@ -229,7 +235,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             Train::Process { .. }
             | Train::Communication { .. }
             | Train::Diverged { .. }
-            | Train::Drifted { .. },
+            | Train::Spiked { .. }
+            | Train::Drifted { .. }
+            | Train::Superseded { .. },
         ) => FAILED,
         _ => BAD_INPUT,
     }

@@ -52,6 +52,16 @@ pub enum Error {
         /// The global gradient norm.
         gradient_norm: f64,
     },
+    /// The loss is no longer a number or the gradient is too large, and the job says to go back.
+    #[error("step {step}: the gradient norm is {gradient_norm:.3}, over {limit:.3}")]
+    Spiked {
+        /// Which step.
+        step: u64,
+        /// The global gradient norm.
+        gradient_norm: f64,
+        /// The largest that would have been right.
+        limit: f64,
+    },
     /// Ranks that should hold the same do not.
     #[error(
         "step {step}: what {} is not what the ranks hold that should have the same: a bit flipped, in memory or on its way. Their states were last the same after step {trusted}", held_by(.ranks)
@@ -93,6 +103,24 @@ pub enum Error {
         theirs: u64,
         /// What the job has.
         ours: u64,
+    },
+    /// Somebody coordinates the run already.
+    #[error(
+        "{place}: somebody coordinates a run there, in term {term}; stand by for it with --standby, or name another register"
+    )]
+    Coordinated {
+        /// The register.
+        place: String,
+        /// Its newest term.
+        term: u64,
+    },
+    /// Another coordinator has taken over.
+    #[error("{place}: another launcher has taken this run over from this one, of term {term}")]
+    Superseded {
+        /// The register.
+        place: String,
+        /// The term that is over.
+        term: u64,
     },
     /// A rank was lost again and again, with no step done in between.
     #[error(

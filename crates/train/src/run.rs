@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use units::{Rank, Seconds};
 
 use crate::agreement::{Agreement, Word};
+use crate::control::Loss;
 use crate::numbers::{Norms, OnDivergence};
 use crate::pace::{Pace, Slow};
 use crate::state::kinds;
@@ -82,6 +83,13 @@ pub enum Event {
         /// The largest that would have been right.
         limit: f64,
     },
+    /// The state of an earlier step was gone back to, and the text of the steps since is left out.
+    RolledBack {
+        /// After which step training goes on.
+        step: u64,
+        /// Of which step the state is.
+        to: u64,
+    },
     /// A rank holds up others that do the same.
     Slow {
         /// After which step.
@@ -108,6 +116,12 @@ pub enum Event {
         time_s: Seconds,
         /// Where the state came from.
         source: StateSource,
+        /// Steps that had been done and are done again.
+        steps_redone: u64,
+        /// Who was lost.
+        losses: Vec<Loss>,
+        /// What this rank saw of it: in which transfer it noticed; empty if it was lost itself.
+        seen: String,
     },
     /// A checkpoint is being written.
     Saving {
@@ -337,6 +351,8 @@ impl Watch {
         } else if self.on_divergence == OnDivergence::Skip && self.skipped < MOST_SKIPPED {
             self.skipped += 1;
             observe(&Event::Skipped { step: step + 1, gradient_norm, limit });
+        } else if self.on_divergence == OnDivergence::RollBack {
+            return Err(Error::Spiked { step: step + 1, gradient_norm, limit });
         } else {
             return Err(Error::Diverged { step: step + 1, loss, gradient_norm });
         }
