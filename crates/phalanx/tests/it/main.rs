@@ -5,10 +5,13 @@
 mod bad_input;
 mod book;
 mod catalogue;
+mod launch;
+mod machine;
 mod place;
 mod plan_and_simulate;
 mod repository;
 mod scale;
+mod score;
 mod survive;
 mod together;
 mod train;
