@@ -14,6 +14,8 @@ use train::{Identity, handed_listener};
 use transport::{Buffer, Communicator, Group, Limits, Probe, Rendezvous};
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
+use crate::train_command::POLICY;
+
 /// The figures that are taken together where one operation takes less than a look at the clock is good for.
 const BATCHES: [(Bytes, u32); 2] = [(Bytes(64 << 10), 20), (Bytes(1 << 20), 4)];
 /// The fewest figures of a cell.
@@ -125,10 +127,8 @@ fn start(args: &CollectivesArgs) -> Result<()> {
         command.args(std::env::args_os().skip(1));
         command
     };
-    let patience = Seconds(60.0);
-    let (silence, start, back_off) = (patience, patience, Seconds::ZERO);
-    let policy = Policy { ranks: args.ranks, restarts: 0, silence, start, back_off };
-    Ok(supervise(policy, command)?)
+    let policy = Policy { ranks: args.ranks, silence: Seconds(60.0), ..POLICY };
+    Ok(supervise(policy, None, command)?)
 }
 
 /// This process as one rank.

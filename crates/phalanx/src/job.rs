@@ -16,13 +16,14 @@ use units::{Bytes, Seconds};
 
 pub use crate::cluster_section::ClusterSection;
 use crate::described::Costing;
+use crate::launch_command::LaunchSection;
 use crate::planner;
 use crate::scale::section::{GoodputSection, IslandsSection, ScaleSection, Scenario};
 
 /// A job file as written.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+pub struct File {
     #[serde(default)]
     model: ModelSection,
     #[serde(default)]
@@ -39,6 +40,8 @@ struct File {
     #[serde(default)]
     run: RunSection,
     #[serde(default)]
+    launch: LaunchSection,
+    #[serde(default)]
     scale: ScaleSection,
     #[serde(default)]
     goodput: GoodputSection,
@@ -51,8 +54,11 @@ struct File {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ModelSection {
+    /// A model of the catalogue.
     name: Option<String>,
+    /// A Hugging Face `config.json`, or the folder of one.
     config: Option<PathBuf>,
+    /// A Hugging Face folder whose weights training starts from.
     weights: Option<PathBuf>,
     layers: Option<u32>,
     hidden: Option<u64>,
@@ -303,6 +309,9 @@ pub struct Job {
     pub run: RunSection,
     /// The job file's name without its ending.
     pub name: String,
+    /// How it is started on a cluster.
+    #[serde(skip)]
+    pub launch: LaunchSection,
     /// At which sizes, and beside what, it is thought through.
     #[serde(skip)]
     pub scale: ScaleSection,
@@ -336,7 +345,7 @@ impl Draft {
         let file: File = toml::from_str(text).map_err(explain)?;
         let (model, weights) = file.model.resolve()?;
         let File { mut training, cluster, data, mut checkpoint, recovery, run, .. } = file;
-        let File { scale, goodput, islands, scenario, .. } = file;
+        let File { launch, scale, goodput, islands, scenario, .. } = file;
         goodput.check()?;
         training.complete()?;
         checkpoint.complete(training.steps)?;
@@ -362,6 +371,7 @@ impl Draft {
             recovery,
             run,
             name,
+            launch,
             scale,
             goodput,
             islands,

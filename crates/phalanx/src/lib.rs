@@ -9,13 +9,16 @@ mod checkpointing;
 mod cluster_section;
 mod described;
 mod device;
+mod doctor;
 mod faults_command;
 mod figures;
 mod flight_record;
+mod foreign;
 mod job;
-mod launch;
+mod launch_command;
 mod ledger;
 mod measured;
+mod mllog;
 mod output;
 mod plan_command;
 mod plan_report;
@@ -23,6 +26,8 @@ mod planner;
 mod prediction;
 mod run_folder;
 mod scale;
+mod schema;
+mod score;
 mod session;
 mod simulate_command;
 mod train_command;
@@ -30,11 +35,11 @@ mod validate;
 mod watch;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
-use clap::{Args, Parser, Subcommand};
+use anyhow::{Context, Result};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub use answer::{Refusal, answer};
 use job::Draft;
@@ -66,6 +71,22 @@ enum Command {
         /// Start nothing yet: take over when the launcher that [recovery] register names is lost
         #[arg(long)]
         standby: bool,
+    },
+    /// Write what Slurm, Kubernetes, mpirun or torchrun need to start a job
+    Launch {
+        #[command(flatten)]
+        job: JobArgs,
+        #[command(flatten)]
+        options: launch_command::LaunchOptions,
+    },
+    /// Make a job file from a configuration of Hugging Face, torchtitan, Megatron-LM or NeMo
+    Import(foreign::ImportArgs),
+    /// Print a job's settings for Megatron-LM, torchtitan or NeMo
+    Export {
+        #[command(flatten)]
+        job: JobArgs,
+        #[command(flatten)]
+        trainer: foreign::Trainer,
     },
     /// List the hardware and the models that are known, or show an entry with its sources
     Catalogue {
@@ -102,6 +123,22 @@ enum Command {
     /// Measure this machine: how fast ranks communicate, beside what it allows
     #[command(subcommand)]
     Bench(bench_command::BenchCommand),
+    /// What logs of MLPerf Training, and of our own runs, show: step time, time to train, scaling efficiency
+    Score(score::ScoreArgs),
+    /// Look whether this machine is ready to train on, and say what to fix
+    Doctor(doctor::DoctorArgs),
+    /// Print the JSON Schema of the job file, for editors
+    Schema,
+    /// Print completions for a shell
+    Completions {
+        /// bash, elvish, fish, powershell or zsh
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual pages
+    Man {
+        /// Where to; made if it is not there
+        folder: PathBuf,
+    },
     /// Recompute published measurements: how wrong the simulator is, by source
     Validate(validate::ValidateArgs),
 }
@@ -190,13 +227,34 @@ fn run(cli: Cli) -> Result<()> {
         Command::Train { job, resume, chaos, standby } => {
             train_command::train(&job, resume.as_deref(), chaos.as_deref(), standby)
         }
+        Command::Import(args) => foreign::import(&args),
+        Command::Export { job, trainer } => foreign::export(&job, &trainer),
+        Command::Launch { job, options } => launch_command::launch(&job, &options),
         Command::Plan { job, options } => plan_command::plan(&job, &options),
         Command::Faults(command) => faults_command::faults(&command),
         Command::Scale { job, options } => scale::scale(&job, &options),
         Command::Bench(command) => bench_command::bench(&command),
+        Command::Score(args) => score::score(&args),
+        Command::Doctor(args) => doctor::doctor(&args),
+        Command::Schema => {
+            output::print_text(&(serde_json::to_string_pretty(&schema::schema())? + "\n"))
+        }
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "phalanx", &mut script);
+            output::print_text(&String::from_utf8(script)?)
+        }
+        Command::Man { folder } => manual(&folder),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }
+}
+
+/// Writes a page for the command and for each that it has.
+fn manual(folder: &Path) -> Result<()> {
+    let written = std::fs::create_dir_all(folder)
+        .and_then(|()| clap_mangen::generate_to(Cli::command(), folder));
+    written.with_context(|| format!("cannot write in {}", folder.display()))
 }
 
 /// An error and what led to it. Most errors tell their cause themselves; it is not told twice.
@@ -219,6 +277,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
     if error.is::<plan::memory::DoesNotFit>()
         || error.is::<planner::NothingFits>()
         || error.is::<validate::Grown>()
+        || error.is::<doctor::Unfit>()
         || error.is::<faults_command::Violated>()
     {
         return FAILED;

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use checkpoint::hugging_face::Weights;
@@ -31,6 +31,7 @@ use crate::figures::Figures;
 use crate::flight_record;
 use crate::job::Job;
 use crate::measured::Machine;
+use crate::mllog::{self, OwnLog, Samples};
 use crate::output::thousands;
 use crate::plan_command::{describe, lowered};
 use crate::run_folder::RunFolder;
@@ -116,6 +117,7 @@ pub struct Session<'a, O> {
     /// Whether this rank talks to the user.
     pub speaks: bool,
     rank: Rank,
+    started: SystemTime,
     batches: &'a Batches,
     device: Device<O>,
 }
@@ -134,7 +136,8 @@ impl<'a, O: Operators> Session<'a, O> {
         let device = Device { operators, config: job.model.clone(), optimizer: job.optimizer() };
         let outer = lower_outer(&job.model, &job.layout, &job.batch())?;
         let programs = Programs { step, evaluation, outer };
-        Ok(Self { job, speaks, rank, batches, programs, device, machine: None })
+        let started = SystemTime::now();
+        Ok(Self { job, speaks, rank, started, batches, programs, device, machine: None })
     }
 
     /// Says what is trained on what.
@@ -234,7 +237,13 @@ impl<'a, O: Operators> Session<'a, O> {
                     }
                     (kept.lost, kept.seen) = (Instant::now(), error.to_string());
                 }
-                Err(error) => return Err(how_to_go_on(error, &kept.path)),
+                Err(error) => {
+                    if let Some(folder) = &kept.folder {
+                        // The error counts, not that the log cannot tell of it.
+                        drop(mllog::stop(folder.path(), "aborted"));
+                    }
+                    return Err(how_to_go_on(error, &kept.path));
+                }
                 Ok((outcome, losses)) => {
                     if let Some(folder) = &kept.folder {
                         tokenizer.save(&kept.path.join("model/tokenizer.json"))?;
@@ -479,6 +488,8 @@ impl<'a, O: Operators> Session<'a, O> {
         let Kept { folder, safekeeping, .. } = kept;
         let mut watch = Watch::new(self, first_step, training.steps);
         watch.losses[0] = folder.as_ref().map_or(f64::NAN, RunFolder::first_loss);
+        let log = folder.as_ref().map(|folder| self.open_log(folder, first_step));
+        let mut log = log.transpose()?;
         let mut unwritten = Ok(());
         let (programs, batches) = (&self.programs, self.batches);
         let mut observe = |event: &Event| {
@@ -498,11 +509,20 @@ impl<'a, O: Operators> Session<'a, O> {
             {
                 unwritten = folder.metric(&record);
             }
+            if let Some(log) = log.as_mut().filter(|_| unwritten.is_ok()) {
+                unwritten = log.see(event);
+            }
         };
         happened.iter().for_each(&mut observe);
         let outcome = train::run(worker, programs, batches, &settings, safekeeping, &mut observe)?;
         unwritten?;
         Ok((outcome, watch.losses))
+    }
+
+    fn open_log(&self, folder: &RunFolder, first_step: u64) -> Result<OwnLog> {
+        let evaluation = self.programs.evaluation.global_batch();
+        let samples = Samples { train: self.batches.windows_per_epoch(), evaluation };
+        OwnLog::open(folder.path(), self.job, samples, first_step, self.started)
     }
 
     /// Writes the traces and the summary, and prints it.
@@ -530,6 +550,7 @@ impl<'a, O: Operators> Session<'a, O> {
             fields.insert("run_folder".into(), json!(folder.path()));
         }
         folder.write_json("summary.json", &summary)?;
+        mllog::stop(folder.path(), "success")?;
         if !self.speaks {
             println!("{}", serde_json::to_string_pretty(&summary)?);
             return Ok(());

@@ -30,7 +30,7 @@ const RENDEZVOUS: Duration = Duration::from_secs(120);
 /// How long ranks that begin anew wait for each other: some may be lost meanwhile.
 const RENDEZVOUS_ANEW: Duration = Duration::from_secs(10);
 /// When a local rank is taken for dead, and how patiently it is started anew.
-const POLICY: Policy = Policy {
+pub const POLICY: Policy = Policy {
     ranks: 0,
     restarts: 0,
     silence: Seconds(10.0),

@@ -53,6 +53,12 @@ impl Batches {
         self.held_out.len() as u64
     }
 
+    /// Windows to train on before any comes again.
+    #[must_use]
+    pub fn windows_per_epoch(&self) -> u64 {
+        self.sampler.windows_per_epoch()
+    }
+
     /// The microbatches of `rank` in a training step: the same tokens for every layout.
     ///
     /// # Errors

@@ -15,7 +15,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use sim::device::Calibration;
 
-use row::{Row, Set};
+pub use predict::predict;
+use row::Set;
+pub use row::{Row, rows};
 pub use score::Grown;
 use score::{Answer, Report};
 
@@ -52,11 +54,11 @@ pub struct ValidateArgs {
 /// Prints the error by source, family and quantity; fails when an error has grown.
 pub fn validate(args: &ValidateArgs) -> Result<()> {
     let files = args.calibrations()?;
-    let rows = row::rows(args.rows.as_deref())?;
+    let rows = rows(args.rows.as_deref())?;
     let chosen: Vec<&Row> = rows.iter().filter(|row| args.chooses(row)).collect();
     let bar = ProgressBar::new(chosen.len() as u64).with_style(style()?);
     let predict = |row: &&Row| {
-        let predictions = predict::predict(row, &files);
+        let predictions = predict(row, &files);
         bar.inc(1);
         predictions.iter().map(|prediction| Answer::new(row, prediction)).collect()
     };
@@ -73,7 +75,7 @@ fn style() -> Result<ProgressStyle> {
 
 /// A built-in row, by its id.
 pub fn measured_step(id: &str) -> Result<Row> {
-    let rows = row::rows(None)?;
+    let rows = rows(None)?;
     let found = rows.into_iter().find(|row| row.id == id);
     found.with_context(|| format!("measured/steps.csv has no row {id}"))
 }
