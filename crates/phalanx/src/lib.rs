@@ -19,6 +19,7 @@ mod plan_command;
 mod plan_report;
 mod planner;
 mod prediction;
+mod report_command;
 mod run_folder;
 mod scale;
 mod session;
@@ -93,6 +94,8 @@ enum Command {
         #[command(flatten)]
         options: scale::ScaleArgs,
     },
+    /// Write a run, or a simulated step, as one page of HTML
+    Report(report_command::ReportArgs),
     /// Recompute published measurements: how wrong the simulator is, by source
     Validate(validate::ValidateArgs),
 }
@@ -183,6 +186,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Plan { job, options } => plan_command::plan(&job, &options),
         Command::Faults(command) => faults_command::faults(&command),
         Command::Scale { job, options } => scale::scale(&job, &options),
+        Command::Report(args) => report_command::report(&args),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }

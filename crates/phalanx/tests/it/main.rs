@@ -7,6 +7,7 @@ mod book;
 mod catalogue;
 mod place;
 mod plan_and_simulate;
+mod report;
 mod repository;
 mod scale;
 mod survive;
