@@ -15,6 +15,7 @@ use train::{LearningRate, OnDivergence};
 use units::{Bytes, Seconds};
 
 pub use crate::cluster_section::ClusterSection;
+use crate::dashboards::MetricsSection;
 use crate::described::Costing;
 use crate::planner;
 use crate::scale::section::{GoodputSection, IslandsSection, ScaleSection, Scenario};
@@ -38,6 +39,8 @@ struct File {
     recovery: RecoverySection,
     #[serde(default)]
     run: RunSection,
+    #[serde(default)]
+    metrics: MetricsSection,
     #[serde(default)]
     scale: ScaleSection,
     #[serde(default)]
@@ -297,6 +300,9 @@ pub struct Job {
     pub recovery: RecoverySection,
     /// Where results go.
     pub run: RunSection,
+    /// Where figures go besides.
+    #[serde(default)]
+    pub metrics: MetricsSection,
     /// The job file's name without its ending.
     pub name: String,
     /// At which sizes, and beside what, it is thought through.
@@ -332,7 +338,7 @@ impl Draft {
         let file: File = toml::from_str(text).map_err(explain)?;
         let (model, weights) = file.model.resolve()?;
         let File { mut training, cluster, data, mut checkpoint, recovery, run, .. } = file;
-        let File { scale, goodput, islands, scenario, .. } = file;
+        let File { metrics, scale, goodput, islands, scenario, .. } = file;
         goodput.check()?;
         training.complete()?;
         checkpoint.complete(training.steps)?;
@@ -357,6 +363,7 @@ impl Draft {
             checkpoint,
             recovery,
             run,
+            metrics,
             name,
             scale,
             goodput,

@@ -5,6 +5,7 @@
 mod bad_input;
 mod book;
 mod catalogue;
+mod dashboards;
 mod place;
 mod plan_and_simulate;
 mod report;
