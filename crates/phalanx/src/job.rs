@@ -15,6 +15,7 @@ use train::{LearningRate, OnDivergence};
 use units::{Bytes, Seconds};
 
 pub use crate::cluster_section::ClusterSection;
+use crate::dashboards::MetricsSection;
 use crate::described::Costing;
 use crate::launch_command::LaunchSection;
 use crate::planner;
@@ -41,6 +42,8 @@ pub struct File {
     run: RunSection,
     #[serde(default)]
     launch: LaunchSection,
+    #[serde(default)]
+    metrics: MetricsSection,
     #[serde(default)]
     scale: ScaleSection,
     #[serde(default)]
@@ -287,7 +290,7 @@ pub struct Draft {
 }
 
 /// A job with nothing left open.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Job {
     /// The model's dimensions.
     pub model: Config,
@@ -307,6 +310,9 @@ pub struct Job {
     pub recovery: RecoverySection,
     /// Where results go.
     pub run: RunSection,
+    /// Where figures go besides.
+    #[serde(default)]
+    pub metrics: MetricsSection,
     /// The job file's name without its ending.
     pub name: String,
     /// How it is started on a cluster.
@@ -345,7 +351,7 @@ impl Draft {
         let file: File = toml::from_str(text).map_err(explain)?;
         let (model, weights) = file.model.resolve()?;
         let File { mut training, cluster, data, mut checkpoint, recovery, run, .. } = file;
-        let File { launch, scale, goodput, islands, scenario, .. } = file;
+        let File { launch, metrics, scale, goodput, islands, scenario, .. } = file;
         goodput.check()?;
         training.complete()?;
         checkpoint.complete(training.steps)?;
@@ -370,6 +376,7 @@ impl Draft {
             checkpoint,
             recovery,
             run,
+            metrics,
             name,
             launch,
             scale,
@@ -443,6 +450,14 @@ impl Job {
     /// The job as it was understood, every default filled in.
     pub fn resolved(&self) -> String {
         toml::to_string_pretty(self).expect("a job has a TOML form")
+    }
+
+    /// Reads what [`Job::resolved`] wrote: the `job.toml` of a run's folder.
+    pub fn read_resolved(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        toml::from_str(&text)
+            .map_err(|error| anyhow!("{} is not the job of a run: {error}", path.display()))
     }
 
     /// The size of a step.

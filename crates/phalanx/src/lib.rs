@@ -7,6 +7,7 @@ mod catalogue_command;
 mod chaos;
 mod checkpointing;
 mod cluster_section;
+mod dashboards;
 mod described;
 mod device;
 mod doctor;
@@ -24,6 +25,7 @@ mod plan_command;
 mod plan_report;
 mod planner;
 mod prediction;
+mod report_command;
 mod run_folder;
 mod scale;
 mod schema;
@@ -71,6 +73,9 @@ enum Command {
         /// Start nothing yet: take over when the launcher that [recovery] register names is lost
         #[arg(long)]
         standby: bool,
+        /// Answer Prometheus on this port of this machine: [metrics] port
+        #[arg(long, value_name = "PORT")]
+        metrics: Option<u16>,
     },
     /// Write what Slurm, Kubernetes, mpirun or torchrun need to start a job
     Launch {
@@ -139,6 +144,8 @@ enum Command {
         /// Where to; made if it is not there
         folder: PathBuf,
     },
+    /// Write a run, or a simulated step, as one page of HTML
+    Report(report_command::ReportArgs),
     /// Recompute published measurements: how wrong the simulator is, by source
     Validate(validate::ValidateArgs),
 }
@@ -224,7 +231,8 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
-        Command::Train { job, resume, chaos, standby } => {
+        Command::Train { mut job, resume, chaos, standby, metrics } => {
+            job.set.extend(metrics.map(|port| format!("metrics.port={port}")));
             train_command::train(&job, resume.as_deref(), chaos.as_deref(), standby)
         }
         Command::Import(args) => foreign::import(&args),
@@ -245,6 +253,7 @@ fn run(cli: Cli) -> Result<()> {
             output::print_text(&String::from_utf8(script)?)
         }
         Command::Man { folder } => manual(&folder),
+        Command::Report(args) => report_command::report(&args),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }
