@@ -27,6 +27,8 @@ class Communicator:
     ) -> None: ...
     def post(self, operations: list[Any]) -> Batch:
         """Starts operations; the tensors that they name must stay until the batch is finished."""
+    def flight(self) -> str | None:
+        """What this rank did last and what it knows of the others, in JSON."""
     def close(self) -> None:
         """Completes what was posted and takes leave of the peers."""
 

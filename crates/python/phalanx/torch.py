@@ -9,7 +9,8 @@ Ranks of one host share memory, others use TCP; the ranks find each other throug
 listens on the interface of MASTER_ADDR, or of PHALANX_HOST where it is not the master's host. All
 ranks of a job share one communicator, on which each process group has numbers of its own. Results have
 the same bits on every rank, whatever the timing. When a rank is lost, :class:`phalanx.Error` says which
-one, and in which operation.
+one, and in which operation. PHALANX_FLIGHT names a folder in which each rank then leaves its flight record:
+what it did last, and what it knows of the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from __future__ import annotations
 import atexit
 import functools
 import hashlib
+import json
 import os
+import pathlib
 import socket
 import threading
 import time
@@ -70,10 +73,18 @@ class _Operation:
 class _Work(dist.Work):
     """Operations under way, and the tensors that they are about."""
 
-    def __init__(self, batch: _phalanx.Batch, tensors: Any, result: Any, timeout: timedelta, then: Callable | None):
+    def __init__(
+        self,
+        batch: _phalanx.Batch,
+        tensors: Any,
+        result: Any,
+        limit: timedelta,
+        then: Callable[[], None],
+        failed: Callable[[], None],
+    ):
         super().__init__()
-        self._batch, self._tensors, self._result, self._then = batch, tensors, result, then
-        self._limit = timeout
+        self._batch, self._tensors, self._result, self._limit = batch, tensors, result, limit
+        self._then, self._failed = then, failed
         self._finishing = threading.Lock()
         self._finished = False
         self._error: Exception | None = None
@@ -118,10 +129,10 @@ class _Work(dist.Work):
             if not self._finished:
                 try:
                     self._batch.finish()
-                    if self._then:
-                        self._then()
+                    self._then()
                 except Exception as error:
                     self._error = error
+                    self._failed()
                 self._finished, self._tensors = True, None
             return self._error
 
@@ -469,7 +480,20 @@ class ProcessGroup(dist.ProcessGroup):
                     tensor.div_(self._size)
 
         batch = self._communicator.post(operations)
-        return _Work(batch, tensors, result, limit, then if means else None)
+        return _Work(batch, tensors, result, limit, then, self._write_flight)
+
+    def flight(self) -> dict[str, Any] | None:
+        """The flight record: the last operations of this rank, and what it knows of the others."""
+        record = self._communicator.flight()
+        return record and json.loads(record)
+
+    def _write_flight(self) -> None:
+        """Leaves the flight record where it is asked for, after the first failure."""
+        if (folder := os.environ.get("PHALANX_FLIGHT")) and (record := self.flight()):
+            path = pathlib.Path(folder, f"rank-{record['rank']}.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.write_text(json.dumps(record, indent=2))
 
 
 _open: weakref.WeakSet[_phalanx.Communicator] = weakref.WeakSet()

@@ -120,6 +120,13 @@ impl Communicator {
         Ok(Batch { shared, tickets, open, spare })
     }
 
+    /// What this rank did last and what it knows of the others, in JSON; none once nothing works.
+    fn flight(&self, py: Python<'_>) -> PyResult<Option<String>> {
+        let flight = py.detach(|| lock(&self.open).as_ref().and_then(|open| open.flight()));
+        let flight = flight.as_ref().map(serde_json::to_string_pretty).transpose();
+        flight.map_err(|error| Error::new_err(error.to_string()))
+    }
+
     /// Completes what was posted, for some seconds at most, and takes leave of the peers.
     fn close(&self, py: Python<'_>) {
         py.detach(|| drop(lock(&self.open).take()));

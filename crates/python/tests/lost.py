@@ -1,7 +1,9 @@
 """A rank that is killed is named by the exceptions of all others, with the operation that it broke."""
 
+import json
 import os
 import signal
+import tempfile
 import time
 
 import torch
@@ -29,8 +31,8 @@ def reduced(index):
         dist.all_reduce(torch.ones(1000))
 
 
-def rank(index, work, port, told):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(index), WORLD_SIZE=str(RANKS))
+def rank(index, work, port, told, folder):
+    os.environ.update(PHALANX_FLIGHT=folder, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(index), WORLD_SIZE=str(RANKS))
     torch.set_num_threads(1)
     import phalanx.torch
 
@@ -38,18 +40,21 @@ def rank(index, work, port, told):
     try:
         work(index)
     except RuntimeError as error:
-        told.put((index, time.time(), str(error)))
+        record = json.load(open(f"{folder}/rank-{index}.json"))
+        told.put((index, time.time(), str(error), record))
 
 
-def check(work):
+def check(work, folder):
     told, port = processes.get_context("fork").Queue(), free_port()
-    context = processes.start_processes(rank, (work, port, told), RANKS, join=False, start_method="fork")
+    context = processes.start_processes(rank, (work, port, told, folder), RANKS, join=False, start_method="fork")
     context.processes[LOST].join()
     killed, said = time.time(), [told.get(timeout=60) for _ in range(RANKS - 1)]
-    for index, when, message in sorted(said):
+    for index, when, message, record in said:
         # PyTorch adds where in its own code the error came up.
         message = message.partition("\n")[0]
         assert index != LOST and f"rank {LOST}" in message and "all-reduce" in message, message
+        failed = [operation for operation in record["operations"] if operation["failure"]]
+        assert failed and record["peers"][0]["rank"] != index and "all-reduce" in failed[0]["label"], record
         print(f"   rank {index} after {max(0.0, when - killed):.2f} s: {message}")
     for process in context.processes:
         process.join()
@@ -57,5 +62,6 @@ def check(work):
 
 if __name__ == "__main__":
     for work in (reduced, trained):
-        check(work)
+        with tempfile.TemporaryDirectory() as folder:
+            check(work, folder)
         print("ok: a rank lost while others", work.__name__, flush=True)
