@@ -1,6 +1,7 @@
 //! The `phalanx` command: arguments, files in and out, exit codes. Programs ask through [`answer`].
 
 mod answer;
+mod bench_command;
 mod carried;
 mod catalogue_command;
 mod chaos;
@@ -130,6 +131,9 @@ enum Command {
         /// Where to; made if it is not there
         folder: PathBuf,
     },
+    /// Measure this machine: how fast ranks communicate, beside what it allows
+    #[command(subcommand)]
+    Bench(bench_command::BenchCommand),
     /// Recompute published measurements: how wrong the simulator is, by source
     Validate(validate::ValidateArgs),
 }
@@ -234,6 +238,7 @@ fn run(cli: Cli) -> Result<()> {
             output::print_text(&String::from_utf8(script)?)
         }
         Command::Man { folder } => manual(&folder),
+        Command::Bench(command) => bench_command::bench(&command),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }

@@ -2,18 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::io;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use collective::{Collective, Kind, Part, chunk_range};
+use rustix::thread;
 use units::{Bytes, Rank};
 
+use crate::buffer::{Buffer, Place};
+use crate::departed::Departed;
+use crate::local::Local;
 use crate::operation::{Action, Group, Operation};
 use crate::progress::{Command, Progress};
 use crate::topology::fitting;
-use crate::{Error, Flight, Transport, Waker};
+use crate::{Arena, Error, Flight, Transport, Waker};
 
 /// The named limits of every wait and every buffer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -82,8 +87,11 @@ pub struct Communicator {
     waker: Waker,
     outcomes: Arc<Outcomes>,
     thread: Option<JoinHandle<()>>,
-    /// The parts in [`Communicator::all_gather_bytes`] by group size and member.
-    gathers: BTreeMap<(u32, u32), Arc<Part>>,
+    /// The parts of what was waited for at once, by member.
+    parts: BTreeMap<(Collective, u32), Arc<Part>>,
+    /// What goes on among ranks of this host.
+    local: Option<Local>,
+    cores: u32,
 }
 
 /// How much sooner than a computing thread the communication thread is scheduled.
@@ -93,7 +101,7 @@ const NICENESS: i32 = -10;
 /// would the peer that waits for the answer: the communication thread, which works in short bursts,
 /// goes first. A user without the right to that goes without it.
 fn go_first() {
-    let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), NICENESS);
+    let _ = rustix::process::setpriority_process(Some(thread::gettid()), NICENESS);
 }
 
 impl Communicator {
@@ -106,7 +114,11 @@ impl Communicator {
         let hosts = (0..ranks).map(|rank| transport.host(Rank(rank))).collect();
         let (commands, inbox) = mpsc::channel();
         let outcomes = Arc::new(Outcomes::default());
-        let progress = Progress::new(transport, inbox, Arc::clone(&outcomes), limits);
+        let departed = Arc::new(Departed::new(ranks));
+        let local = transport.arena().map(|arena| {
+            Local::new(arena, Arc::clone(&departed), limits.wait, transport.host_name(rank))
+        });
+        let progress = Progress::new(transport, inbox, Arc::clone(&outcomes), limits, departed);
         let thread = std::thread::Builder::new()
             .name(format!("communication of {rank}"))
             .spawn(move || {
@@ -115,19 +127,20 @@ impl Communicator {
             })
             .map_err(Error::system("start the communication thread"))?;
         let thread = Some(thread);
-        let gathers = BTreeMap::new();
-        let next_ticket = 0;
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
         Ok(Self {
             rank,
             ranks,
             hosts,
             limits,
-            next_ticket,
+            next_ticket: 0,
             commands,
             waker,
             outcomes,
             thread,
-            gathers,
+            parts: BTreeMap::new(),
+            local,
+            cores,
         })
     }
 
@@ -251,12 +264,176 @@ impl Communicator {
     fn all_gather(&mut self, group: &Group, own: &[f32], label: &str) -> Result<Vec<f32>, Error> {
         let ranks = group.ranks.len() as u32;
         let member = group.member(self.rank).expect("a rank gathers in its own groups");
-        let generate = || Arc::new(Collective::direct(Kind::AllGather, ranks).part(member));
-        let part = Arc::clone(self.gathers.entry((ranks, member)).or_insert_with(generate));
         let mut buffer = vec![0.0; group.ranks.len() * own.len()];
         let range = chunk_range(buffer.len(), ranks, member);
         buffer[range].copy_from_slice(own);
-        let (group, action) = (group.clone(), Action::Collective(part));
+        self.post_and_wait(
+            group,
+            &Collective::direct(Kind::AllGather, ranks),
+            member,
+            buffer,
+            label,
+        )
+    }
+
+    /// Keeps the calling thread to one core, another than those of the other ranks of this host as far as
+    /// there are enough: ranks that wait for each other without sleeping are not moved apart by the kernel.
+    /// Without shared memory nothing happens.
+    ///
+    /// # Errors
+    /// [`Error::System`] when the kernel refuses.
+    pub fn keep_to_one_core(&self) -> Result<(), Error> {
+        let Some(arena) = self.local.as_ref().map(Local::arena) else {
+            return Ok(());
+        };
+        let refused = |error| Error::system("keep a thread to one core")(io::Error::from(error));
+        let allowed = thread::sched_getaffinity(None).map_err(refused)?;
+        let cores = (0..thread::CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core));
+        let mut one = thread::CpuSet::new();
+        one.set(cores.cycle().nth(arena.own()).expect("a thread may run somewhere"));
+        thread::sched_setaffinity(None, &one).map_err(refused)
+    }
+
+    /// The cores that this process had when it began to communicate.
+    pub(crate) fn cores(&self) -> u32 {
+        self.cores
+    }
+
+    /// The memory that all ranks of a group share, if they do.
+    pub(crate) fn arena_of(&self, group: &Group) -> Option<Arc<Arena>> {
+        self.local.as_ref().filter(|local| local.has(group)).map(Local::arena)
+    }
+
+    /// A buffer of zeros for [`Communicator::run`]: where the ranks of this host reach it without a copy, if
+    /// they share memory of which enough is left.
+    #[must_use]
+    pub fn buffer(&self, elements: usize) -> Buffer {
+        let lease = self.local.as_ref().and_then(|local| local.lease(elements));
+        Buffer(lease.map_or_else(
+            || Place::Own(vec![0.0; elements]),
+            |mut lease| {
+                lease.fill(0.0);
+                Place::Shared(lease)
+            },
+        ))
+    }
+
+    /// Carries out a collective and gives the buffer back. Among ranks of one host that share memory, this
+    /// thread does so itself, and no byte is copied on the way.
+    ///
+    /// All ranks of the group call this, with buffers that are [shared](Buffer::is_shared) on all of them or
+    /// on none, in the same order. What is posted is in an order of its own.
+    ///
+    /// # Errors
+    /// As [`Communicator::wait`]; the buffer is lost.
+    ///
+    /// # Panics
+    /// For an all-to-all, and when the group lacks this rank or is not of the collective's size.
+    pub fn run(
+        &mut self,
+        group: &Group,
+        collective: &Collective,
+        mut buffer: Buffer,
+        label: &str,
+    ) -> Result<Buffer, Error> {
+        let is_shared = buffer.is_shared();
+        let outcome = self.carry_out(group, collective, &mut buffer, is_shared, label);
+        match (outcome, buffer.0) {
+            (Ok(()), place) => Ok(Buffer(place)),
+            (Err(error), Place::Own(_)) => Err(error),
+            (Err(error), Place::Shared(lease)) => {
+                lease.abandon();
+                Err(error)
+            }
+        }
+    }
+
+    /// As [`Communicator::run`] on all ranks with elements that are not shared.
+    ///
+    /// # Errors
+    /// As [`Communicator::wait`]; the elements are undefined.
+    ///
+    /// # Panics
+    /// As [`Communicator::run`].
+    pub fn run_on(
+        &mut self,
+        group: &Group,
+        collective: &Collective,
+        elements: &mut [f32],
+        label: &str,
+    ) -> Result<(), Error> {
+        self.carry_out(group, collective, elements, false, label)
+    }
+
+    /// Adds up the elements of all ranks of the group, on all of them to the same bits: by
+    /// [`Collective::direct`], or, if they are few, by gathering them and adding them up on every rank in
+    /// the order of the group.
+    ///
+    /// # Errors
+    /// As [`Communicator::run`].
+    ///
+    /// # Panics
+    /// As [`Communicator::run`].
+    pub fn all_reduce(
+        &mut self,
+        group: &Group,
+        mut buffer: Buffer,
+        label: &str,
+    ) -> Result<Buffer, Error> {
+        let ranks = group.ranks.len() as u32;
+        let gathers = self.gathers(group, buffer.len());
+        match self.local.as_mut() {
+            Some(local) if gathers => {
+                let gather = Collective::direct(Kind::AllGather, ranks);
+                local.gather_and_add(group, &gather, &mut buffer, label).map(|()| buffer)
+            }
+            _ => self.run(group, &Collective::direct(Kind::AllReduce, ranks), buffer, label),
+        }
+    }
+
+    /// Whether [`Communicator::all_reduce`] gathers so many elements.
+    #[must_use]
+    pub fn gathers(&self, group: &Group, elements: usize) -> bool {
+        self.local.as_ref().is_some_and(|local| local.has(group)) && Local::is_small(elements)
+    }
+
+    fn carry_out(
+        &mut self,
+        group: &Group,
+        collective: &Collective,
+        elements: &mut [f32],
+        is_shared: bool,
+        label: &str,
+    ) -> Result<(), Error> {
+        self.outcomes.check()?;
+        let member = group.member(self.rank);
+        assert_eq!(
+            collective.members() as usize,
+            group.ranks.len(),
+            "`{label}`: members and ranks"
+        );
+        let member =
+            member.unwrap_or_else(|| panic!("`{label}`: {} is not in the group", self.rank));
+        if let Some(local) = self.local.as_mut().filter(|local| local.has(group)) {
+            return local.run(group, collective, elements, is_shared, label);
+        }
+        let buffer = elements.to_vec();
+        let result = self.post_and_wait(group, collective, member, buffer, label)?;
+        elements.copy_from_slice(&result);
+        Ok(())
+    }
+
+    fn post_and_wait(
+        &mut self,
+        group: &Group,
+        collective: &Collective,
+        member: u32,
+        buffer: Vec<f32>,
+        label: &str,
+    ) -> Result<Vec<f32>, Error> {
+        let generate = || Arc::new(collective.part(member));
+        let part = self.parts.entry((collective.clone(), member)).or_insert_with(generate);
+        let (group, action) = (group.clone(), Action::Collective(Arc::clone(part)));
         let ticket = self.post(Operation { group, action, buffer, label: label.into() })?;
         Ok(self.wait(ticket)?.buffer)
     }

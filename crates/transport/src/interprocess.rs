@@ -13,7 +13,7 @@ use units::Rank;
 use crate::segment::Segment;
 use crate::shared_memory::SharedMemory;
 use crate::socket::Socket;
-use crate::{Error, Transport, Waker};
+use crate::{Arena, Error, Transport, Waker};
 
 /// The token of the waker; peers have their rank as token.
 const WAKER: Token = Token(usize::MAX);
@@ -31,6 +31,7 @@ pub struct Interprocess {
     poll: Poll,
     events: Events,
     waker: Arc<mio::Waker>,
+    arena: Option<Arc<Arena>>,
 }
 
 /// Where a rank is.
@@ -50,11 +51,13 @@ enum Stream {
 
 impl Interprocess {
     /// Takes over the connections to every rank but `rank`, which has `None` in its place, each
-    /// with the memory that is shared with that peer, if any. `hosts` has every rank's.
+    /// with the memory that is shared with that peer, if any. `hosts` has every rank's; `arena` is the memory
+    /// that all ranks of this host share.
     pub(crate) fn new(
         rank: Rank,
         hosts: Vec<Host>,
         links: Vec<Option<(TcpStream, Option<Segment>)>>,
+        arena: Option<Arena>,
     ) -> Result<Self, Error> {
         let poll = Poll::new().map_err(Error::system("create a poll"))?;
         let waker =
@@ -74,7 +77,8 @@ impl Interprocess {
         let streams = links.into_iter().enumerate().map(stream).collect::<io::Result<_>>();
         let streams = streams.map_err(Error::system("watch a socket"))?;
         let events = Events::with_capacity(EVENTS);
-        Ok(Self { rank, hosts, streams, poll, events, waker: Arc::new(waker) })
+        let arena = arena.map(Arc::new);
+        Ok(Self { rank, hosts, streams, poll, events, waker: Arc::new(waker), arena })
     }
 
     /// Whether the bytes to and from a peer go through memory rather than TCP.
@@ -153,6 +157,10 @@ impl Transport for Interprocess {
             }
         }
         Ok(())
+    }
+
+    fn arena(&self) -> Option<Arc<Arena>> {
+        self.arena.clone()
     }
 
     fn waker(&self) -> Waker {

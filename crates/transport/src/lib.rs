@@ -8,10 +8,18 @@
 //! and `outgoing` the two directions of a stream, `frame` what travels on it, `pulse` whether peers
 //! live, `flight` what is told when one does not, `interprocess` the streams
 //! (`socket`; `shared_memory`, its `ring` and its `segment`), `rendezvous` how the processes of a job
-//! find each other (`lobby`, `handshake`, `message`), `sharing` how two of a host come to share memory,
+//! find each other (`lobby`, `handshake`, `message`), `sharing` how those of a host come to share memory,
 //! `topology` which algorithm fits where ranks are.
+//!
+//! Collectives that are waited for at once go another way where all ranks of the group share an `arena`:
+//! `local` carries them out on the calling thread, in `passes` over its peers' memory (`reduction`), told
+//! what is ready by messages on the `board`.
 
+mod arena;
+mod board;
+mod buffer;
 mod communicator;
+mod departed;
 mod element;
 mod error;
 mod flight;
@@ -21,11 +29,15 @@ mod in_process;
 mod incoming;
 mod interprocess;
 mod lobby;
+mod local;
 mod message;
 mod operation;
 mod outgoing;
+mod passes;
+mod probe;
 mod progress;
 mod pulse;
+mod reduction;
 mod rendezvous;
 mod ring;
 mod segment;
@@ -35,6 +47,8 @@ mod socket;
 mod stream;
 mod topology;
 
+pub use arena::Arena;
+pub use buffer::Buffer;
 pub use communicator::{Communicator, Completed, Limits, Then, Ticket};
 pub use element::{Combine, Element, Reduction};
 pub use error::Error;
@@ -43,6 +57,7 @@ pub use handshake::Secret;
 pub use in_process::InProcess;
 pub use interprocess::Interprocess;
 pub use operation::{Action, Group, Operation};
+pub use probe::Probe;
 pub use pulse::{Doing, LastHeard};
 pub use rendezvous::Rendezvous;
 pub use stream::{Transport, Waker};

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use units::{Rank, Seconds};
 
 use crate::communicator::Outcomes;
+use crate::departed::{Departed, Gone};
 use crate::flight::{self, Recorder};
 use crate::frame::{HEADER_BYTES, Header, Key, Kind};
 use crate::incoming::{self, Early, Incoming, Reading, Sink};
@@ -47,6 +48,7 @@ pub(crate) struct Progress {
     metronome: Metronome,
     recorder: Recorder,
     closing: Option<Closing>,
+    departed: Arc<Departed>,
 }
 
 /// What is numbered together within a group.
@@ -66,13 +68,6 @@ struct Peer {
     incoming: Incoming,
 }
 
-/// How a peer went.
-struct Gone {
-    /// It said goodbye, having done its part of whatever it posted.
-    orderly: bool,
-    reason: String,
-}
-
 /// The end of the loop, approaching.
 struct Closing {
     deadline: Instant,
@@ -85,6 +80,7 @@ impl Progress {
         commands: Receiver<Command>,
         outcomes: Arc<Outcomes>,
         limits: Limits,
+        departed: Arc<Departed>,
     ) -> Self {
         let peers = (0..transport.ranks()).map(|_| Peer::default()).collect();
         let metronome = Metronome::new(&limits, transport.ranks());
@@ -101,6 +97,7 @@ impl Progress {
             metronome,
             recorder: Recorder::new(),
             closing: None,
+            departed,
         }
     }
 
@@ -571,6 +568,7 @@ impl Progress {
 
     /// Closes a peer's stream and fails the operations that cannot do without.
     fn depart(&mut self, peer: Rank, gone: Gone) {
+        self.departed.note(peer, &gone);
         let entry = &mut self.peers[peer.index()];
         entry.gone = Some(gone);
         entry.outgoing = Outgoing::default();

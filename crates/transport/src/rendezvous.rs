@@ -129,7 +129,7 @@ impl Rendezvous {
 
     fn alone(&self) -> Result<Interprocess, Error> {
         let host = Host { name: host_name().into(), number: 0 };
-        Interprocess::new(self.rank, vec![host], vec![None])
+        Interprocess::new(self.rank, vec![host], vec![None], None)
     }
 
     /// Rank 0: gathers everyone's hello and answers.
@@ -297,12 +297,14 @@ impl Rendezvous {
         let shared = |seat: &Seat| roster.place(seat).host.clone().filter(|_| seat.shares_memory);
         let hosts: Vec<_> = roster.seats.iter().map(shared).collect();
         let pairs = Pairs { rank: self.rank, job, hosts: &hosts, sockets: &sockets, deadline };
-        let segments = pairs.share().map_err(|(peer, error)| {
+        let silent = |(peer, error)| {
             self.failed(format!("no word from {peer} about shared memory: {error}"))
-        })?;
+        };
+        let segments = pairs.share().map_err(silent)?;
+        let arena = pairs.share_arena().map_err(silent)?;
         let link = |(socket, segment): (Option<_>, _)| socket.map(|socket| (socket, segment));
         let links = sockets.into_iter().zip(segments).map(link).collect();
-        Interprocess::new(self.rank, roster.hosts(), links)
+        Interprocess::new(self.rank, roster.hosts(), links, arena)
     }
 
     fn connect_lower(

@@ -23,9 +23,9 @@ const CONTROL_BYTES: usize = 4096;
 const LINES_BYTES: usize = 128;
 
 /// Nobody can take the memory away from under a mapping, which would kill the process.
-const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
+pub(crate) const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
-const NAME: &str = "phalanx";
+pub(crate) const NAME: &str = "phalanx";
 
 /// Memory that two ranks share.
 #[derive(Debug)]
@@ -79,11 +79,7 @@ impl Segment {
 
     /// Opens what another process has created with the same arguments.
     pub(crate) fn open(location: Location, mark: u64, capacity: usize) -> io::Result<Self> {
-        let path = location.path();
-        // The number may stand for anything in a process of which we do not know that it is ours.
-        if !path.read_link()?.to_string_lossy().starts_with(&format!("/memfd:{NAME}")) {
-            return Err(io::Error::new(ErrorKind::InvalidData, "that is no shared memory of ours"));
-        }
+        let path = location.checked_path()?;
         let flags = (OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32;
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path)?;
         let sealed = rustix::fs::fcntl_get_seals(&file)?.contains(SEALS);
@@ -183,8 +179,14 @@ impl Location {
         Self { process: std::process::id(), descriptor: file.as_raw_fd() }
     }
 
-    fn path(self) -> PathBuf {
-        format!("/proc/{}/fd/{}", self.process, self.descriptor).into()
+    /// The path of it, if it is memory of ours: the number may stand for anything in a process of
+    /// which we do not know that it is.
+    pub(crate) fn checked_path(self) -> io::Result<PathBuf> {
+        let path = PathBuf::from(format!("/proc/{}/fd/{}", self.process, self.descriptor));
+        if path.read_link()?.to_string_lossy().starts_with(&format!("/memfd:{NAME}")) {
+            return Ok(path);
+        }
+        Err(io::Error::new(ErrorKind::InvalidData, "that is no shared memory of ours"))
     }
 }
 

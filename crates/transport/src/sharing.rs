@@ -1,13 +1,16 @@
-//! Which pairs of ranks share memory, and how they come to: once all are connected, the lower rank
-//! of each pair on one host offers memory and the higher one says whether it could open it. If
-//! anything is in the way, the two go on over TCP.
+//! Which ranks share memory, and how they come to: once all are connected, the lower rank of each pair on
+//! one host offers memory and the higher one says whether it could open it. If anything is in the way, the
+//! two go on over TCP. Then the lowest rank of the host offers memory that all map, or nobody does.
 
 use std::io;
 use std::net::TcpStream;
 use std::time::Instant;
 
+use serde::Serialize;
 use units::Rank;
 
+use crate::Arena;
+use crate::arena::MOST_RANKS;
 use crate::message::{receive, send};
 use crate::segment::{Location, Segment};
 
@@ -56,7 +59,7 @@ impl Pairs<'_> {
         for (peer, socket) in self.neighbours().filter(|(peer, _)| *peer > self.rank) {
             let made = Segment::create(self.mark(peer), capacity).ok();
             let offer = made.as_ref().map(|(_, file)| Location::of(file));
-            send(socket, &offer, self.deadline).map_err(|error| (peer, error))?;
+            self.tell(peer, socket, &offer)?;
             offered.push((peer, socket, made));
         }
         for (peer, socket) in self.neighbours().filter(|(peer, _)| *peer < self.rank) {
@@ -64,13 +67,57 @@ impl Pairs<'_> {
             let open = |at| Segment::open(at, self.mark(peer), capacity).ok();
             segments[peer.index()] = offer.and_then(open);
             let answer = segments[peer.index()].is_some();
-            send(socket, &answer, self.deadline).map_err(|error| (peer, error))?;
+            self.tell(peer, socket, &answer)?;
         }
         for (peer, socket, made) in offered {
             let accepted: bool = self.hear(peer, socket)?;
             segments[peer.index()] = made.map(|(segment, _)| segment).filter(|_| accepted);
         }
         Ok(segments)
+    }
+
+    /// Sets up the memory that all willing ranks of this host share; none if it cannot be had by all.
+    ///
+    /// # Errors
+    /// As [`Pairs::share`].
+    pub(crate) fn share_arena(&self) -> Result<Option<Arena>, (Rank, io::Error)> {
+        let peers: Vec<_> = self.neighbours().collect();
+        let mut ranks: Vec<_> = peers.iter().map(|(peer, _)| *peer).chain([self.rank]).collect();
+        ranks.sort_unstable();
+        if !(2..=MOST_RANKS).contains(&ranks.len()) {
+            return Ok(None);
+        }
+        let own = ranks.partition_point(|rank| *rank < self.rank);
+        if own > 0 {
+            let (leader, socket) = peers[0];
+            let offer: Option<Location> = self.hear(leader, socket)?;
+            let arena = offer.and_then(|at| Arena::open(at, self.job, ranks, own).ok());
+            self.tell(leader, socket, &arena.is_some())?;
+            let everyone: bool = self.hear(leader, socket)?;
+            return Ok(arena.filter(|_| everyone));
+        }
+        let arena = Arena::create(self.job, ranks, own).ok();
+        let offer = arena.as_ref().map(Arena::location);
+        for (peer, socket) in &peers {
+            self.tell(*peer, socket, &offer)?;
+        }
+        let mut everyone = arena.is_some();
+        for (peer, socket) in &peers {
+            everyone &= self.hear::<bool>(*peer, socket)?;
+        }
+        for (peer, socket) in &peers {
+            self.tell(*peer, socket, &everyone)?;
+        }
+        Ok(arena.filter(|_| everyone))
+    }
+
+    fn tell(
+        &self,
+        peer: Rank,
+        socket: &TcpStream,
+        message: &impl Serialize,
+    ) -> Result<(), (Rank, io::Error)> {
+        send(socket, message, self.deadline).map_err(|error| (peer, error))
     }
 
     fn hear<T: serde::de::DeserializeOwned>(

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use units::Rank;
 
-use crate::Error;
+use crate::{Arena, Error};
 
 /// One rank's byte streams, one in each direction with every peer, driven by one thread.
 ///
@@ -50,6 +50,11 @@ pub trait Transport: Send {
     /// # Errors
     /// [`Error::System`] when the operating system cannot wait, after which nothing works.
     fn wait(&mut self, timeout: Option<Duration>) -> Result<(), Error>;
+
+    /// The memory that this rank shares with all other ranks of its host, if there is some.
+    fn arena(&self) -> Option<Arc<Arena>> {
+        None
+    }
 
     /// A handle with which another thread ends a [`Transport::wait`], the current or else the next.
     fn waker(&self) -> Waker;

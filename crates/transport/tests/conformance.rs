@@ -50,6 +50,12 @@ on_every_transport!(
     different_operations_in_the_same_place_are_noticed,
     a_failed_collective_fails_for_those_who_post_it_later,
     garbage_on_a_stream_is_a_lost_peer,
+    at_once_collectives_have_the_same_bits,
+    at_once_the_order_of_groups_is_each_rank_s_own,
+    at_once_a_lost_peer_is_named,
+    at_once_a_peer_that_left_is_named,
+    at_once_a_wait_beyond_the_limit_names_who_has_not_answered,
+    at_once_different_operations_are_noticed,
 );
 
 fn group(id: u64, ranks: &[u32]) -> Group {
@@ -657,4 +663,158 @@ fn garbage_on_a_stream_is_a_lost_peer(make: MakeMesh) {
         });
         drop(stranger);
     }
+}
+
+/// A pause that differs from call to call and rank to rank: none, a yield, or a busy while.
+fn dawdle(rank: Rank, salt: usize) {
+    let mut random = (rank.index() * 7919 + salt * 104_729) as u64 | 1;
+    random ^= random << 13;
+    random ^= random >> 7;
+    match random % 4 {
+        0 => std::thread::yield_now(),
+        1 => (0..random % 50_000).for_each(|_| std::hint::spin_loop()),
+        _ => {}
+    }
+}
+
+fn at_once_collectives_have_the_same_bits(make: MakeMesh) {
+    for ranks in 1..=5 {
+        // Inside a message; in one piece; in several.
+        let lengths = [0, 1, 7, 10_007, if ranks == 3 { 500_001 } else { 30_000 }];
+        let collectives = collectives(ranks);
+        let with_lengths = |collective| lengths.map(|length| (collective, length));
+        let cases: Vec<_> = collectives.iter().flat_map(with_lengths).collect();
+        let results = run(make(ranks), Limits::default(), |mut communicator| {
+            let rank = communicator.rank();
+            let carry_out = |(salt, &(collective, length)): (usize, &(&Collective, usize))| {
+                dawdle(rank, salt);
+                let mut buffer = communicator.buffer(length);
+                buffer.copy_from_slice(&input(rank, length, 0));
+                let buffer = communicator.run(&all(ranks), collective, buffer, "shared").unwrap();
+                let mut plain = input(rank, length, 0);
+                dawdle(rank, salt + 1_000_000);
+                communicator.run_on(&all(ranks), collective, &mut plain, "plain").unwrap();
+                [promised(collective, rank, &buffer), promised(collective, rank, &plain)]
+            };
+            cases.iter().enumerate().map(carry_out).collect::<Vec<_>>()
+        });
+        for (index, (collective, length)) in cases.iter().enumerate() {
+            let inputs = (0..ranks).map(|rank| input(Rank(rank), *length, 0)).collect();
+            let expected = reference(&collective.schedule(), inputs);
+            for (rank, buffer) in (0..).map(Rank).zip(&expected) {
+                let expected = promised(collective, rank, buffer);
+                let [shared, plain] = &results[rank.index()][index];
+                assert!(*shared == expected, "shared: {collective:?} of {length} on {rank}");
+                assert!(*plain == expected, "plain: {collective:?} of {length} on {rank}");
+            }
+        }
+    }
+}
+
+fn at_once_the_order_of_groups_is_each_rank_s_own(make: MakeMesh) {
+    let groups = [all(4), group(1, &[2, 0, 3]), group(2, &[1, 3]), group(3, &[3, 2, 1, 0])];
+    let sums = run(make(4), Limits::default(), |mut communicator| {
+        let rank = communicator.rank();
+        let mut sums = Vec::new();
+        for salt in 0..200 {
+            let group = &groups[salt % groups.len()];
+            if group.ranks.contains(&rank) {
+                let length = (salt * 997) % 9_000;
+                let mut buffer = communicator.buffer(length);
+                buffer.copy_from_slice(&input(rank, length, salt));
+                // One that is posted is under way meanwhile.
+                let ring = Collective::ring(Kind::AllReduce, group.ranks.len() as u32);
+                let action = part(&ring, group, rank);
+                let posted = post(&mut communicator, group, action, buffer.to_vec(), "posted");
+                dawdle(rank, salt);
+                let buffer = communicator.all_reduce(group, buffer, "at once").unwrap();
+                communicator.barrier_at_once(group).unwrap();
+                let posted = communicator.wait(posted).unwrap().buffer;
+                let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6 * a.abs();
+                assert!(buffer.iter().zip(&posted).all(close), "operation {salt}");
+                sums.push((salt, buffer.to_vec()));
+            }
+        }
+        sums
+    });
+    let by_salt: Vec<std::collections::BTreeMap<_, _>> =
+        sums.into_iter().map(|sums| sums.into_iter().collect()).collect();
+    for salt in 0..200 {
+        let mut of_all = by_salt.iter().filter_map(|sums| sums.get(&salt));
+        let first = of_all.next().unwrap();
+        assert!(of_all.all(|sum| sum == first), "operation {salt} has the same bits on all ranks");
+    }
+}
+
+fn at_once_a_lost_peer_is_named(make: MakeMesh) {
+    let mut mesh = make(4);
+    let ends: Vec<_> = [3, 2, 0].map(|rank| mesh.remove(rank)).into_iter().collect();
+    let dying = std::sync::Mutex::new(mesh.pop());
+    let without = group(1, &[0, 2, 3]);
+    run(ends, Limits::default(), |mut communicator| {
+        let ring = |ranks| Collective::ring(Kind::AllReduce, ranks);
+        communicator.barrier(&without).unwrap();
+        if communicator.rank() == Rank(2) {
+            drop(dying.lock().unwrap().take());
+        }
+        for sequence in 0..2 {
+            let buffer = communicator.buffer(500_000);
+            match communicator.run(&all(4), &ring(4), buffer, "lost") {
+                Err(Error::PeerLost { peer: Rank(1), sequence: told, .. }) => {
+                    assert_eq!(told, sequence);
+                }
+                other => panic!("expected a lost peer, got {other:?}"),
+            }
+        }
+        // The survivors go on.
+        let mut buffer = communicator.buffer(500_000);
+        buffer.fill(1.0);
+        let sum = communicator.run(&without, &ring(3), buffer, "survivors").unwrap();
+        assert!(sum.iter().all(|element| *element == 3.0));
+        communicator.barrier(&without).unwrap();
+    });
+}
+
+fn at_once_a_peer_that_left_is_named(make: MakeMesh) {
+    run(make(3), Limits::default(), |mut communicator| {
+        let broadcast = Collective::direct(Kind::Broadcast, 3);
+        let buffer = communicator.buffer(50_000);
+        communicator.run(&all(3), &broadcast, buffer, "broadcast").unwrap();
+        if communicator.rank() != Rank(1) {
+            match communicator.barrier_at_once(&all(3)) {
+                Err(Error::PeerLost { peer: Rank(1), .. } | Error::FailedElsewhere { .. }) => {}
+                other => panic!("expected a lost peer, got {other:?}"),
+            }
+        }
+    });
+}
+
+fn at_once_a_wait_beyond_the_limit_names_who_has_not_answered(make: MakeMesh) {
+    let limits = Limits { wait: Duration::from_millis(50), ..Limits::default() };
+    let over = std::sync::Barrier::new(2);
+    run(make(2), limits, |mut communicator| {
+        if communicator.rank() == Rank(0) {
+            let outcome = communicator.barrier_at_once(&all(2));
+            let Err(Error::Timeout { operation, waiting_for, .. }) = outcome else {
+                panic!("nobody answered");
+            };
+            assert_eq!((&*operation, &waiting_for[..]), ("barrier", &[Rank(1)][..]));
+        }
+        over.wait();
+    });
+}
+
+fn at_once_different_operations_are_noticed(make: MakeMesh) {
+    let outcomes = run(make(4), Limits::default(), |mut communicator| {
+        let mut buffer = vec![0.0; 100_000 + 4 * communicator.rank().index()];
+        let ring = Collective::ring(Kind::AllReduce, 4);
+        let outcome = communicator.run_on(&all(4), &ring, &mut buffer, "unequal").unwrap_err();
+        // What comes after is in order.
+        communicator.barrier(&group(1, &[0, 1, 2, 3])).unwrap();
+        outcome
+    });
+    let named = |outcome: &&Error| matches!(outcome, Error::Mismatch { .. });
+    let told = |outcome: &&Error| matches!(outcome, Error::FailedElsewhere { .. });
+    assert!(outcomes.iter().any(|outcome| named(&outcome)));
+    assert!(outcomes.iter().all(|outcome| named(&outcome) || told(&outcome)), "{outcomes:?}");
 }

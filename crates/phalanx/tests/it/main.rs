@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic on its own files")]
 
 mod bad_input;
+mod bench;
 mod book;
 mod catalogue;
 mod launch;

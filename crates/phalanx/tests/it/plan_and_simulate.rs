@@ -223,6 +223,7 @@ fn every_command_says_what_it_takes() {
       simulate   Run one step in virtual time: where the time goes
       faults     Run the code that recovers runs under simulated faults
       scale      How a job scales: efficiency, what bounds it, cost, energy and goodput at many sizes
+      bench      Measure this machine: how fast ranks communicate, beside what it allows
       validate   Recompute published measurements: how wrong the simulator is, by source
       help       Print this message or the help of the given subcommand(s)
 
