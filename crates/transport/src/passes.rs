@@ -109,6 +109,15 @@ mod tests {
         ]
     }
 
+    /// A reduction is done with its sources before it waits for room to send.
+    fn one_by_one(pass: Pass) -> Vec<Pass> {
+        let Pass::Reduce { chunks, from, to } = pass else {
+            return vec![pass];
+        };
+        let sends = to.into_iter().map(|to| Pass::Send { to, chunks, grants: false });
+        [Pass::Reduce { chunks, from, to: Vec::new() }].into_iter().chain(sends).collect()
+    }
+
     /// What members wait for: of each other the next message, and of their own messages that they are read.
     #[derive(Default)]
     struct Messages {
@@ -164,7 +173,10 @@ mod tests {
                 return Ok(());
             };
             let collective = collective.clone().pipelined(pieces).unwrap_or(collective);
-            let lists: Vec<_> = (0..ranks).map(|member| passes(&collective.part(member))).collect();
+            let list = |member| -> Vec<Pass> {
+                passes(&collective.part(member)).into_iter().flat_map(one_by_one).collect()
+            };
+            let lists: Vec<_> = (0..ranks).map(list).collect();
             let (mut at, mut messages) = (vec![0; lists.len()], Messages::default());
             loop {
                 let mut moved = false;
