@@ -414,7 +414,7 @@ impl Communicator {
         );
         let member =
             member.unwrap_or_else(|| panic!("`{label}`: {} is not in the group", self.rank));
-        if let Some(local) = self.local.as_mut().filter(|local| local.carries(group, collective)) {
+        if let Some(local) = self.local.as_mut().filter(|local| local.has(group)) {
             return local.run(group, collective, elements, is_shared, label);
         }
         let buffer = elements.to_vec();

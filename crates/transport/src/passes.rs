@@ -76,7 +76,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::arena::SLOTS;
 
     fn send(to: u32, chunk: u32, grants: bool) -> Pass {
         Pass::Send { to, chunks: Chunks::one(chunk), grants }
@@ -110,6 +109,15 @@ mod tests {
         ]
     }
 
+    /// A reduction is done with its sources before it waits for room to send.
+    fn one_by_one(pass: Pass) -> Vec<Pass> {
+        let Pass::Reduce { chunks, from, to } = pass else {
+            return vec![pass];
+        };
+        let sends = to.into_iter().map(|to| Pass::Send { to, chunks, grants: false });
+        [Pass::Reduce { chunks, from, to: Vec::new() }].into_iter().chain(sends).collect()
+    }
+
     /// What members wait for: of each other the next message, and of their own messages that they are read.
     #[derive(Default)]
     struct Messages {
@@ -123,11 +131,6 @@ mod tests {
             self.sent.get(&(from, to)).is_none_or(|sent| sent.len() == read)
         }
 
-        fn ahead(&self, from: u32, to: u32) -> u64 {
-            let read = self.read.get(&(from, to)).copied().unwrap_or(0);
-            self.sent.get(&(from, to)).map_or(0, |sent| (sent.len() - read) as u64)
-        }
-
         /// Whether a message of a member's with such chunks is not read yet.
         fn are_read(&self, member: u32, chunks: Chunks) -> bool {
             self.sent.iter().filter(|((from, _), _)| *from == member).all(|(way, sent)| {
@@ -136,27 +139,21 @@ mod tests {
             })
         }
 
-        /// Goes one half further through a pass, which reads first and then sends; whether it could. A
-        /// member may send as many messages ahead of its reader as there is room for.
-        fn go_on(&mut self, member: u32, pass: &Pass, has_read: bool) -> bool {
+        /// Whether the pass could be gone through; a member may send one message ahead of its reader.
+        fn go_through(&mut self, member: u32, pass: &Pass) -> bool {
             let (sources, places, chunks) = match pass {
                 Pass::Send { to, chunks, .. } => (vec![], vec![*to], *chunks),
                 Pass::Reduce { chunks, from, to } => (from.clone(), to.clone(), *chunks),
                 Pass::Copy { from, chunks } => (vec![*from], vec![], *chunks),
             };
-            let held = match has_read {
-                false => {
-                    sources.iter().any(|from| self.waits(*from, member))
-                        || (!sources.is_empty() && !self.are_read(member, chunks))
-                }
-                true => places.iter().any(|to| self.ahead(member, *to) >= SLOTS),
-            };
-            if !held && has_read {
-                let send = |to: &u32| self.sent.entry((member, *to)).or_default().push(chunks);
-                places.iter().for_each(send);
-            } else if !held {
+            let held = sources.iter().any(|from| self.waits(*from, member))
+                || (!sources.is_empty() && !self.are_read(member, chunks))
+                || places.iter().any(|to| !self.waits(member, *to));
+            if !held {
                 let read = |from: &u32| *self.read.entry((*from, member)).or_default() += 1;
                 sources.iter().for_each(read);
+                let send = |to: &u32| self.sent.entry((member, *to)).or_default().push(chunks);
+                places.iter().for_each(send);
             }
             !held
         }
@@ -176,17 +173,16 @@ mod tests {
                 return Ok(());
             };
             let collective = collective.clone().pipelined(pieces).unwrap_or(collective);
-            prop_assume!(u64::from(collective.contract().in_flight) <= SLOTS);
-            let lists: Vec<_> = (0..ranks).map(|member| passes(&collective.part(member))).collect();
-            // Halves of passes that are done.
+            let list = |member| -> Vec<Pass> {
+                passes(&collective.part(member)).into_iter().flat_map(one_by_one).collect()
+            };
+            let lists: Vec<_> = (0..ranks).map(list).collect();
             let (mut at, mut messages) = (vec![0; lists.len()], Messages::default());
             loop {
                 let mut moved = false;
                 for (member, list) in (0..).zip(&lists) {
                     let at = &mut at[member as usize];
-                    while *at < 2 * list.len()
-                        && messages.go_on(member, &list[*at / 2], *at % 2 == 1)
-                    {
+                    while *at < list.len() && messages.go_through(member, &list[*at]) {
                         (*at, moved) = (*at + 1, true);
                     }
                 }
@@ -194,7 +190,7 @@ mod tests {
                     break;
                 }
             }
-            let left = lists.iter().zip(&at).position(|(list, at)| *at < 2 * list.len());
+            let left = lists.iter().zip(&at).position(|(list, at)| *at < list.len());
             prop_assert_eq!(left, None, "{:?}", collective);
         }
     }

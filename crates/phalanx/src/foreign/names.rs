@@ -9,6 +9,9 @@ use toml::{Table, Value};
 
 use super::Foreign;
 
+/// Takes a value over.
+type Take = fn(&mut Foreign, &str) -> Result<()>;
+
 /// Where a setting goes.
 #[derive(Debug, Clone, Copy)]
 enum To {
@@ -18,7 +21,7 @@ enum To {
     Training(&'static str),
     Layout(&'static str),
     /// It takes more than another name.
-    By(fn(&mut Foreign, &str) -> Result<()>),
+    By(Take),
     /// It says what is so here anyway.
     Nowhere,
 }
@@ -119,7 +122,7 @@ const NAMES: [(&str, To); 89] = [
 ];
 
 /// Settings whose value is turned into words of a layout.
-const CHOICES: [(&str, fn(&mut Foreign, &str) -> Result<()>); 14] = [
+const CHOICES: [(&str, Take); 14] = [
     ("use-distributed-optimizer", |foreign, value| shard(foreign, value, "optimizer")),
     ("data-parallel-sharding-strategy", sharding),
     ("use-megatron-fsdp", |_, _| Ok(())),

@@ -34,7 +34,7 @@ fn flatten(above: &str, value: &toml::Value, settings: &mut Vec<(String, String)
 fn flatten_json(above: &str, value: &serde_json::Value, settings: &mut Vec<(String, String)>) {
     match value {
         serde_json::Value::Object(object) => {
-            object.iter().for_each(|(key, value)| flatten_json(&path(above, key), value, settings))
+            object.iter().for_each(|(key, value)| flatten_json(&path(above, key), value, settings));
         }
         serde_json::Value::String(text) => settings.push((above.to_owned(), text.clone())),
         other => settings.push((above.to_owned(), other.to_string())),

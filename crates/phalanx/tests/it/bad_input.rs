@@ -76,7 +76,7 @@ fn an_unknown_key_or_name() {
        |
     22 | [lay_out]
        |  ^^^^^^^
-    unknown field `lay_out`, expected one of `model`, `cluster`, `training`, `layout`, `data`, `checkpoint`, `recovery`, `run`, `launch`, `scale`, `goodput`, `islands`, `scenario`
+    unknown field `lay_out`, expected one of `model`, `cluster`, `training`, `layout`, `data`, `checkpoint`, `recovery`, `run`, `launch`, `metrics`, `scale`, `goodput`, `islands`, `scenario`
     did you mean `layout` instead of `lay_out`?
     ");
     insta::assert_snapshot!(refusal(&place, &with_model("name = \"tinny\"")), @"phalanx: job.toml: the catalogue has no model `tinny`; the nearest is `tiny`");

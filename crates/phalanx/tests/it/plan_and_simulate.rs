@@ -217,15 +217,24 @@ fn every_command_says_what_it_takes() {
     Usage: phalanx <COMMAND>
 
     Commands:
-      train      Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
-      catalogue  List the hardware and the models that are known, or show an entry with its sources
-      plan       Find the best layouts of a job on its cluster, and say why; on this machine, show its layout
-      simulate   Run one step in virtual time: where the time goes
-      faults     Run the code that recovers runs under simulated faults
-      scale      How a job scales: efficiency, what bounds it, cost, energy and goodput at many sizes
-      bench      Measure this machine: how fast ranks communicate, beside what it allows
-      validate   Recompute published measurements: how wrong the simulator is, by source
-      help       Print this message or the help of the given subcommand(s)
+      train        Train for real: over local ranks, or as one rank of torchrun, srun or mpirun
+      launch       Write what Slurm, Kubernetes, mpirun or torchrun need to start a job
+      import       Make a job file from a configuration of Hugging Face, torchtitan, Megatron-LM or NeMo
+      export       Print a job's settings for Megatron-LM, torchtitan or NeMo
+      catalogue    List the hardware and the models that are known, or show an entry with its sources
+      plan         Find the best layouts of a job on its cluster, and say why; on this machine, show its layout
+      simulate     Run one step in virtual time: where the time goes
+      faults       Run the code that recovers runs under simulated faults
+      scale        How a job scales: efficiency, what bounds it, cost, energy and goodput at many sizes
+      bench        Measure this machine: how fast ranks communicate, beside what it allows
+      score        What logs of MLPerf Training, and of our own runs, show: step time, time to train, scaling efficiency
+      doctor       Look whether this machine is ready to train on, and say what to fix
+      schema       Print the JSON Schema of the job file, for editors
+      completions  Print completions for a shell
+      man          Write the manual pages
+      report       Write a run, or a simulated step, as one page of HTML
+      validate     Recompute published measurements: how wrong the simulator is, by source
+      help         Print this message or the help of the given subcommand(s)
 
     Options:
       -h, --help     Print help
