@@ -49,6 +49,7 @@ class Prediction(TypedDict):
     """What :func:`simulate` answers: times of a step as means over ranks, in seconds."""
 
     step_time_s: float
+    step_time_s_quantiles: list[float] | None
     tokens_per_s: float
     tokens_per_s_per_accelerator: float
     model_flops_utilization: float | None
