@@ -39,6 +39,7 @@ class Plan(TypedDict, total=False):
     plans: list[dict[str, Any]]
     front: list[dict[str, Any]]
     reasons: list[str]
+    transfers: list[dict[str, Any]]
     why_not: list[str]
     placements: list[str]
     nodes: list[int] | None
