@@ -39,6 +39,7 @@ class Plan(TypedDict, total=False):
     plans: list[dict[str, Any]]
     front: list[dict[str, Any]]
     reasons: list[str]
+    transfers: list[dict[str, Any]]
     why_not: list[str]
     placements: list[str]
     nodes: list[int] | None
@@ -49,6 +50,7 @@ class Prediction(TypedDict):
     """What :func:`simulate` answers: times of a step as means over ranks, in seconds."""
 
     step_time_s: float
+    step_time_s_quantiles: list[float] | None
     tokens_per_s: float
     tokens_per_s_per_accelerator: float
     model_flops_utilization: float | None
