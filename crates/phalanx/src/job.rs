@@ -283,7 +283,7 @@ pub struct Draft {
 }
 
 /// A job with nothing left open.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Job {
     /// The model's dimensions.
     pub model: Config,
@@ -439,6 +439,14 @@ impl Job {
     /// The job as it was understood, every default filled in.
     pub fn resolved(&self) -> String {
         toml::to_string_pretty(self).expect("a job has a TOML form")
+    }
+
+    /// Reads what [`Job::resolved`] wrote: the `job.toml` of a run's folder.
+    pub fn read_resolved(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        toml::from_str(&text)
+            .map_err(|error| anyhow!("{} is not the job of a run: {error}", path.display()))
     }
 
     /// The size of a step.

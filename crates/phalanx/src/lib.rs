@@ -23,6 +23,7 @@ mod plan_command;
 mod plan_report;
 mod planner;
 mod prediction;
+mod report_command;
 mod run_folder;
 mod scale;
 mod schema;
@@ -134,6 +135,8 @@ enum Command {
     /// Measure this machine: how fast ranks communicate, beside what it allows
     #[command(subcommand)]
     Bench(bench_command::BenchCommand),
+    /// Write a run, or a simulated step, as one page of HTML
+    Report(report_command::ReportArgs),
     /// Recompute published measurements: how wrong the simulator is, by source
     Validate(validate::ValidateArgs),
 }
@@ -239,6 +242,7 @@ fn run(cli: Cli) -> Result<()> {
         }
         Command::Man { folder } => manual(&folder),
         Command::Bench(command) => bench_command::bench(&command),
+        Command::Report(args) => report_command::report(&args),
         Command::Validate(args) => validate::validate(&args),
         Command::Simulate { job, options } => simulate_command::simulate(&job, &options),
     }

@@ -294,10 +294,9 @@ pub fn lowered(job: &Job) -> Result<Program> {
 /// The model and the layout in two lines.
 pub fn describe(job: &Job, program: &Program) -> String {
     let model = &job.model;
-    let shard = format!("{:?}", job.layout.shard).to_lowercase();
     format!(
         "model          {} parameters: {} layers, hidden {}, {} heads ({} kv), feed-forward {}, vocabulary {}\n\
-         layout         {}, shard {shard}, {} microbatch(es) of {} x {} tokens a rank, {} tokens a step\n",
+         layout         {}\n",
         thousands(model.parameter_count()),
         model.layers,
         model.hidden,
@@ -305,6 +304,15 @@ pub fn describe(job: &Job, program: &Program) -> String {
         model.kv_heads,
         model.feed_forward,
         model.vocabulary,
+        describe_layout(job, program),
+    )
+}
+
+/// The layout in half a sentence.
+pub fn describe_layout(job: &Job, program: &Program) -> String {
+    let shard = format!("{:?}", job.layout.shard).to_lowercase();
+    format!(
+        "{}, shard {shard}, {} microbatch(es) of {} x {} tokens a rank, {} tokens a step",
         job.layout.mesh,
         program.microbatches,
         program.shape.sequences,

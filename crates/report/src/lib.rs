@@ -1,8 +1,9 @@
-//! Views of a step: pure functions from programs and traces to numbers and text.
+//! Views of steps and runs: pure functions from programs, traces and records to numbers and text.
 //!
 //! Nothing here knows whether a trace was predicted or measured; the two are shown side by side.
 
 mod chakra;
+pub mod page;
 mod perfetto;
 mod summary;
 mod table;
@@ -11,6 +12,6 @@ mod table;
 mod fixture;
 
 pub use chakra::{Communicators, chakra};
-pub use perfetto::perfetto;
+pub use perfetto::{perfetto, read_perfetto};
 pub use summary::Summary;
 pub use table::{communication_table, summary_table, work_table};

@@ -1,8 +1,9 @@
 //! Traces in the trace-event format of Chrome, which Perfetto opens.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use program::{Action, Instruction, Lane, Program, Span, Trace, Transfer};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use units::{Rank, Seconds};
 
@@ -35,6 +36,67 @@ pub fn perfetto(program: &Program, sources: &[(&str, &Trace)]) -> String {
         }
     }
     json!({ "displayTimeUnit": "ms", "traceEvents": events }).to_string()
+}
+
+/// A file of [`perfetto`].
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct File {
+    trace_events: Vec<Event>,
+}
+
+/// What is read of an event of it: a span, or the label of a process or thread.
+#[derive(Deserialize)]
+struct Event {
+    ph: String,
+    pid: u32,
+    tid: u32,
+    name: String,
+    args: Arguments,
+    /// Microseconds.
+    #[serde(default)]
+    ts: f64,
+    #[serde(default)]
+    dur: f64,
+}
+
+#[derive(Deserialize)]
+struct Arguments {
+    instruction: Option<u32>,
+    name: Option<String>,
+}
+
+/// The traces in a file that [`perfetto`] wrote, by the name of their source, to the nanosecond.
+///
+/// # Errors
+/// When the text is not JSON of that form.
+pub fn read_perfetto(text: &str) -> Result<BTreeMap<String, Trace>, serde_json::Error> {
+    let File { trace_events: events } = serde_json::from_str(text)?;
+    // A process is called `rank 3 predicted`.
+    let process = |event: &Event| {
+        let mut words = event.args.name.as_deref()?.split(' ').skip(1);
+        let rank = words.next()?.parse().ok()?;
+        Some((event.pid, (Rank(rank), words.next()?.to_owned())))
+    };
+    let named = events.iter().filter(|event| event.name == "process_name");
+    let processes: BTreeMap<u32, (Rank, String)> = named.filter_map(process).collect();
+    let mut traces: BTreeMap<String, Trace> = BTreeMap::new();
+    for event in events.iter().filter(|event| event.ph == "X") {
+        let (Some((rank, source)), Some(instruction)) =
+            (processes.get(&event.pid), event.args.instruction)
+        else {
+            continue;
+        };
+        let lane = match event.tid {
+            COMPUTE => Lane::Compute,
+            WAIT => Lane::Wait,
+            _ => Lane::Transfer,
+        };
+        let (start, end) = (Seconds(event.ts * 1e-6), Seconds((event.ts + event.dur) * 1e-6));
+        let span = Span { rank: *rank, instruction, lane, start, end };
+        traces.entry(source.clone()).or_default().spans.push(span);
+    }
+    Ok(traces)
 }
 
 /// One rank in one trace.
@@ -149,6 +211,26 @@ mod tests {
         let parsed: Value = serde_json::from_str(text).unwrap();
         let events = parsed["traceEvents"].as_array().unwrap();
         events.iter().filter(|event| event["ph"] == phase).cloned().collect()
+    }
+
+    #[test]
+    fn what_is_written_can_be_read() {
+        let mut later = trace();
+        later.spans.truncate(2);
+        let sources = [("predicted", &later), ("measured", &trace())];
+        let read = read_perfetto(&perfetto(&program(), &sources)).unwrap();
+        let order = |trace: &Trace| {
+            let mut spans: Vec<_> = trace
+                .spans
+                .iter()
+                .map(|span| (span.rank, span.lane, span.instruction, nanoseconds(span.end)))
+                .collect();
+            spans.sort_unstable();
+            spans
+        };
+        assert_eq!(order(&read["measured"]), order(&trace()));
+        assert_eq!(order(&read["predicted"]), order(&later));
+        assert!(read_perfetto("{}").is_err());
     }
 
     #[test]

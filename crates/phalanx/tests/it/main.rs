@@ -10,6 +10,7 @@ mod launch;
 mod machine;
 mod place;
 mod plan_and_simulate;
+mod report;
 mod repository;
 mod scale;
 mod score;

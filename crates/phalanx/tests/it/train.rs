@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::place::{Place, config, over};
 
 /// A measured run of data 2 x pipeline 2, which several tests look at.
-static MEASURED: LazyLock<(Place, String)> = LazyLock::new(|| {
+pub static MEASURED: LazyLock<(Place, String)> = LazyLock::new(|| {
     let place = Place::new();
     let job = over(4, "pipeline = 2\nmicro_batch = 2\nshard = \"parameters\"");
     place.write("job.toml", job.replace("measure = false", "measure = true"));
@@ -16,7 +16,8 @@ static MEASURED: LazyLock<(Place, String)> = LazyLock::new(|| {
     (place, stdout)
 });
 
-const RUN: &str = "runs/job-001";
+/// Where it left its record.
+pub const RUN: &str = "runs/job-001";
 
 #[test]
 fn four_ranks_learn_the_text() {

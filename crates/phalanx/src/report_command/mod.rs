@@ -1,0 +1,115 @@
+//! `phalanx report`: a run, or the step of a job on a described cluster, as one page of HTML.
+
+mod links;
+mod run;
+mod simulated;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use report::page::{Origin, Page, ScalingCurve, ScalingPoint, StageBytes};
+use serde::Deserialize;
+use units::Bytes;
+
+use crate::described::Costing;
+use crate::job::Job;
+
+/// What a report is made of.
+#[derive(Debug, Args)]
+pub struct ReportArgs {
+    /// A run's folder; or a job file, whose step is simulated on the cluster that it describes
+    of: PathBuf,
+    /// Where the page is written: report.html in the run's folder unless given, or beside the job
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// What `phalanx scale JOB --json` printed: its curves go on the page
+    #[arg(long, value_name = "FILE")]
+    scale: Option<PathBuf>,
+    /// Replace a key of the job file, as in --set cluster.accelerators=64; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    #[command(flatten)]
+    costing: Costing,
+}
+
+/// Writes the page and says where.
+pub fn report(args: &ReportArgs) -> Result<()> {
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None if args.of.is_dir() => args.of.join("report.html"),
+        None => args.of.with_extension("html"),
+    };
+    let page = page(args)?;
+    std::fs::write(&out, page.html()).with_context(|| format!("cannot write {}", out.display()))?;
+    println!("{}", out.display());
+    Ok(())
+}
+
+fn page(args: &ReportArgs) -> Result<Page> {
+    let curves = args.scale.as_deref().map(curves).transpose()?.unwrap_or_default();
+    if args.of.is_dir() {
+        ensure!(args.set.is_empty(), "--set: {} is a run, and has been", args.of.display());
+        return run::page(&args.of, curves);
+    }
+    if !args.of.exists() {
+        bail!("{} is neither a run's folder nor a job file", args.of.display());
+    }
+    simulated::page(&args.of, &args.set, &args.costing, curves)
+}
+
+/// What is read of `phalanx scale --json`.
+#[derive(Deserialize)]
+struct Scaled {
+    curves: Vec<Curve>,
+}
+
+#[derive(Deserialize)]
+struct Curve {
+    alternative: String,
+    points: Vec<Point>,
+}
+
+#[derive(Deserialize)]
+struct Point {
+    accelerators: u32,
+    tokens_per_s: f64,
+    scaling_efficiency: f64,
+    bound_in_words: String,
+}
+
+fn curves(path: &Path) -> Result<Vec<ScalingCurve>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("--scale: cannot read {}", path.display()))?;
+    let scaled: Scaled = serde_json::from_str(&text).with_context(|| {
+        format!("--scale: {} is not what `phalanx scale JOB --json` prints", path.display())
+    })?;
+    let point = |point: Point| ScalingPoint {
+        accelerators: point.accelerators,
+        tokens_per_s: point.tokens_per_s,
+        efficiency: point.scaling_efficiency,
+        bound: point.bound_in_words,
+    };
+    let curve = |curve: Curve| ScalingCurve {
+        name: curve.alternative,
+        origin: Origin::Predicted,
+        points: curve.points.into_iter().map(point).collect(),
+    };
+    Ok(scaled.curves.into_iter().map(curve).collect())
+}
+
+/// What each stage is planned to hold.
+fn planned_memory(job: &Job) -> Vec<StageBytes> {
+    use plan::memory::{Footprint, Item, Options};
+    let options = Options::new(job.training.precision, &job.layout);
+    let stages = Footprint::new(&job.model).stages(&job.layout, &job.batch(), &options);
+    let item = |stage: &plan::memory::StageMemory| -> Vec<(&'static str, Bytes)> {
+        Item::ALL.into_iter().map(|item| (item.name(), stage.item(item))).collect()
+    };
+    stages.iter().map(|stage| StageBytes { stage: stage.stage, items: item(stage) }).collect()
+}
+
+/// A share as a percentage.
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
