@@ -15,6 +15,7 @@ use train::{LearningRate, OnDivergence};
 use units::{Bytes, Seconds};
 
 pub use crate::cluster_section::ClusterSection;
+use crate::dashboards::MetricsSection;
 use crate::described::Costing;
 use crate::launch_command::LaunchSection;
 use crate::planner;
@@ -41,6 +42,7 @@ pub struct File {
     run: RunSection,
     #[serde(default)]
     launch: LaunchSection,
+    metrics: MetricsSection,
     #[serde(default)]
     scale: ScaleSection,
     #[serde(default)]
@@ -303,6 +305,9 @@ pub struct Job {
     pub recovery: RecoverySection,
     /// Where results go.
     pub run: RunSection,
+    /// Where figures go besides.
+    #[serde(default)]
+    pub metrics: MetricsSection,
     /// The job file's name without its ending.
     pub name: String,
     /// How it is started on a cluster.
@@ -342,6 +347,7 @@ impl Draft {
         let (model, weights) = file.model.resolve()?;
         let File { mut training, cluster, data, mut checkpoint, recovery, run, .. } = file;
         let File { launch, scale, goodput, islands, scenario, .. } = file;
+        let File { metrics, scale, goodput, islands, scenario, .. } = file;
         goodput.check()?;
         training.complete()?;
         checkpoint.complete(training.steps)?;
@@ -366,6 +372,7 @@ impl Draft {
             checkpoint,
             recovery,
             run,
+            metrics,
             name,
             launch,
             scale,

@@ -7,6 +7,7 @@ mod catalogue_command;
 mod chaos;
 mod checkpointing;
 mod cluster_section;
+mod dashboards;
 mod described;
 mod device;
 mod doctor;
@@ -67,6 +68,9 @@ enum Command {
         /// Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
         #[arg(long, value_name = "SPEC")]
         chaos: Option<String>,
+        /// Answer Prometheus on this port of this machine: [metrics] port
+        #[arg(long, value_name = "PORT")]
+        metrics: Option<u16>,
     },
     /// Write what Slurm, Kubernetes, mpirun or torchrun need to start a job
     Launch {
@@ -221,7 +225,8 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
-        Command::Train { job, resume, chaos } => {
+        Command::Train { mut job, resume, chaos, metrics } => {
+            job.set.extend(metrics.map(|port| format!("metrics.port={port}")));
             train_command::train(&job, resume.as_deref(), chaos.as_deref())
         }
         Command::Import(args) => foreign::import(&args),

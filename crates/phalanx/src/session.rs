@@ -27,6 +27,7 @@ use units::{Bytes, Rank, Seconds};
 
 use crate::chaos::Chaos;
 use crate::checkpointing;
+use crate::dashboards::Dashboards;
 use crate::figures::Figures;
 use crate::flight_record;
 use crate::job::Job;
@@ -58,6 +59,10 @@ const DRIFTS: u32 = 3;
 struct Kept {
     /// Rank 0's.
     folder: Option<RunFolder>,
+    /// Also rank 0's, once there is a folder.
+    dashboards: Option<Dashboards>,
+    /// The most memory that each rank's process held, where the system tells.
+    resident: Vec<Bytes>,
     /// The run's folder; empty until it is made.
     path: PathBuf,
     safekeeping: Safekeeping,
@@ -87,6 +92,8 @@ impl Kept {
         let (trusted, drifts) = (u64::MAX, 0);
         Self {
             folder: None,
+            dashboards: None,
+            resident: Vec::new(),
             path: PathBuf::new(),
             safekeeping,
             lost: Instant::now(),
@@ -234,7 +241,7 @@ impl<'a, O: Operators> Session<'a, O> {
                 Ok((outcome, losses)) => {
                     if let Some(folder) = &kept.folder {
                         tokenizer.save(&kept.path.join("model/tokenizer.json"))?;
-                        self.finish(folder, &outcome, predicted.as_ref(), losses)?;
+                        self.finish(folder, &outcome, predicted.as_ref(), losses, &kept.resident)?;
                     }
                     return Ok(());
                 }
@@ -281,6 +288,7 @@ impl<'a, O: Operators> Session<'a, O> {
         let trained = trained?;
         let model_folder = kept.path.join("model");
         train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;
+        kept.resident = self.resident_peaks(&mut worker)?;
         Ok(trained)
     }
 
@@ -395,7 +403,39 @@ impl<'a, O: Operators> Session<'a, O> {
             kept.folder = Some(RunFolder::reopen(&path)?);
         }
         kept.path = path;
+        self.open_dashboards(kept)?;
         Ok(attempt)
+    }
+
+    /// What every rank's process held at most.
+    fn resident_peaks(&self, worker: &mut Worker<O>) -> Result<Vec<Bytes>> {
+        let own = resident_peak().map_or(String::new(), |bytes| bytes.0.to_string());
+        let all = self.gather(worker, &own)?;
+        Ok(all.iter().filter_map(|text| text.parse().ok()).map(Bytes).collect())
+    }
+
+    /// What every rank says, in their order.
+    fn gather(&self, worker: &mut Worker<O>, own: &str) -> Result<Vec<String>> {
+        let rank = self.rank;
+        let (communicator, world) = worker.communication(program::Axis::World);
+        let all = communicator
+            .all_gather_bytes(world, own.as_bytes())
+            .map_err(|source| train::Error::Communication { rank, source })?;
+        Ok(all.iter().map(|text| String::from_utf8_lossy(text).into_owned()).collect())
+    }
+
+    /// Rank 0 shows the run to who has dashboards, if the job asks for it.
+    fn open_dashboards(&self, kept: &mut Kept) -> Result<()> {
+        if kept.folder.is_none() || kept.dashboards.is_some() {
+            return Ok(());
+        }
+        let tokens = self.programs.step.global_tokens();
+        let dashboards = Dashboards::open(&self.job.metrics, &kept.path, tokens)?;
+        if let Some(address) = dashboards.address().filter(|_| self.speaks) {
+            println!("metrics        http://{address}/metrics");
+        }
+        kept.dashboards = Some(dashboards);
+        Ok(())
     }
 
     /// Rank 0's number, and the first folder that any rank knows of.
@@ -405,13 +445,7 @@ impl<'a, O: Operators> Session<'a, O> {
         attempt: u64,
         path: &Path,
     ) -> Result<(u64, PathBuf)> {
-        let rank = self.rank;
-        let own = format!("{attempt} {}", path.display());
-        let (communicator, world) = worker.communication(program::Axis::World);
-        let all = communicator
-            .all_gather_bytes(world, own.as_bytes())
-            .map_err(|source| train::Error::Communication { rank, source })?;
-        let all: Vec<_> = all.iter().map(|text| String::from_utf8_lossy(text)).collect();
+        let all = self.gather(worker, &format!("{attempt} {}", path.display()))?;
         let all: Option<Vec<_>> = all.iter().map(|text| text.split_once(' ')).collect();
         let all = all.context("a rank speaks another language")?;
         let known = all.iter().map(|(_, path)| *path).find(|path| !path.is_empty());
@@ -456,7 +490,7 @@ impl<'a, O: Operators> Session<'a, O> {
             on_divergence: training.on_divergence,
             spike: training.spike,
         };
-        let Kept { folder, safekeeping, .. } = kept;
+        let Kept { folder, dashboards, safekeeping, .. } = kept;
         let mut watch = Watch::new(self, first_step, training.steps);
         watch.losses[0] = folder.as_ref().map_or(f64::NAN, RunFolder::first_loss);
         let log = folder.as_ref().map(|folder| self.open_log(folder, first_step));
@@ -479,6 +513,9 @@ impl<'a, O: Operators> Session<'a, O> {
                 && unwritten.is_ok()
             {
                 unwritten = folder.metric(&record);
+                if let (Some(dashboards), Ok(())) = (dashboards.as_mut(), &unwritten) {
+                    unwritten = dashboards.see(&record);
+                }
             }
             if let Some(log) = log.as_mut().filter(|_| unwritten.is_ok()) {
                 unwritten = log.see(event);
@@ -503,6 +540,7 @@ impl<'a, O: Operators> Session<'a, O> {
         outcome: &Outcome,
         predicted: Option<&program::Trace>,
         [first_loss, loss]: [f64; 2],
+        resident: &[Bytes],
     ) -> Result<()> {
         let program = &self.programs.step;
         let measured = Summary::new(program, &outcome.trace);
@@ -516,6 +554,7 @@ impl<'a, O: Operators> Session<'a, O> {
         if let Value::Object(fields) = &mut summary {
             fields.insert("first_loss".into(), json!(first_loss));
             fields.insert("loss".into(), json!(loss));
+            fields.insert("resident_bytes_peak_by_rank".into(), json!(resident));
             fields.insert("run_folder".into(), json!(folder.path()));
         }
         folder.write_json("summary.json", &summary)?;
@@ -561,6 +600,14 @@ fn is_loss(error: &anyhow::Error) -> bool {
         }
         _ => false,
     }
+}
+
+/// The most memory that this process has held, as Linux tells (VmHWM).
+fn resident_peak() -> Option<Bytes> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(Bytes(1024 * kibibytes))
 }
 
 /// After a stop, how to go on.

@@ -7,6 +7,7 @@ pub mod page;
 mod perfetto;
 mod summary;
 mod table;
+mod tensorboard;
 
 #[cfg(test)]
 mod fixture;
@@ -15,3 +16,4 @@ pub use chakra::{Communicators, chakra};
 pub use perfetto::{perfetto, read_perfetto};
 pub use summary::Summary;
 pub use table::{communication_table, summary_table, work_table};
+pub use tensorboard::{tensorboard_head, tensorboard_scalars};

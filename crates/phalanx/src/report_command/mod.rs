@@ -4,14 +4,16 @@ mod links;
 mod run;
 mod simulated;
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use report::page::{Origin, Page, ScalingCurve, ScalingPoint, StageBytes};
+use report::page::{Held, Origin, Page, ScalingCurve, ScalingPoint};
 use serde::Deserialize;
 use units::Bytes;
 
+use crate::dashboards::http::{self, Content};
 use crate::described::Costing;
 use crate::job::Job;
 
@@ -31,10 +33,22 @@ pub struct ReportArgs {
     set: Vec<String>,
     #[command(flatten)]
     costing: Costing,
+    /// Serve the page to browsers of this machine instead, up to date while the job runs
+    #[arg(long, conflicts_with = "out")]
+    live: bool,
+    /// The port that it is served on; any that is free unless given
+    #[arg(long, value_name = "PORT", requires = "live", default_value_t = 0)]
+    port: u16,
 }
 
-/// Writes the page and says where.
+/// Seconds between updates of a live page.
+const REFRESH_S: u32 = 2;
+
+/// Writes or serves the page, and says where.
 pub fn report(args: &ReportArgs) -> Result<()> {
+    if args.live {
+        return live(args);
+    }
     let out = match &args.out {
         Some(out) => out.clone(),
         None if args.of.is_dir() => args.of.join("report.html"),
@@ -43,6 +57,20 @@ pub fn report(args: &ReportArgs) -> Result<()> {
     let page = page(args)?;
     std::fs::write(&out, page.html()).with_context(|| format!("cannot write {}", out.display()))?;
     println!("{}", out.display());
+    Ok(())
+}
+
+/// Serves the page until the process is ended; every request reads the run anew.
+fn live(args: &ReportArgs) -> Result<()> {
+    let fresh = || {
+        let page = Page { refresh_s: Some(REFRESH_S), ..page(args)? };
+        Ok(Content { kind: "text/html", body: page.html() })
+    };
+    // What cannot be shown at all is told here, not in the browser.
+    fresh()?;
+    let listener = http::listen(IpAddr::V4(Ipv4Addr::LOCALHOST), args.port)?;
+    println!("http://{}/", listener.local_addr()?);
+    http::serve(&listener, |path| (path == "/").then(fresh));
     Ok(())
 }
 
@@ -99,14 +127,17 @@ fn curves(path: &Path) -> Result<Vec<ScalingCurve>> {
 }
 
 /// What each stage is planned to hold.
-fn planned_memory(job: &Job) -> Vec<StageBytes> {
+fn planned_memory(job: &Job) -> Vec<Held> {
     use plan::memory::{Footprint, Item, Options};
     let options = Options::new(job.training.precision, &job.layout);
     let stages = Footprint::new(&job.model).stages(&job.layout, &job.batch(), &options);
     let item = |stage: &plan::memory::StageMemory| -> Vec<(&'static str, Bytes)> {
         Item::ALL.into_iter().map(|item| (item.name(), stage.item(item))).collect()
     };
-    stages.iter().map(|stage| StageBytes { stage: stage.stage, items: item(stage) }).collect()
+    stages
+        .iter()
+        .map(|stage| Held { by: format!("stage {}", stage.stage), items: item(stage) })
+        .collect()
 }
 
 /// A share as a percentage.

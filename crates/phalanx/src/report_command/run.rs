@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use program::{Program, Trace};
 use report::page::{
-    self, Fact, Happening, Origin, Page, ScalingCurve, ScalingPoint, Section, StepRecord, Training,
+    self, Fact, Happening, Held, Origin, Page, ScalingCurve, ScalingPoint, Section, StepRecord,
+    Training,
 };
 use report::{Summary, read_perfetto};
 use serde_json::Value;
 use sim::World;
-use units::Seconds;
+use units::{Bytes, Seconds};
 
 use super::{links, percent};
 use crate::job::Job;
@@ -29,6 +30,8 @@ struct Run {
     program: Program,
     machine: Option<Machine>,
     records: Vec<Value>,
+    /// Written when the run ends.
+    summary: Value,
     predicted: Option<Trace>,
     measured: Option<Trace>,
 }
@@ -60,10 +63,7 @@ pub fn page(folder: &Path, curves: Vec<ScalingCurve>) -> Result<Page> {
     sections.push(run.links(columns.last()));
     sections.push(run.scaling(curves));
     sections.push(page::history(&run.happenings(), run.job.training.steps));
-    sections.push(Section::absent(
-        "Memory",
-        "Not counted in this run. On a described cluster `phalanx report JOB` says what each stage holds.",
-    ));
+    sections.push(run.memory());
     sections.push(Section::absent(
         "Energy",
         "Not measured here. On a described cluster `phalanx report JOB` says what a step takes by the makers' ratings.",
@@ -95,6 +95,10 @@ impl Run {
         let records = read("metrics.jsonl")?.unwrap_or_default();
         // The last line may be half written.
         let records = records.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let summary = match read("summary.json")? {
+            Some(text) => serde_json::from_str(&text).context("summary.json")?,
+            None => Value::Null,
+        };
         let mut traces = match read("trace.json")? {
             Some(text) => read_perfetto(&text).context("trace.json")?,
             None => BTreeMap::new(),
@@ -107,7 +111,7 @@ impl Run {
         let name = folder.canonicalize().ok();
         let name = name.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy());
         let name = name.map_or_else(|| job.name.clone(), String::from);
-        Ok(Self { name, job, program, machine, records, predicted, measured })
+        Ok(Self { name, job, program, machine, records, summary, predicted, measured })
     }
 
     fn about(&self) -> Vec<String> {
@@ -146,8 +150,11 @@ impl Run {
         }
     }
 
-    /// The median step time.
+    /// The median step time, as the run itself tells when it is over.
     fn step_time(&self) -> Option<Seconds> {
+        if let Some(told) = self.summary["step_time_s"].as_f64() {
+            return Some(Seconds(told));
+        }
         let mut times: Vec<f64> =
             self.of("step").skip(WARM_UP).filter_map(|step| step["step_time_s"].as_f64()).collect();
         times.sort_by(f64::total_cmp);
@@ -247,6 +254,20 @@ impl Run {
             return Section::absent("Scaling", how);
         }
         page::scaling(&curves, &said)
+    }
+
+    fn memory(&self) -> Section {
+        let peaks = self.summary["resident_bytes_peak_by_rank"].as_array();
+        let peaks = peaks.into_iter().flatten().filter_map(Value::as_u64).map(Bytes);
+        let held =
+            |(rank, bytes)| Held { by: format!("rank {rank}"), items: vec![("process", bytes)] };
+        let held: Vec<Held> = (0..).zip(peaks).map(held).collect();
+        if held.is_empty() {
+            return Section::absent("Memory", "Counted when the run ends, where the system tells.");
+        }
+        let said = "The most that each rank's process held, measured by the operating system: program, \
+                    text and buffers included.";
+        page::memory(said, &held, None)
     }
 
     fn happenings(&self) -> Vec<Happening> {

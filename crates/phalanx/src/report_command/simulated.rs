@@ -46,7 +46,11 @@ pub fn page(
     let sections = vec![
         page::time(&[(Origin::Predicted, &summary)]),
         page::timeline(&program, &[(Origin::Predicted, &trace)]),
-        page::memory(&planned_memory(&job), Some(cluster.accelerator.memory)),
+        page::memory(
+            "The peak of one rank of each stage, predicted by a closed form.",
+            &planned_memory(&job),
+            Some(cluster.accelerator.memory),
+        ),
         page::topology(&links::of_cluster(&program, cluster)?, step, Origin::Predicted),
         scaling,
         energy(&program, &described, &summary),

@@ -8,6 +8,7 @@ mod book;
 mod catalogue;
 mod launch;
 mod machine;
+mod dashboards;
 mod place;
 mod plan_and_simulate;
 mod report;

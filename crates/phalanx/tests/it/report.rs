@@ -39,7 +39,8 @@ fn a_run_that_is_under_way_has_a_page() {
     place.succeed(&["report", "early", "--out", "early.html"]);
     let steps = half.matches("\"event\":\"step\"").count() - usize::from(!half.ends_with('\n'));
     let page = place.read("early.html");
-    let told = (steps..=steps + 1).any(|step| page.contains(&format!("measured, step {step} of 20")));
+    let told =
+        (steps..=steps + 1).any(|step| page.contains(&format!("measured, step {step} of 20")));
     assert!(told, "{steps} steps");
 }
 
@@ -52,7 +53,13 @@ fn a_job_on_a_described_cluster_has_a_page_with_its_curve() {
     place.write("curve.json", curve);
     place.succeed(&["report", job, "--scale", "curve.json", "--out", "405b.html"]);
     let page = place.read("405b.html");
-    for text in ["405,853,388,800 parameters on 8,192", "stage 7", "at the wall", "quantum2-ndr", "as described"] {
+    for text in [
+        "405,853,388,800 parameters on 8,192",
+        "stage 7",
+        "at the wall",
+        "quantum2-ndr",
+        "as described",
+    ] {
         assert!(page.contains(text), "{text} is not on the page");
     }
 }
@@ -60,7 +67,13 @@ fn a_job_on_a_described_cluster_has_a_page_with_its_curve() {
 #[test]
 fn what_is_no_run_is_told() {
     let place = Place::new();
-    place.write("folder/empty.txt", String::new());
-    assert!(place.refused(&["report", "folder"]).contains("not the folder of a run"));
-    assert!(place.refused(&["report", "nowhere"]).contains("neither a run's folder nor a job file"));
+    place.write("folder/empty.txt", "");
+    for (of, why) in [
+        ("folder", "not the folder of a run"),
+        ("nowhere", "neither a run's folder nor a job file"),
+    ] {
+        let answer = place.run(&["report", of]);
+        assert_eq!(answer.code, Some(2), "{answer:?}");
+        assert!(answer.stderr.contains(why), "{answer:?}");
+    }
 }

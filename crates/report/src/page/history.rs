@@ -65,8 +65,8 @@ fn losses(of: &Training) -> Chart {
         marked: false,
     }];
     let held_out: Vec<_> = of.held_out.iter().map(|(step, loss)| (*step as f64, *loss)).collect();
-    if let Some((_, last)) = held_out.last() {
-        let name = format!("held out {last:.2}");
+    if !held_out.is_empty() {
+        let name = "held out".into();
         series.push(Series { name, class: "data", points: held_out, marked: true });
     }
     let (first, last) = (of.steps[0].loss, of.steps[of.steps.len() - 1].loss);

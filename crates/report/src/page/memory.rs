@@ -1,6 +1,4 @@
-//! What each stage of the pipeline holds.
-
-use std::collections::BTreeSet;
+//! What ranks hold.
 
 use maud::html;
 use units::Bytes;
@@ -21,70 +19,65 @@ const CLASSES: [&str; 9] = [
     "world",
 ];
 
-/// What a rank of a stage holds at its peak.
+/// What a rank, or one of each stage, holds at its peak.
 #[derive(Debug, Clone, PartialEq)]
-pub struct StageBytes {
-    /// Which stage.
-    pub stage: u32,
-    /// What for, and how much: the same items in every stage.
+pub struct Held {
+    /// Which rank or stage.
+    pub by: String,
+    /// What for, and how much: the same items for all.
     pub items: Vec<(&'static str, Bytes)>,
 }
 
-impl StageBytes {
+impl Held {
     fn total(&self) -> Bytes {
         self.items.iter().map(|(_, bytes)| *bytes).sum()
     }
 }
 
-/// The peak of a rank of each stage, predicted, beside what an accelerator has.
+/// Peaks, beside what an accelerator has. `said` is what they are and how they are known.
 #[must_use]
-pub fn memory(stages: &[StageBytes], capacity: Option<Bytes>) -> Section {
-    let held = |name: &str| {
-        stages.iter().any(|stage| stage.items.iter().any(|item| item.0 == name && item.1.0 > 0))
-    };
-    let names: BTreeSet<usize> = stages
-        .iter()
-        .flat_map(|stage| (0..stage.items.len()).filter(|index| held(stage.items[*index].0)))
-        .collect();
+pub fn memory(said: &str, all: &[Held], capacity: Option<Bytes>) -> Section {
+    let items = all.first().map_or(0, |one| one.items.len());
+    let held = |index: &usize| all.iter().any(|one| one.items[*index].1.0 > 0);
+    let names: Vec<usize> = (0..items).filter(held).collect();
     let class = |index: usize| {
         let place = names.iter().position(|name| *name == index).unwrap_or_default();
         CLASSES[place % CLASSES.len()]
     };
-    let most = stages.iter().map(StageBytes::total).max().unwrap_or_default();
+    let most = all.iter().map(Held::total).max().unwrap_or_default();
     let full = capacity.unwrap_or(most).max(most).0.max(1) as f64;
     let shown = |bytes: Bytes| bytes.0 as f64 / full;
     let body = html! {
         p.lead {
-            "The peak of one rank of each stage, predicted by a closed form"
-            @if let Some(capacity) = capacity { "; the full width is the " (capacity) " of an accelerator" }
-            "."
+            (said)
+            @if let Some(capacity) = capacity { " The full width is the " (capacity) " of an accelerator." }
         }
         div.bars aria-hidden="true" {
-            @for stage in stages {
-                div.row-name { "stage " (stage.stage) " " strong { (stage.total()) } }
-                (bar(names.iter().map(|index| (class(*index), shown(stage.items[*index].1)))))
+            @for one in all {
+                div.row-name { (one.by) " " strong { (one.total()) } }
+                (bar(names.iter().map(|index| (class(*index), shown(one.items[*index].1)))))
             }
         }
-        div.scroll tabindex="0" role="region" aria-label="Memory of each stage, as a table" {
+        div.scroll tabindex="0" role="region" aria-label="Memory, as a table" {
             table {
                 thead {
                     tr {
                         th scope="col" { "held for" }
-                        @for stage in stages { th scope="col" { "stage " (stage.stage) } }
+                        @for one in all { th scope="col" { (one.by) } }
                     }
                 }
                 tbody {
                     @for index in &names {
                         tr {
-                            th scope="row" { i.swatch.(class(*index)) {} (stages[0].items[*index].0) }
-                            @for stage in stages { td { (stage.items[*index].1) } }
+                            th scope="row" { i.swatch.(class(*index)) {} (all[0].items[*index].0) }
+                            @for one in all { td { (one.items[*index].1) } }
                         }
                     }
                 }
                 tfoot {
                     tr {
                         th scope="row" { "all" }
-                        @for stage in stages { td { (stage.total()) } }
+                        @for one in all { td { (one.total()) } }
                     }
                 }
             }

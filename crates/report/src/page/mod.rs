@@ -17,7 +17,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 pub use bars::time;
 pub use history::{Happening, StepRecord, Training, history, training};
-pub use memory::{StageBytes, memory};
+pub use memory::{Held, memory};
 pub use scaling::{ScalingCurve, ScalingPoint, scaling};
 pub use timeline::timeline;
 pub use topology::{Level, topology};
@@ -99,6 +99,7 @@ impl Page {
             html lang="en" data-refresh=[self.refresh_s] {
                 head {
                     meta charset="utf-8";
+                    meta http-equiv="Content-Security-Policy" content=(self.policy());
                     meta name="viewport" content="width=device-width, initial-scale=1";
                     meta name="color-scheme" content="light dark";
                     title { (self.title) " · Phalanx" }
@@ -114,6 +115,12 @@ impl Page {
             }
         };
         document.into_string()
+    }
+
+    /// Browsers fetch nothing, but a live page itself.
+    fn policy(&self) -> String {
+        let connect = if self.refresh_s.is_some() { "'self'" } else { "'none'" };
+        format!("{} {connect}", include_str!("page.csp"))
     }
 
     fn head(&self) -> Markup {

@@ -38,26 +38,28 @@ pub struct ScalingCurve {
 pub fn scaling(curves: &[ScalingCurve], said: &[String]) -> Section {
     let body = html! {
         @for sentence in said { p.lead { (sentence) } }
-        @if curves.iter().any(|curve| curve.points.len() > 1) { (chart(curves).draw("scaling")) }
-        div.scroll tabindex="0" role="region" aria-label="Scaling, as a table" {
-            table {
-                thead {
-                    tr {
-                        th scope="col" { "accelerators" }
-                        th scope="col" { "tokens/s" }
-                        th scope="col" { "efficiency" }
-                        th scope="col" { "bound by" }
+        div.side {
+            @if curves.iter().any(|curve| curve.points.len() > 1) { (chart(curves).draw("scaling")) }
+            div.scroll tabindex="0" role="region" aria-label="Scaling, as a table" {
+                table {
+                    thead {
+                        tr {
+                            th scope="col" { "accelerators" }
+                            th scope="col" { "tokens/s" }
+                            th scope="col" { "efficiency" }
+                            th scope="col" { "bound by" }
+                        }
                     }
-                }
-                @for curve in curves {
-                    tbody {
-                        tr { th.group scope="rowgroup" colspan="4" { (curve.name) ", " (curve.origin) } }
-                        @for point in &curve.points {
-                            tr {
-                                th scope="row" { (number(f64::from(point.accelerators))) }
-                                td { (number(point.tokens_per_s.round())) }
-                                td { (percent(point.efficiency)) }
-                                td { (point.bound) }
+                    @for curve in curves {
+                        tbody {
+                            tr { th.group scope="rowgroup" colspan="4" { (curve.name) ", " (curve.origin) } }
+                            @for point in &curve.points {
+                                tr {
+                                    th scope="row" { (number(f64::from(point.accelerators))) }
+                                    td { (number(point.tokens_per_s.round())) }
+                                    td { (percent(point.efficiency)) }
+                                    td { (point.bound) }
+                                }
                             }
                         }
                     }

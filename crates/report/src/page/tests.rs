@@ -17,8 +17,8 @@ fn page() -> String {
         Happening { step: 10, kind: "checkpoint", detail: None },
         Happening { step: 20, kind: "recovered", detail: Some("rank <2> was replaced".into()) },
     ];
-    let stage = |stage| StageBytes {
-        stage,
+    let stage = |stage: u32| Held {
+        by: format!("stage {stage}"),
         items: vec![
             ("parameters", Bytes(1 << 20)),
             ("activations", Bytes(3 << 20)),
@@ -50,7 +50,7 @@ fn page() -> String {
             training(&run),
             timeline(&program(), &[(Origin::Predicted, &trace()), (Origin::Measured, &trace())]),
             time(&[(Origin::Predicted, &summary), (Origin::Measured, &summary)]),
-            memory(&[stage(0), stage(1)], Some(Bytes(8 << 20))),
+            memory("Predicted.", &[stage(0), stage(1)], Some(Bytes(8 << 20))),
             scaling(&[curve], &[]),
             topology(&[level], Seconds(10.0), Origin::Measured),
             history(&happenings, 1000),
@@ -80,7 +80,8 @@ fn a_page_needs_nothing_from_elsewhere() {
 fn every_id_that_is_named_is_there_once() {
     let page = page();
     let values = |attribute: &str| -> Vec<String> {
-        let parts = page.split(&format!(" {attribute}=\"")).skip(1);
+        let beginning = format!(" {attribute}=\"");
+        let parts = page.split(&beginning).skip(1);
         parts.map(|part| part.split('"').next().unwrap_or_default().to_owned()).collect()
     };
     let ids = values("id");

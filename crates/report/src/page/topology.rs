@@ -40,31 +40,33 @@ pub fn topology(levels: &[Level], step: Seconds, origin: Origin) -> Section {
             "What a rank sends in a step, as its program says; how busy that keeps its link at full rate, with the step time as "
             (origin) ". Lines are as thick as links are busy."
         }
-        figure.ladder { (picture(levels, step)) }
-        div.scroll tabindex="0" role="region" aria-label="Links and their load, as a table" {
-            table {
-                thead {
-                    tr {
-                        th scope="col" { "link" }
-                        th scope="col" { "rate" }
-                        th scope="col" { "sent" }
-                        th scope="col" { "busy" }
-                    }
-                }
-                @for level in levels {
-                    tbody {
+        div.side {
+            figure.ladder { (picture(levels, step)) }
+            div.scroll tabindex="0" role="region" aria-label="Links and their load, as a table" {
+                table {
+                    thead {
                         tr {
-                            th scope="row" { (level.name) }
-                            td { (level.bandwidth) }
-                            td { (level.all()) }
-                            td { (percent(level.busy(step))) }
+                            th scope="col" { "link" }
+                            th scope="col" { "rate" }
+                            th scope="col" { "sent" }
+                            th scope="col" { "busy" }
                         }
-                        @for (axis, bytes) in &level.sent {
-                            tr.part {
-                                th scope="row" { i.swatch.(axis_class(*axis)) {} (axis) }
-                                td {}
-                                td { (bytes) }
-                                td { (percent(bytes.0 as f64 / level.bandwidth.0 / step.0)) }
+                    }
+                    @for level in levels {
+                        tbody {
+                            tr {
+                                th scope="row" { (level.name) }
+                                td { (level.bandwidth) }
+                                td { (level.all()) }
+                                td { (percent(level.busy(step))) }
+                            }
+                            @for (axis, bytes) in &level.sent {
+                                tr.part {
+                                    th scope="row" { i.swatch.(axis_class(*axis)) {} (axis) }
+                                    td {}
+                                    td { (bytes) }
+                                    td { (percent(bytes.0 as f64 / level.bandwidth.0 / step.0)) }
+                                }
                             }
                         }
                     }
