@@ -74,3 +74,38 @@ fn sent_by(mesh: &Mesh, transfer: &Transfer) -> Bytes {
     };
     Bytes((share * transfer.bytes().0 as f64) as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use cluster::catalogue;
+    use model::Config;
+    use plan::{Batch, Layout, Shard, lower};
+
+    use super::*;
+
+    fn program(data: u32, pipeline: u32) -> Program {
+        let config = Config { layers: 4, hidden: 64, ..Config::default() };
+        let layout = Layout::new(Mesh { data, pipeline, ..Mesh::ONE }, 1, Shard::None);
+        let batch = Batch { sequence: 32, global_batch: u64::from(data * pipeline) };
+        lower(&config, &layout, &batch).unwrap()
+    }
+
+    #[test]
+    fn a_pipeline_sends_each_activation_and_gradient_once() {
+        let level = &of_host(&program(1, 2), BytesPerSecond(1e9))[0];
+        let pipeline = level.sent.iter().find(|(axis, _)| *axis == Axis::Pipeline).unwrap().1;
+        // Two microbatches of 32 words, 64 numbers of 4 bytes each: stage 0 sends them on, stage 1
+        // their gradients back.
+        assert_eq!(pipeline, Bytes(2 * 32 * 64 * 4));
+    }
+
+    #[test]
+    fn what_stays_in_a_domain_does_not_reach_the_fabric() {
+        let cluster = catalogue::find("dgx-h100-quantum2").unwrap();
+        let inside = of_cluster(&program(8, 1), &cluster).unwrap();
+        assert_eq!(inside.len(), 1);
+        let across = of_cluster(&program(16, 1), &cluster).unwrap();
+        let all = |level: &Level| level.sent.iter().map(|(_, bytes)| bytes.0).sum::<u64>();
+        assert!(all(&inside[0]) > 0 && all(&across[1]) > 0, "{across:?}");
+    }
+}

@@ -123,9 +123,9 @@ impl Chart {
                     }
                 }
                 @for (index, value) in columns.iter().enumerate() {
-                    @let text = number(*value);
+                    @let unit = if index == last { self.across } else { "" };
                     text x=(place(across.at(*value))) y=(HEIGHT - 12.0) text-anchor="middle" {
-                        (text) @if index == last { (PreEscapedSpace) (self.across) }
+                        (format!("{} {unit}", number(*value)).trim_end())
                     }
                 }
             }
@@ -150,15 +150,6 @@ impl Chart {
                 }
             }
         }
-    }
-}
-
-/// A gap that is not lost beside an element.
-struct PreEscapedSpace;
-
-impl maud::Render for PreEscapedSpace {
-    fn render_to(&self, buffer: &mut String) {
-        buffer.push(' ');
     }
 }
 

@@ -184,3 +184,39 @@ fn joined(mut pieces: Vec<Piece>, longest: Seconds) -> Vec<Piece> {
     }
     pieces
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_pieces_are_joined_until_they_are_few_and_cover_the_same_time() {
+        let piece = |index: u32| Piece {
+            class: if index % 1000 < 500 { "forward" } else { "backward" },
+            name: "forward qkv, layer 0, microbatch 0".into(),
+            start: Seconds(f64::from(index)),
+            end: Seconds(f64::from(index) + 0.999),
+        };
+        let longest = Seconds(10_000.0);
+        let few = joined((0..10_000).map(piece).collect(), longest);
+        assert!(few.len() <= PIECES, "{}", few.len());
+        assert_eq!(few.len(), 20, "neighbours of one class are one");
+        let covered: Seconds = few.iter().map(|piece| piece.end - piece.start).sum();
+        assert!((covered / longest - 1.0).abs() < 0.01, "{covered}");
+        assert_eq!(few[0].name, "forward");
+    }
+
+    #[test]
+    fn few_pieces_are_left_as_they_are() {
+        let piece = Piece {
+            class: "forward",
+            name: "forward qkv, layer 0, microbatch 0".into(),
+            start: Seconds(0.0),
+            end: Seconds(1.0),
+        };
+        assert_eq!(
+            joined(vec![piece.clone(), piece.clone()], Seconds(2.0)),
+            [piece.clone(), piece]
+        );
+    }
+}
