@@ -84,7 +84,16 @@ mod tests {
     use super::*;
 
     fn program(data: u32, pipeline: u32) -> Program {
-        let config = Config { layers: 4, hidden: 64, ..Config::default() };
+        let config = Config {
+            layers: 4,
+            hidden: 64,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            feed_forward: 128,
+            vocabulary: 320,
+            ..Config::default()
+        };
         let layout = Layout::new(Mesh { data, pipeline, ..Mesh::ONE }, 1, Shard::None);
         let batch = Batch { sequence: 32, global_batch: u64::from(data * pipeline) };
         lower(&config, &layout, &batch).unwrap()
