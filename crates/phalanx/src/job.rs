@@ -42,6 +42,7 @@ pub struct File {
     run: RunSection,
     #[serde(default)]
     launch: LaunchSection,
+    #[serde(default)]
     metrics: MetricsSection,
     #[serde(default)]
     scale: ScaleSection,
@@ -346,8 +347,7 @@ impl Draft {
         let file: File = toml::from_str(text).map_err(explain)?;
         let (model, weights) = file.model.resolve()?;
         let File { mut training, cluster, data, mut checkpoint, recovery, run, .. } = file;
-        let File { launch, scale, goodput, islands, scenario, .. } = file;
-        let File { metrics, scale, goodput, islands, scenario, .. } = file;
+        let File { metrics, launch, scale, goodput, islands, scenario, .. } = file;
         goodput.check()?;
         training.complete()?;
         checkpoint.complete(training.steps)?;
