@@ -12,10 +12,11 @@ use crate::job::File;
 use trace::{Kind, Step, kind};
 
 /// Where the structures of the job file are, with a comment on every field.
-const SOURCES: [&str; 7] = [
+const SOURCES: [&str; 8] = [
     include_str!("../job.rs"),
     include_str!("../launch_command/mod.rs"),
     include_str!("../cluster_section.rs"),
+    include_str!("../dashboards/mod.rs"),
     include_str!("../scale/section.rs"),
     include_str!("../../../plan/src/partial.rs"),
     include_str!("../../../model/src/config.rs"),
