@@ -85,6 +85,12 @@ pub enum Error {
         /// How long it was waited for, in seconds.
         waited_s: f64,
     },
+    /// A rank has lost its coordinator, and others may have taken its run over.
+    #[error("{folder} is not made a checkpoint: others may have taken this run over")]
+    NotOurs {
+        /// The checkpoint.
+        folder: String,
+    },
     /// A `config.json` that describes no Llama.
     #[error("{}: {source}", path.display())]
     Config {

@@ -61,6 +61,7 @@ pub fn checkpoints(
     run: &Path,
     attempt: u64,
     start: Progress,
+    is_ours: Arc<dyn Fn() -> bool + Send + Sync>,
 ) -> Result<Checkpoints> {
     let setup = Setup {
         store: store(job, run)?,
@@ -70,6 +71,7 @@ pub fn checkpoints(
         attempt,
         keep: job.checkpoint.keep,
         patience: PATIENCE,
+        is_ours,
     };
     let every = job.checkpoint.every_steps.unwrap_or_default();
     Ok(Checkpoints::new(Saver::new(setup), every, job.checkpoint.asynchronous, start))

@@ -6,7 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
 use train::control::goodput::{Campaign, Goodput, goodput};
@@ -35,37 +36,11 @@ pub struct CheckArgs {
     #[arg(long)]
     threads: Option<usize>,
     /// Break something on purpose, which is then found
-    #[arg(long, value_enum)]
-    plant: Option<Planted>,
+    #[arg(long, value_name = "BUG", value_parser = bugs())]
+    plant: Option<Bug>,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
-}
-
-/// What can be broken on purpose.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Planted {
-    MeetsWithoutAll,
-    HearsTheDead,
-    RecoversHalf,
-    SkipsSync,
-    CommitsAlone,
-    DropsTokens,
-    RemovesEarly,
-}
-
-impl From<Planted> for Bug {
-    fn from(planted: Planted) -> Self {
-        match planted {
-            Planted::MeetsWithoutAll => Self::MeetsWithoutAll,
-            Planted::HearsTheDead => Self::HearsTheDead,
-            Planted::RecoversHalf => Self::RecoversHalf,
-            Planted::SkipsSync => Self::SkipsSync,
-            Planted::CommitsAlone => Self::CommitsAlone,
-            Planted::DropsTokens => Self::DropsTokens,
-            Planted::RemovesEarly => Self::RemovesEarly,
-        }
-    }
 }
 
 #[derive(Debug, Args)]
@@ -122,6 +97,14 @@ pub struct GoodputArgs {
     json: bool,
 }
 
+/// Reads the name of what is to be broken.
+fn bugs() -> impl TypedValueParser<Value = Bug> {
+    PossibleValuesParser::new(Bug::ALL.map(Bug::name)).map(|name| {
+        let named = Bug::ALL.into_iter().find(|bug| bug.name() == name);
+        named.expect("it is one of the possible values")
+    })
+}
+
 /// A schedule that broke a promise.
 #[derive(Debug, thiserror::Error)]
 #[error("schedule {seed}: {violation}\nphalanx faults check --schedules 1 --seed {seed}{planted}")]
@@ -155,6 +138,7 @@ struct Total {
     faults: u64,
     generations: u64,
     launches: u64,
+    takeovers: u64,
     checkpoints: u64,
     steps: u64,
     steps_redone: u64,
@@ -168,6 +152,7 @@ impl Total {
         self.faults += one.faults;
         self.generations += one.generations;
         self.launches += one.launches;
+        self.takeovers += one.takeovers;
         self.checkpoints += one.checkpoints;
         self.steps += one.steps;
         self.steps_redone += one.redone;
@@ -180,6 +165,7 @@ impl Total {
         self.faults += other.faults;
         self.generations += other.generations;
         self.launches += other.launches;
+        self.takeovers += other.takeovers;
         self.checkpoints += other.checkpoints;
         self.steps += other.steps;
         self.steps_redone += other.steps_redone;
@@ -192,9 +178,9 @@ fn check(args: &CheckArgs) -> Result<()> {
     let begin = Instant::now();
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let threads = args.threads.unwrap_or_else(cores);
-    let bug = args.plant.map(Bug::from);
-    let total = survive(args.seed..args.seed.saturating_add(args.schedules), threads, bug)
-        .map_err(|(seed, violation)| Violated { seed, violation, planted: args.planted() })?;
+    let total =
+        survive(args.seed..args.seed.saturating_add(args.schedules), threads, args.plant)
+            .map_err(|(seed, violation)| Violated { seed, violation, planted: args.planted() })?;
     let time_s = begin.elapsed().as_secs_f64();
     if args.json {
         let mut value = serde_json::to_value(&total)?;
@@ -205,9 +191,10 @@ fn check(args: &CheckArgs) -> Result<()> {
     let Total { schedules, faults, launches, checkpoints, virtual_hours, .. } = total;
     println!("schedules      {}, none broke a promise", thousands(schedules));
     println!(
-        "survived       {} faults, {} of them cost the whole run's processes; up to {} ranks",
+        "survived       {} faults; {} cost the whole run's processes, {} its coordinator; up to {} ranks",
         thousands(faults),
         thousands(launches),
+        thousands(total.takeovers),
         total.most_ranks
     );
     println!(
@@ -225,8 +212,7 @@ fn check(args: &CheckArgs) -> Result<()> {
 impl CheckArgs {
     /// The bug as it is named on the command line.
     fn planted(&self) -> String {
-        let name = self.plant.and_then(|planted| planted.to_possible_value());
-        name.map(|name| format!(" --plant {}", name.get_name())).unwrap_or_default()
+        self.plant.map(|bug| format!(" --plant {}", bug.name())).unwrap_or_default()
     }
 }
 

@@ -261,6 +261,9 @@ pub struct RecoverySection {
     pub silence_s: Seconds,
     /// Steps between comparisons of what ranks hold that should hold the same; 0 compares nothing.
     pub compare_every_steps: u64,
+    /// Where it is written who coordinates the run, for `--standby` to take over: a folder, or
+    /// `etcd://HOST:PORT/NAME`.
+    pub register: Option<String>,
 }
 
 impl Default for RecoverySection {
@@ -270,6 +273,7 @@ impl Default for RecoverySection {
             replicate_every_steps: 1,
             silence_s: Seconds(10.0),
             compare_every_steps: 10,
+            register: None,
         }
     }
 }

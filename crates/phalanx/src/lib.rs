@@ -33,6 +33,7 @@ mod train_command;
 mod validate;
 mod watch;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -66,6 +67,9 @@ enum Command {
         /// Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
         #[arg(long, value_name = "SPEC")]
         chaos: Option<String>,
+        /// Start nothing yet: take over when the launcher that [recovery] register names is lost
+        #[arg(long)]
+        standby: bool,
     },
     /// Write what Slurm, Kubernetes, mpirun or torchrun need to start a job
     Launch {
@@ -205,7 +209,8 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => {
-            eprintln!("{SPEAKER}{}", message(&error));
+            // The launcher that would hear it may be gone.
+            let _ = writeln!(std::io::stderr(), "{SPEAKER}{}", message(&error));
             ExitCode::from(exit_code(&error))
         }
         Err(_) => {
@@ -218,8 +223,8 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
-        Command::Train { job, resume, chaos } => {
-            train_command::train(&job, resume.as_deref(), chaos.as_deref())
+        Command::Train { job, resume, chaos, standby } => {
+            train_command::train(&job, resume.as_deref(), chaos.as_deref(), standby)
         }
         Command::Import(args) => foreign::import(&args),
         Command::Export { job, trainer } => foreign::export(&job, &trainer),
@@ -288,7 +293,8 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             Train::Process { .. }
             | Train::Communication { .. }
             | Train::Diverged { .. }
-            | Train::Drifted { .. },
+            | Train::Drifted { .. }
+            | Train::Superseded { .. },
         ) => FAILED,
         _ => BAD_INPUT,
     }

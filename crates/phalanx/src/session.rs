@@ -17,7 +17,7 @@ use program::Program;
 use report::{Summary, perfetto, summary_table};
 use serde_json::{Value, json};
 use sim::World;
-use train::control::Lifeline;
+use train::control::{Lifeline, Meeting};
 use train::{
     Batches, Device, Event, Outcome, Programs, Rehearsal, Replicas, Resumed, Safekeeping, Settings,
     StateSource, Worker,
@@ -43,8 +43,8 @@ pub struct Life<'a> {
     pub met: Option<Communicator>,
     /// To the coordinator of the run, if there is one.
     pub lifeline: Option<Lifeline>,
-    /// Meets whoever is there when the coordinator says so; also the number of the meeting.
-    pub meet_again: &'a dyn Fn(&Lifeline) -> std::io::Result<(u64, Communicator)>,
+    /// Meets whoever is there when the coordinator says so; also what it said.
+    pub meet_again: &'a dyn Fn(&Lifeline) -> std::io::Result<(Meeting, Communicator)>,
     /// Set when the run is to save and stop.
     pub stop: Arc<AtomicBool>,
     /// Faults to inject.
@@ -61,8 +61,9 @@ struct Kept {
     /// The run's folder; empty until it is made.
     path: PathBuf,
     safekeeping: Safekeeping,
-    /// When ranks were last lost.
+    /// When ranks were last lost, and what was seen of it here.
     lost: Instant,
+    seen: String,
     /// The newest step whose state is known to be right.
     trusted: u64,
     /// How often ranks held something else than others that should hold the same.
@@ -90,6 +91,7 @@ impl Kept {
             path: PathBuf::new(),
             safekeeping,
             lost: Instant::now(),
+            seen: String::new(),
             trusted,
             drifts,
         }
@@ -203,26 +205,29 @@ impl<'a, O: Operators> Session<'a, O> {
     /// lifeline, begins anew with those that take their places.
     pub fn train(
         mut self,
-        mut life: Life<'_>,
+        life: &mut Life<'_>,
         tokenizer: &Tokenizer,
         resume: Option<&Path>,
     ) -> Result<()> {
         let predicted = self.predict()?;
-        let mut kept = Kept::new(&life, self.job, self.rank);
+        let mut kept = Kept::new(life, self.job, self.rank);
         loop {
-            let (generation, communicator) = match (life.met.take(), &life.lifeline) {
-                (Some(met), _) => (0, met),
-                (None, Some(lifeline)) => (life.meet_again)(lifeline)
-                    .context("the launcher of this rank is gone, or has given up")?,
+            let (meeting, communicator) = match (life.met.take(), &life.lifeline) {
+                (Some(met), _) => (None, met),
+                (None, Some(lifeline)) => {
+                    let met = (life.meet_again)(lifeline)
+                        .context("the launcher of this rank is gone, or has given up")?;
+                    (Some(met.0), met.1)
+                }
                 (None, None) => unreachable!("without a lifeline ranks have met"),
             };
-            let trained = self.generation(communicator, generation, &life, &mut kept, resume);
+            let trained = self.generation(communicator, meeting, life, &mut kept, resume);
             match trained {
                 Err(error) if life.lifeline.is_some() && kept.can_go_on_after(&error) => {
                     if self.speaks {
                         println!("lost           {error}");
                     }
-                    kept.lost = Instant::now();
+                    (kept.lost, kept.seen) = (Instant::now(), error.to_string());
                 }
                 Err(error) => {
                     if let Some(folder) = &kept.folder {
@@ -246,29 +251,34 @@ impl<'a, O: Operators> Session<'a, O> {
     fn generation(
         &mut self,
         communicator: Communicator,
-        generation: u64,
+        meeting: Option<Meeting>,
         life: &Life<'_>,
         kept: &mut Kept,
         resume: Option<&Path>,
     ) -> Result<(Outcome, [f64; 2])> {
         // Its thread must not save what this generation saves.
         kept.safekeeping.checkpoints = None;
-        let mut worker = self.worker(communicator, resume.is_some() || generation > 0)?;
+        let mut worker = self.worker(communicator, resume.is_some() || meeting.is_some())?;
         let mut start = self.start();
-        if let Some(run) = resume.filter(|_| generation == 0) {
+        if let Some(run) = resume.filter(|_| meeting.is_none()) {
             start = self.resume(&mut worker, run)?;
         }
         let attempt = self.agree_on_folder(&mut worker, kept)?;
         let mut recovered = None;
-        if generation > 0 {
+        if let Some(Meeting { generation, furthest, losses, .. }) = meeting {
             let (step, source) = self.recover(&mut worker, kept, resume)?;
             kept.trusted = u64::MAX;
             start = Progress { step, position: step * self.job.training.global_batch, ..start };
             let time_s = Seconds(kept.lost.elapsed().as_secs_f64());
-            recovered = Some(Event::Recovered { step, generation, time_s, source });
+            let (steps_redone, seen) = (furthest.saturating_sub(step), kept.seen.clone());
+            let event =
+                Event::Recovered { step, generation, time_s, source, steps_redone, losses, seen };
+            recovered = Some(event);
         }
+        let always: Arc<dyn Fn() -> bool + Send + Sync> = Arc::new(|| true);
+        let is_ours = life.lifeline.as_ref().map_or(always, Lifeline::permission);
         let checkpoints =
-            checkpointing::checkpoints(self.job, self.rank, &kept.path, attempt, start)?;
+            checkpointing::checkpoints(self.job, self.rank, &kept.path, attempt, start, is_ours)?;
         kept.safekeeping.checkpoints = Some(checkpoints);
         let trained = self.run(&mut worker, kept, life, start.step, recovered.as_ref());
         if let Err(error) = &trained

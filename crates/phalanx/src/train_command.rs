@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use compute::Burn;
 use compute::{Cpu, Operators};
 use data::{Prepared, Sampler, Sampling, Source, TokenizerSource};
-use train::control::{Lifeline, Policy, supervise};
+use train::control::{Lifeline, Meeting, Policy, Standing, stand_by, supervise};
 use train::{Batches, Identity, Launcher, handed_listener};
 use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Secret, Transport};
 use units::{Rank, Seconds};
@@ -23,7 +23,7 @@ use crate::job::Job;
 use crate::measured::Machine;
 use crate::output::Progress;
 use crate::session::{Life, Session};
-use crate::{JobArgs, SPEAKER};
+use crate::{JobArgs, SPEAKER, exit_code, message};
 
 /// How long ranks wait for each other at the start.
 const RENDEZVOUS: Duration = Duration::from_secs(120);
@@ -36,6 +36,8 @@ const POLICY: Policy = Policy {
     silence: Seconds(10.0),
     start: Seconds(60.0),
     back_off: Seconds(0.5),
+    lease: Seconds(f64::INFINITY),
+    fence: Seconds(f64::INFINITY),
 };
 /// Names the file that ranks write their measurements to instead of training.
 const MEASURE_ONLY: &str = "PHALANX_MEASURE_ONLY";
@@ -48,6 +50,8 @@ struct Begin<'a> {
     /// Faults to inject, and how they were written.
     chaos: Option<Chaos>,
     spec: Option<&'a str>,
+    /// Only take over when whoever coordinates the run is lost.
+    standby: bool,
 }
 
 fn environment(name: &str) -> Option<String> {
@@ -55,10 +59,15 @@ fn environment(name: &str) -> Option<String> {
 }
 
 /// Trains the job: as one rank when a launcher says so, else with all ranks on this host.
-pub fn train(args: &JobArgs, resume: Option<&Path>, chaos: Option<&str>) -> Result<()> {
+pub fn train(
+    args: &JobArgs,
+    resume: Option<&Path>,
+    chaos: Option<&str>,
+    standby: bool,
+) -> Result<()> {
     let identity = Identity::read(&environment)?;
     let job = checked(args)?;
-    let begin = Begin { resume, chaos: chaos.map(str::parse).transpose()?, spec: chaos };
+    let begin = Begin { resume, chaos: chaos.map(str::parse).transpose()?, spec: chaos, standby };
     match identity {
         Some(identity) => rank(args, &job, &identity, &begin),
         None => start(args, &job, &begin, None),
@@ -90,7 +99,7 @@ fn checked(args: &JobArgs) -> Result<Job> {
 fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Path>) -> Result<()> {
     prepare(job, args.json || measure_only.is_some())?;
     let ranks = job.cluster.accelerators;
-    if ranks == 1 && measure_only.is_none() {
+    if ranks == 1 && measure_only.is_none() && !begin.standby {
         return rank(args, job, &alone()?, begin);
     }
     let program = std::env::current_exe().context("cannot find this program again")?;
@@ -107,8 +116,25 @@ fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Pat
     };
     let restarts = if measure_only.is_some() { 0 } else { job.recovery.restarts };
     let silence = job.recovery.silence_s;
-    supervise(Policy { ranks, restarts, silence, ..POLICY }, command).map_err(in_our_words)?;
-    Ok(())
+    let policy = Policy { ranks, restarts, silence, ..POLICY };
+    let register = job.recovery.register.as_deref().filter(|_| measure_only.is_none());
+    let done = match register {
+        Some(register) if begin.standby => stand_by(policy, register, command, tell_standing),
+        None if begin.standby => bail!(
+            "--standby needs [recovery] register, where it is written who coordinates the run: a folder, or etcd://HOST:PORT/NAME"
+        ),
+        register => supervise(policy, register, command),
+    };
+    Ok(done.map_err(in_our_words)?)
+}
+
+/// What somebody who stands by does, for people.
+fn tell_standing(standing: Standing) {
+    match standing {
+        Standing::By(term) => println!("standing by    the coordinator of term {term} is there"),
+        Standing::In(term) => println!("took over      as the coordinator of term {term}"),
+        Standing::Over => println!("standing by    the run is over"),
+    }
 }
 
 /// What a rank's process said of its end is a message of this program already.
@@ -239,8 +265,14 @@ fn rank_on<O: Operators>(
         return session.save_machine(Path::new(&path));
     }
     let meet_again = |lifeline: &Lifeline| meet_again(job, identity, resume, lifeline);
-    let life = Life { met, lifeline, meet_again: &meet_again, stop, chaos: chaos.as_ref() };
-    session.train(life, &tokenizer, resume)
+    let mut life = Life { met, lifeline, meet_again: &meet_again, stop, chaos: chaos.as_ref() };
+    let outcome = session.train(&mut life, &tokenizer, resume);
+    if let Some(lifeline) = &life.lifeline {
+        let code = outcome.as_ref().map_or_else(exit_code, |()| 0);
+        let words = outcome.as_ref().err().map(message).unwrap_or_default();
+        lifeline.leave(code.into(), &words);
+    }
+    outcome
 }
 
 /// Connects to the other ranks, which must have been given the same job.
@@ -276,13 +308,13 @@ fn rendezvous(job: &Job, identity: &Identity, resume: Option<&Path>) -> Rendezvo
 }
 
 /// Connects to the ranks that are left and those that take the place of the lost, when the
-/// coordinator says so; also the number of the meeting. Tries again when more are lost meanwhile.
+/// coordinator says so; also what it said. Tries again when more are lost meanwhile.
 fn meet_again(
     job: &Job,
     identity: &Identity,
     resume: Option<&Path>,
     lifeline: &Lifeline,
-) -> std::io::Result<(u64, Communicator)> {
+) -> std::io::Result<(Meeting, Communicator)> {
     loop {
         let (meeting, listener) = lifeline.ready()?;
         let there = Identity { master: meeting.master, ..identity.clone() };
@@ -292,7 +324,7 @@ fn meet_again(
         let met = rendezvous.meet(Some(listener).filter(|_| identity.rank == Rank(0)));
         let transport = met.map(|transport| Box::new(transport) as Box<dyn Transport>);
         if let Ok(met) = transport.and_then(|met| Communicator::new(met, limits(job))) {
-            return Ok((meeting.generation, met));
+            return Ok((meeting, met));
         }
     }
 }

@@ -62,11 +62,14 @@ impl<'a, O> Watch<'a, O> {
             Event::NotSaved { step, ref reason } => {
                 self.progress.say(&format!("step {step:>5}  NO CHECKPOINT: {reason}"));
             }
-            Event::Recovered { step, time_s, source, .. } => {
+            Event::Recovered { step, time_s, source, ref losses, .. } => {
                 let source = serde_json::to_value(source).expect("a name has a JSON form");
                 let source = source.as_str().unwrap_or_default();
+                let causes: Vec<String> =
+                    losses.iter().map(|loss| format!("{} {}", loss.rank, loss.cause)).collect();
                 self.progress.say(&format!(
-                    "step {step:>5}  recovered from {source} in {time_s}: lost ranks are replaced"
+                    "step {step:>5}  recovered from {source} in {time_s}: {}",
+                    causes.join("; ")
                 ));
             }
             Event::Redone { step, ref ranks, right } => {

@@ -1,37 +1,104 @@
 //! Who belongs to a run at this moment, and what happens when one is lost.
 //!
 //! [`Coordinator`] decides: a state machine without clock, socket or process. [`supervise`] drives
-//! it with the processes of this host, and a [`Lifeline`] is a rank's connection to it.
+//! it with the processes of this host, and a [`Lifeline`] is a rank's connection to it. Who
+//! coordinates may be written in a [`Register`]; then [`stand_by`] takes over when that one is lost.
 //! [`simulation`] drives the same coordinator with a clock, a network and a disk that do their worst.
 
 mod coordinator;
+mod etcd;
 pub mod goodput;
 mod lifeline;
+mod register;
 pub mod simulation;
 mod supervise;
 
-pub use coordinator::{Action, Coordinator, End, Event, Policy, Verdict};
-pub use lifeline::{Lifeline, Meeting};
-pub use supervise::supervise;
+pub use coordinator::{Action, Coordinator, End, Event, Lost, Policy, Verdict};
+pub use lifeline::Lifeline;
+pub use register::{Record, Register};
+pub use supervise::{Standing, stand_by, supervise};
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use units::Rank;
+use units::{Rank, Seconds};
 
 /// What a rank says to the coordinator, one JSON object a line.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 enum Word {
-    /// First of all: which process of which rank it is, and that it is one of ours.
-    Hello { rank: Rank, incarnation: u64, secret: u64 },
-    /// It lives, and has done so many steps.
-    Alive { step: u64 },
+    /// First of all: which process of which rank it is, if it is one, and that it is one of ours.
+    Hello { rank: Option<Rank>, incarnation: u64, process: u32, secret: u64 },
+    /// It lives, and has done so many steps; asked at this time on its clock, in milliseconds.
+    Alive { step: u64, asked: u64 },
     /// It has lost the others after so many steps, and listens for them here.
     Ready { address: SocketAddr, step: u64 },
+    /// It is about to end, with this exit code and last words.
+    Leaving { code: i32, words: String },
+}
+
+/// What the coordinator says to a rank.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+enum Answer {
+    /// It may go on for [`FENCE`] since it asked.
+    Granted { asked: u64 },
+    /// The others are to be met.
+    Meet(Meeting),
+}
+
+/// Where and when the ranks of a generation meet, and why they must.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Meeting {
+    /// The number of the meeting; each is higher than all before.
+    pub generation: u64,
+    /// Where rank 0 listens.
+    pub master: SocketAddr,
+    /// The most steps that any rank had done.
+    pub furthest: u64,
+    /// Who was lost since the last meeting.
+    pub losses: Vec<Loss>,
+}
+
+/// A process that was lost, as the run's record has it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Loss {
+    /// Whose.
+    pub rank: Rank,
+    /// The name of its host.
+    pub host: String,
+    /// How it ended.
+    pub cause: String,
+    /// How long nothing had been heard of it when it was found out.
+    pub detection_s: Seconds,
+}
+
+/// What a rank is told when it is started.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Control {
+    record: Record,
+    incarnation: u64,
+    /// Where to look for another coordinator.
+    register: Option<String>,
+}
+
+/// See [`Policy::fence`].
+const FENCE: Duration = Duration::from_secs(10);
+
+/// See [`Policy::lease`].
+const LEASE: Duration = Duration::from_secs(5);
+
+/// Incarnations and generations of a term have numbers from this on.
+fn first_of(term: u64) -> u64 {
+    term << 32
+}
+
+/// Whether a process takes the place of another.
+fn is_replacement(incarnation: u64) -> bool {
+    incarnation != first_of(incarnation >> 32)
 }
 
 /// The longest line that is read, in bytes.
-const LINE_LIMIT: u64 = 1 << 10;
+const LINE_LIMIT: u64 = 1 << 14;
 
-/// Names the coordinator's address, its secret and this process's incarnation for the ranks.
+/// Tells a rank's process its [`Control`].
 const CONTROL: &str = "PHALANX_CONTROL";

@@ -94,6 +94,24 @@ pub enum Error {
         /// What the job has.
         ours: u64,
     },
+    /// Somebody coordinates the run already.
+    #[error(
+        "{place}: somebody coordinates a run there, in term {term}; stand by for it with --standby, or name another register"
+    )]
+    Coordinated {
+        /// The register.
+        place: String,
+        /// Its newest term.
+        term: u64,
+    },
+    /// Another coordinator has taken over.
+    #[error("{place}: another launcher has taken this run over from this one, of term {term}")]
+    Superseded {
+        /// The register.
+        place: String,
+        /// The term that is over.
+        term: u64,
+    },
     /// A rank was lost again and again, with no step done in between.
     #[error(
         "{rank}: {reason}. Ranks were lost {times} times with no step done in between: do not start the run again as it is"

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use units::{Rank, Seconds};
 
 use crate::agreement::{Agreement, Word};
+use crate::control::Loss;
 use crate::numbers::{Norms, OnDivergence};
 use crate::pace::{Pace, Slow};
 use crate::state::kinds;
@@ -108,6 +109,12 @@ pub enum Event {
         time_s: Seconds,
         /// Where the state came from.
         source: StateSource,
+        /// Steps that had been done and are done again.
+        steps_redone: u64,
+        /// Who was lost.
+        losses: Vec<Loss>,
+        /// What this rank saw of it: in which transfer it noticed; empty if it was lost itself.
+        seen: String,
     },
     /// A checkpoint is being written.
     Saving {

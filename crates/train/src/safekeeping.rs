@@ -144,8 +144,12 @@ impl Checkpoints {
         step: u64,
         observe: &mut dyn FnMut(&Event),
     ) -> Result<(), Error> {
-        self.agree_on_failures(worker)?;
         let start = std::time::Instant::now();
+        // The committing rank would wait for the parts of those that have failed; so they go first.
+        if worker.rank().0 != 0 {
+            self.tell(true, observe);
+        }
+        self.agree_on_failures(worker)?;
         let shard = Arc::new(snapshot(worker, program));
         let progress = Progress { step, position: step * program.global_batch(), ..self.run };
         self.saver.save(progress, shard);

@@ -97,11 +97,12 @@ fn read_part(store: &dyn Store, folder: &str, rank: Rank) -> Result<Option<File>
 }
 
 /// Keeps the newest `keep` checkpoints that have a sound manifest and all their files; removes the
-/// others up to the newest of them: older ones, damaged ones, and what failed saves left. The manifest goes first, so that half a checkpoint never looks whole.
+/// others up to step `saved`, the last that was saved: older ones, damaged ones, and what failed
+/// saves left. The manifest goes first, so that half a checkpoint never looks whole.
 ///
 /// # Errors
 /// [`Error::Store`] when the store refuses.
-pub fn retain(store: &dyn Store, keep: usize) -> Result<(), Error> {
+pub fn retain(store: &dyn Store, keep: usize, saved: u64) -> Result<(), Error> {
     let folders = load::folders(store)?;
     let mut kept = Vec::new();
     for folder in &folders {
@@ -109,10 +110,13 @@ pub fn retain(store: &dyn Store, keep: usize) -> Result<(), Error> {
             kept.push(folder);
         }
     }
-    // Whoever saves at this moment saves a later step than the newest whole one.
-    let Some(newest) = kept.first().and_then(|folder| step_of(folder)) else { return Ok(()) };
+    if kept.is_empty() {
+        return Ok(());
+    }
     for folder in &folders {
-        if !kept.contains(&folder) && step_of(folder).is_some_and(|step| step <= newest) {
+        // Ranks that went back write steps anew of which there may be a whole checkpoint, while
+        // this one has yet to finish an earlier step: what is later than that may be theirs.
+        if !kept.contains(&folder) && step_of(folder).is_some_and(|step| step <= saved) {
             forget(store, folder)?;
         }
     }

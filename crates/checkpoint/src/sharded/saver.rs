@@ -33,6 +33,8 @@ pub struct Setup {
     pub keep: usize,
     /// How long rank 0 waits for the others to have written.
     pub patience: Duration,
+    /// Whether these ranks are still those that the run has: else they make no checkpoint of it.
+    pub is_ours: Arc<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// What became of a save.
@@ -51,8 +53,10 @@ pub struct Saved {
 pub struct Saver {
     jobs: Option<SyncSender<(Progress, Arc<Shard>)>>,
     results: Receiver<Saved>,
-    /// Spoken to or dropped to end the wait for other ranks.
-    interest: Option<Sender<()>>,
+    /// Told of the step that no rank waits for any more, or dropped, to end the wait for other ranks.
+    interest: Option<Sender<u64>>,
+    /// The step of the last save that was handed over.
+    last: u64,
     /// Saves handed over whose result was not asked for yet.
     pending: usize,
     thread: Option<JoinHandle<()>>,
@@ -76,11 +80,12 @@ impl Saver {
         };
         let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(work);
         let thread = Some(thread.expect("a thread can be started"));
-        Self { jobs: Some(jobs), results, interest: Some(interest), pending: 0, thread }
+        Self { jobs: Some(jobs), results, interest: Some(interest), last: 0, pending: 0, thread }
     }
 
     /// Saves, once the save before is done.
     pub fn save(&mut self, progress: Progress, shard: Arc<Shard>) {
+        self.last = progress.step;
         let jobs = self.jobs.as_ref().expect("it is open until it is dropped");
         jobs.send((progress, shard)).expect("the thread lives until it is dropped");
         self.pending += 1;
@@ -100,12 +105,12 @@ impl Saver {
         saved
     }
 
-    /// Ends the wait for other ranks, one of which has failed to write.
+    /// Ends the wait for other ranks, of which one has failed to write its part of the last save.
     pub fn give_up(&mut self) {
         if self.pending > 0
             && let Some(interest) = &self.interest
         {
-            let _ = interest.send(()); // it has ended already when nobody listens
+            let _ = interest.send(self.last); // it has ended already when nobody listens
         }
     }
 }
@@ -124,31 +129,39 @@ impl Setup {
         &self,
         progress: Progress,
         shard: &Shard,
-        interest: &Receiver<()>,
+        interest: &Receiver<u64>,
     ) -> Result<(), Error> {
         let store = &*self.store;
         write_shard(store, progress.step, self.attempt, self.rank, shard)?;
         if self.rank != Rank(0) {
             return Ok(());
         }
-        // What was said about an earlier save is of no interest.
-        interest.try_iter().for_each(drop);
         let begin = Instant::now();
         let [mut pause, longest] = PAUSES;
-        while !commit(store, progress, self.attempt, self.ranks, &self.config)? {
+        let commit = || match (self.is_ours)() {
+            true => commit(store, progress, self.attempt, self.ranks, &self.config),
+            false => Err(Error::NotOurs { folder: self.place(progress.step) }),
+        };
+        while !commit()? {
             let waited = begin.elapsed();
-            let goes_on = interest.recv_timeout(pause) == Err(RecvTimeoutError::Timeout);
+            let goes_on = match interest.recv_timeout(pause) {
+                Ok(step) => step < progress.step,
+                Err(error) => error == RecvTimeoutError::Timeout,
+            };
             if waited > self.patience || !goes_on {
                 return Err(self.incomplete(progress.step, waited));
             }
             pause = (2 * pause).min(longest);
         }
-        retain(store, self.keep)
+        retain(store, self.keep, progress.step)
     }
 
     fn incomplete(&self, step: u64, waited: Duration) -> Error {
         let rank = missing(&*self.store, step, self.attempt, self.ranks).unwrap_or(self.rank);
-        let folder = self.store.place(&folder_name(step, self.attempt));
-        Error::Incomplete { folder, rank, waited_s: waited.as_secs_f64() }
+        Error::Incomplete { folder: self.place(step), rank, waited_s: waited.as_secs_f64() }
+    }
+
+    fn place(&self, step: u64) -> String {
+        self.store.place(&folder_name(step, self.attempt))
     }
 }

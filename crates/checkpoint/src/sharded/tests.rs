@@ -73,7 +73,7 @@ fn save(store: &dyn Store, step: u64, ranks: u32, attempt: u64) -> Result<(), Er
         write_shard(store, step, attempt, Rank(rank), &shard(step, rank, ranks))?;
     }
     assert!(commit(store, progress(step), attempt, ranks, &config())?);
-    retain(store, 1)
+    retain(store, 1, step)
 }
 
 /// The state that a checkpoint holds is that of its step.
@@ -120,6 +120,18 @@ fn what_is_saved_is_loaded_and_one_older_is_kept_no_longer() {
     let names: Vec<_> = disk.files().into_iter().map(|(path, _)| path).collect();
     let expected = ["manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"];
     assert_eq!(names, expected.map(|name| file(20, 0, name)));
+}
+
+/// A checkpoint of step 50 is whole when ranks go back to step 47. Rank 1 has written step 50 anew
+/// when rank 0 makes the checkpoint of step 48.
+#[test]
+fn parts_of_a_step_that_is_saved_anew_are_left_for_rank_0_to_find() {
+    let (_, store) = simulated();
+    save(&*store, 50, 2, 1).unwrap();
+    write_shard(&*store, 50, 2, Rank(1), &shard(50, 1, 2)).unwrap();
+    save(&*store, 48, 2, 2).unwrap();
+    write_shard(&*store, 50, 2, Rank(0), &shard(50, 0, 2)).unwrap();
+    assert!(commit(&*store, progress(50), 2, 2, &config()).unwrap());
 }
 
 #[test]
@@ -300,7 +312,8 @@ fn objects_keep_checkpoints_like_folders() {
 
 fn setup(store: &Arc<dyn Store>, rank: u32, attempt: u64, patience: Duration) -> Setup {
     let (store, config) = (Arc::clone(store), config());
-    Setup { store, config, rank: Rank(rank), ranks: 2, attempt, keep: 2, patience }
+    let (rank, is_ours) = (Rank(rank), Arc::new(|| true));
+    Setup { store, config, rank, ranks: 2, attempt, keep: 2, patience, is_ours }
 }
 
 #[test]
@@ -339,15 +352,26 @@ fn a_wait_for_a_rank_that_failed_is_given_up() {
     let (_, store) = simulated();
     let mut alone = Saver::new(setup(&store, 0, 5, Duration::from_secs(1 << 40)));
     alone.save(progress(10), Arc::new(shard(10, 0, 2)));
-    // The thread may not be waiting yet, and then does not hear it.
-    let saved = loop {
-        alone.give_up();
-        if let [saved] = &alone.finished()[..] {
-            break saved.outcome.as_ref().unwrap_err().to_string();
-        }
-        std::thread::yield_now();
-    };
+    // The thread may not be waiting yet, and hears it nevertheless.
+    alone.give_up();
+    let saved = alone.finish().remove(0).outcome.unwrap_err().to_string();
     assert!(saved.contains("rank 1 wrote no part of it"), "{saved}");
+}
+
+#[test]
+fn ranks_whose_run_is_no_longer_theirs_make_no_checkpoint_of_it() {
+    let (_, store) = simulated();
+    let mut savers: Vec<Saver> = (0..2)
+        .map(|rank| {
+            let is_ours = Arc::new(|| false);
+            Saver::new(Setup { is_ours, ..setup(&store, rank, 0, Duration::MAX) })
+        })
+        .collect();
+    for (rank, saver) in (0..).zip(&mut savers) {
+        saver.save(progress(4), Arc::new(shard(4, rank, 2)));
+    }
+    assert!(matches!(&savers[0].finish()[..], [Saved { outcome: Err(Error::NotOurs { .. }), .. }]));
+    assert_eq!(newest(&store), None);
 }
 
 #[test]

@@ -204,3 +204,55 @@ fn without_a_launcher_ranks_save_and_stop() {
     let steps = format!("training.steps={}", done + 1);
     place.succeed(&["train", "job.toml", "--resume", "runs/job-001", "--set", &steps]);
 }
+
+/// The process of a rank of the run in `place`.
+fn process_of(place: &Place, rank: u32) -> Option<Pid> {
+    let here = fs::canonicalize(place.path("")).unwrap();
+    let is_it = |process: &std::path::Path| {
+        let environment = fs::read(process.join("environ")).unwrap_or_default();
+        let variable = format!("RANK={rank}");
+        fs::read_link(process.join("cwd")).is_ok_and(|folder| folder == here)
+            && environment.split(|byte| *byte == 0).any(|entry| entry == variable.as_bytes())
+    };
+    let processes = fs::read_dir("/proc").unwrap().map(|entry| entry.unwrap().path());
+    let found = processes.into_iter().find(|process| is_it(process))?;
+    Pid::from_raw(found.file_name()?.to_str()?.parse().ok()?)
+}
+
+#[test]
+fn whoever_stands_by_takes_over_and_no_step_is_done_again() {
+    let place = Place::new();
+    let endless = over(4, LAYOUT).replace("steps = 20", "steps = 100000000\nevaluate_every = 1");
+    place.write("job.toml", endless + "\n[recovery]\nregister = \"register\"\n");
+    let start = |arguments: &[&str]| {
+        let mut command = place.phalanx(arguments);
+        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        (process, lines.map(Result::unwrap))
+    };
+    let (mut launcher, mut lines) = start(&["train", "job.toml"]);
+    assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
+    let twice = place.run(&["train", "job.toml"]);
+    assert!(
+        twice.stderr.contains("register: somebody coordinates a run there, in term 0"),
+        "{}",
+        twice.stderr
+    );
+    let (standby, mut said) = start(&["train", "job.toml", "--standby"]);
+    assert!(said.by_ref().any(|line| line.contains("the coordinator of term 0 is there")));
+    kill_process(Pid::from_child(&launcher), Signal::KILL).unwrap();
+    launcher.wait().unwrap();
+    assert!(said.by_ref().any(|line| line.contains("took over      as the coordinator of term 1")));
+    // What the lost launcher started is the new one's to replace, and to stop.
+    kill_process(process_of(&place, 2).unwrap(), Signal::KILL).unwrap();
+    assert!(lines.by_ref().any(|line| line.contains("recovered from memory")));
+    kill_process(Pid::from_child(&standby), Signal::TERM).unwrap();
+    lines.for_each(drop);
+    let answer = Answer::new(standby.wait_with_output().unwrap(), &place);
+    assert_eq!(answer.code, Some(4), "{}", answer.stderr);
+    let steps = place.metrics("runs/job-001", "step");
+    let steps: Vec<u64> = steps.iter().map(|record| record["step"].as_u64().unwrap()).collect();
+    let again = steps.windows(2).filter(|pair| pair[1] != pair[0] + 1).count();
+    assert!(again <= 1, "one loss: {steps:?}");
+    assert_eq!(place.metrics("runs/job-001", "recovered").len(), 1);
+}

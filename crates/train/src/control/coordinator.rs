@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 
 use units::{Rank, Seconds};
 
+use super::first_of;
+
 /// From this loss in a row on the pause grows no longer.
 const DOUBLINGS: u32 = 8;
 
@@ -21,6 +23,21 @@ pub struct Policy {
     /// The pause before a rank is started a second time in a row; it doubles with each. The first
     /// time there is none.
     pub back_off: Seconds,
+    /// So long after it was last known that nobody else had taken over, a coordinator decides
+    /// nothing. Without end where nobody can take over.
+    pub lease: Seconds,
+    /// A process to which no coordinator has granted so much more time since it asked ends by itself.
+    pub fence: Seconds,
+}
+
+impl Policy {
+    /// How much slower one clock may go than another.
+    const DRIFT: f64 = 1.3;
+
+    /// After so long whoever listens to another coordinator has ended.
+    fn until_others_end(&self) -> Seconds {
+        Seconds(Self::DRIFT * (self.lease.0 + self.fence.0))
+    }
 }
 
 /// How a process ended.
@@ -45,6 +62,8 @@ pub enum Event {
         incarnation: u64,
         /// Steps done.
         step: u64,
+        /// When it said so, on its own clock.
+        asked: Seconds,
     },
     /// A rank is in no generation, and listens for the others here.
     Ready {
@@ -66,6 +85,13 @@ pub enum Event {
         /// How.
         end: End,
     },
+    /// At this time, on this clock, nobody had taken over.
+    Confirmed {
+        /// When that was asked.
+        asked: Seconds,
+    },
+    /// Somebody has taken over.
+    Superseded,
     /// Time has passed.
     Tick,
 }
@@ -86,6 +112,15 @@ pub enum Action {
         rank: Rank,
         /// Which.
         incarnation: u64,
+    },
+    /// Tell a process that its word was heard: it may go on for so much longer since it said so.
+    Grant {
+        /// Whom to tell.
+        rank: Rank,
+        /// Its process.
+        incarnation: u64,
+        /// When it said so, on its own clock.
+        asked: Seconds,
     },
     /// Tell a rank where to meet the others.
     Meet {
@@ -111,16 +146,35 @@ pub enum Verdict {
     Failed(Rank),
     /// A rank was lost once more than losses are made good without progress.
     GaveUp(Rank),
+    /// Another coordinator has taken over.
+    Superseded,
+}
+
+/// A process that was lost.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Lost {
+    /// Whose.
+    pub rank: Rank,
+    /// Which.
+    pub incarnation: u64,
+    /// For how long nothing had been heard of it.
+    pub silence: Seconds,
+    /// Whether it was killed for that.
+    pub killed: bool,
 }
 
 /// Where a rank stands.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Phase {
+    /// Of another coordinator's making, and not heard of yet.
+    Unheard,
     Starting,
     Running,
     Ready(SocketAddr),
     Killed,
-    Down { until: Seconds },
+    Down {
+        until: Seconds,
+    },
     Done,
 }
 
@@ -134,9 +188,22 @@ struct Member {
 
 /// Decides who belongs to the run. One generation of ranks works at a time: the next begins only
 /// when every rank has left the one before, so no two commit the same step.
+///
+/// What it knows it has from the ranks, so another can take over and hear it from them. Each is of a
+/// term, higher than all before. Whoever turns to the new one listens to no older one again; who does
+/// not has ended after [`Policy::lease`], in which the older one ceases to grant time to processes,
+/// and [`Policy::fence`], after which they end that have been granted none. Only then does the new one
+/// start others in their places.
 #[derive(Debug, Clone)]
 pub struct Coordinator {
     policy: Policy,
+    /// When others than those that have turned to this one have ended.
+    alone: Seconds,
+    /// Until when nobody else decides.
+    until: Seconds,
+    /// What was heard after that.
+    unanswered: Vec<Event>,
+    term: u64,
     members: Vec<Member>,
     generation: u64,
     /// Ranks that are in no generation.
@@ -145,17 +212,42 @@ pub struct Coordinator {
     furthest: u64,
     /// Losses since then.
     losses: u32,
+    /// What was lost since the ranks last met.
+    lost: Vec<Lost>,
     verdict: Option<Verdict>,
 }
 
 impl Coordinator {
-    /// At the start of a run: the first generation, incarnation 0 of every rank, is being started.
+    /// At the start of a run: the first generation, the first process of every rank, is being started.
     #[must_use]
-    pub fn new(policy: Policy, now: Seconds) -> Self {
-        let member = Member { phase: Phase::Starting, incarnation: 0, heard: now };
+    pub fn new(policy: Policy, term: u64, now: Seconds) -> Self {
+        Self::of_term(policy, term, Phase::Starting, now)
+    }
+
+    /// In the place of the one of the term before, of whose ranks none has been heard yet.
+    #[must_use]
+    pub fn succeed(policy: Policy, term: u64, now: Seconds) -> Self {
+        let alone = now + policy.until_others_end();
+        Self { alone, ..Self::of_term(policy, term, Phase::Unheard, now) }
+    }
+
+    fn of_term(policy: Policy, term: u64, phase: Phase, now: Seconds) -> Self {
+        let member = Member { phase, incarnation: first_of(term), heard: now };
         let members = vec![member; policy.ranks as usize];
-        let (generation, ready, furthest, losses) = (0, 0, 0, 0);
-        Self { policy, members, generation, ready, furthest, losses, verdict: None }
+        Self {
+            policy,
+            alone: now,
+            until: now + policy.lease,
+            unanswered: vec![],
+            term,
+            members,
+            generation: first_of(term),
+            ready: 0,
+            furthest: 0,
+            losses: 0,
+            lost: vec![],
+            verdict: None,
+        }
     }
 
     /// When time alone will next have something done, unless something is heard before.
@@ -165,15 +257,35 @@ impl Coordinator {
             Phase::Down { until } => Some(until.0),
             Phase::Starting => Some(member.heard.0 + self.policy.start.0),
             Phase::Running | Phase::Ready(_) => Some(member.heard.0 + self.policy.silence.0),
-            Phase::Killed | Phase::Done => None,
+            Phase::Unheard => Some(self.alone.0),
+            Phase::Killed => Some(self.ended_by_itself(member).0),
+            Phase::Done => None,
         };
-        self.members.iter().filter_map(limit).min_by(f64::total_cmp).map(Seconds)
+        let deadline = self.members.iter().filter_map(limit).min_by(f64::total_cmp);
+        deadline.filter(|deadline| deadline.is_finite()).map(Seconds)
+    }
+
+    /// Whether nobody else decides.
+    #[must_use]
+    pub fn decides(&self, now: Seconds) -> bool {
+        now <= self.until
     }
 
     /// How the run ended, if it has.
     #[must_use]
     pub fn verdict(&self) -> Option<Verdict> {
         self.verdict
+    }
+
+    /// The most steps that any rank has done.
+    #[must_use]
+    pub fn furthest(&self) -> u64 {
+        self.furthest
+    }
+
+    /// What was lost since this was last asked.
+    pub fn take_lost(&mut self) -> Vec<Lost> {
+        std::mem::take(&mut self.lost)
     }
 
     /// Losses with no step done in between, up to now.
@@ -188,15 +300,33 @@ impl Coordinator {
             return vec![];
         }
         match event {
-            Event::Alive { rank, incarnation, step } => {
-                if let Some(member) = self.current(rank, incarnation) {
-                    member.heard = now;
-                    if member.phase == Phase::Starting {
-                        self.enter(rank, Phase::Running);
-                    }
-                    self.progress(step);
-                }
+            Event::Superseded => self.finish(Verdict::Superseded),
+            Event::Confirmed { asked } => {
+                self.until = Seconds(self.until.0.max(asked.0 + self.policy.lease.0));
+                let unanswered = std::mem::take(&mut self.unanswered).into_iter();
+                unanswered.flat_map(|event| self.hear(now, event)).collect()
+            }
+            Event::Tick if !self.decides(now) => vec![],
+            event if !self.decides(now) => {
+                self.unanswered.push(event);
                 vec![]
+            }
+            event => self.answer(now, event),
+        }
+    }
+
+    /// What to do about an event while nobody else decides.
+    fn answer(&mut self, now: Seconds, event: Event) -> Vec<Action> {
+        match event {
+            Event::Alive { rank, incarnation, step, asked } => {
+                let Some(member) = self.current(rank, incarnation) else { return vec![] };
+                member.heard = now;
+                let killed = member.phase == Phase::Killed;
+                if matches!(member.phase, Phase::Starting | Phase::Unheard) {
+                    self.enter(rank, Phase::Running);
+                }
+                self.progress(step);
+                if killed { vec![] } else { vec![Action::Grant { rank, incarnation, asked }] }
             }
             Event::Ready { rank, incarnation, address, step } => {
                 let Some(member) = self.current(rank, incarnation) else { return vec![] };
@@ -212,15 +342,23 @@ impl Coordinator {
                 Some(_) => self.ended(now, rank, end),
                 None => vec![],
             },
-            Event::Tick => self.tick(now),
+            Event::Tick | Event::Confirmed { .. } | Event::Superseded => self.tick(now),
         }
     }
 
-    /// The member, if that is its process and not one that was killed or has ended.
+    /// The member, if that is its process and not one that has ended.
     fn current(&mut self, rank: Rank, incarnation: u64) -> Option<&mut Member> {
         let member = self.members.get_mut(rank.index())?;
+        if member.phase == Phase::Unheard {
+            member.incarnation = incarnation;
+        }
         let here = !matches!(member.phase, Phase::Down { .. } | Phase::Done);
         (member.incarnation == incarnation && here).then_some(member)
+    }
+
+    /// When a process that was killed has ended, though nobody has seen it end.
+    fn ended_by_itself(&self, member: &Member) -> Seconds {
+        member.heard + Seconds(Policy::DRIFT * self.policy.fence.0)
     }
 
     fn enter(&mut self, rank: Rank, phase: Phase) {
@@ -275,6 +413,9 @@ impl Coordinator {
     }
 
     fn lost(&mut self, now: Seconds, rank: Rank) -> Vec<Action> {
+        let Member { incarnation, heard, phase } = self.members[rank.index()];
+        let (silence, killed) = (now - heard, phase == Phase::Killed);
+        self.lost.push(Lost { rank, incarnation, silence, killed });
         self.losses += 1;
         if self.losses > self.policy.restarts {
             self.enter(rank, Phase::Done);
@@ -298,32 +439,40 @@ impl Coordinator {
         vec![Action::Finish(verdict)]
     }
 
-    /// Starts whose pause is over, kills who has been silent for too long.
+    /// Starts whose pause is over, kills who has been silent for too long, takes for lost who must
+    /// have ended.
     fn tick(&mut self, now: Seconds) -> Vec<Action> {
-        let policy = self.policy;
-        let act = |(rank, member): (u32, &mut Member)| {
-            let silent = now.0 - member.heard.0;
-            let limit = match member.phase {
-                Phase::Down { until } if now.0 >= until.0 => {
-                    *member = Member {
-                        phase: Phase::Starting,
-                        incarnation: member.incarnation + 1,
-                        heard: now,
-                    };
-                    let incarnation = member.incarnation;
-                    return Some(Action::Start { rank: Rank(rank), incarnation });
+        let mut actions = Vec::new();
+        for rank in (0..self.policy.ranks).map(Rank) {
+            let member = self.members[rank.index()];
+            let silent = |limit: Seconds| now.0 - member.heard.0 >= limit.0;
+            match member.phase {
+                Phase::Down { until } if now >= until => {
+                    let incarnation = (member.incarnation + 1).max(first_of(self.term) + 1);
+                    let phase = Phase::Starting;
+                    self.members[rank.index()] = Member { phase, incarnation, heard: now };
+                    actions.push(Action::Start { rank, incarnation });
                 }
-                Phase::Starting => policy.start,
-                Phase::Running | Phase::Ready(_) => policy.silence,
-                Phase::Killed | Phase::Down { .. } | Phase::Done => return None,
-            };
-            if silent < limit.0 {
-                return None;
+                Phase::Starting if silent(self.policy.start) => actions.push(self.kill(rank)),
+                Phase::Running | Phase::Ready(_) if silent(self.policy.silence) => {
+                    actions.push(self.kill(rank));
+                }
+                // No fault of the run's: it does not count.
+                Phase::Unheard if now >= self.alone => {
+                    self.enter(rank, Phase::Down { until: now });
+                    actions.extend(self.start_all_done(now));
+                }
+                Phase::Killed if now >= self.ended_by_itself(&member) => {
+                    actions.extend(self.lost(now, rank));
+                }
+                _ => {}
             }
-            self.ready -= u32::from(matches!(member.phase, Phase::Ready(_)));
-            member.phase = Phase::Killed;
-            Some(Action::Kill { rank: Rank(rank), incarnation: member.incarnation })
-        };
-        (0..).zip(&mut self.members).filter_map(act).collect()
+        }
+        actions
+    }
+
+    fn kill(&mut self, rank: Rank) -> Action {
+        self.enter(rank, Phase::Killed);
+        Action::Kill { rank, incarnation: self.members[rank.index()].incarnation }
     }
 }

@@ -97,12 +97,14 @@ pub fn goodput(campaign: Campaign) -> Goodput {
         silence: campaign.silence,
         start: Seconds(10.0 * campaign.start.0),
         back_off: Seconds(0.5),
+        lease: Seconds(f64::INFINITY),
+        fence: Seconds(f64::INFINITY),
     };
     let nodes = campaign.nodes as usize;
     let mut run = Run {
         campaign,
         dice: Dice::new(campaign.seed),
-        coordinator: Coordinator::new(policy, Seconds::ZERO),
+        coordinator: Coordinator::new(policy, 0, Seconds::ZERO),
         incarnations: vec![0; nodes],
         copies: vec![Copies::default(); nodes],
         now: 0.0,
@@ -245,7 +247,7 @@ impl Run {
 
     fn say_alive(&mut self, rank: Rank) -> Vec<Action> {
         let (incarnation, step) = (self.incarnations[rank.index()], self.done);
-        self.hear(Event::Alive { rank, incarnation, step })
+        self.hear(Event::Alive { rank, incarnation, step, asked: Seconds::ZERO })
     }
 
     fn all_but(&mut self, one: Rank, mut act: impl FnMut(&mut Self, Rank)) {

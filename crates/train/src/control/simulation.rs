@@ -35,11 +35,15 @@ pub enum Bug {
     DropsTokens,
     /// Old checkpoints are removed before the new one is whole.
     RemovesEarly,
+    /// A coordinator goes on deciding when it can no longer know that nobody has taken over.
+    NeverStepsDown,
+    /// Whoever takes over starts processes before those of the old coordinator must have ended.
+    StartsAtOnce,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::MeetsWithoutAll,
         Self::HearsTheDead,
         Self::RecoversHalf,
@@ -47,7 +51,25 @@ impl Bug {
         Self::CommitsAlone,
         Self::DropsTokens,
         Self::RemovesEarly,
+        Self::NeverStepsDown,
+        Self::StartsAtOnce,
     ];
+
+    /// As it is named on a command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::MeetsWithoutAll => "meets-without-all",
+            Self::HearsTheDead => "hears-the-dead",
+            Self::RecoversHalf => "recovers-half",
+            Self::SkipsSync => "skips-sync",
+            Self::CommitsAlone => "commits-alone",
+            Self::DropsTokens => "drops-tokens",
+            Self::RemovesEarly => "removes-early",
+            Self::NeverStepsDown => "never-steps-down",
+            Self::StartsAtOnce => "starts-at-once",
+        }
+    }
 }
 
 /// What a run went through, and came to its end nevertheless.
@@ -63,6 +85,8 @@ pub struct Survived {
     pub generations: u64,
     /// How often the whole run was started anew, its launcher lost.
     pub launches: u64,
+    /// How often another coordinator took over.
+    pub takeovers: u64,
     /// Checkpoints that were whole.
     pub checkpoints: u64,
     /// Steps that were done again.
@@ -91,11 +115,13 @@ mod tests {
                 run(seed, None).unwrap_or_else(|violation| panic!("{seed}: {violation}"));
             all.faults += survived.faults;
             all.launches += survived.launches;
+            all.takeovers += survived.takeovers;
             all.checkpoints += survived.checkpoints;
             all.redone += survived.redone;
         }
         // The schedules would show nothing if nothing happened in them.
-        assert!(all.faults > 2000 && all.launches > 100 && all.checkpoints > 1500, "{all:?}");
+        assert!(all.faults > 2000 && all.checkpoints > 1500, "{all:?}");
+        assert!(all.launches > 50 && all.takeovers > 100, "{all:?}");
     }
 
     #[test]

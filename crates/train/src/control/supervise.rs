@@ -2,15 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufReader};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use units::{Rank, Seconds};
 
-use super::lifeline::{Meeting, hear, say};
-use super::{Action, CONTROL, Coordinator, End, Event, Policy, Verdict, Word};
+use super::lifeline::{self, hear, say};
+use super::{
+    Action, Answer, CONTROL, Control, Coordinator, End, Event, FENCE, LEASE, Loss, Lost, Meeting,
+    Policy, Record, Register, Verdict, Word, first_of,
+};
 use crate::Error;
 use crate::launch::{Children, Ended};
 
@@ -20,43 +23,162 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long ranks have to end by themselves once a run has failed.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// How often the coordinator looks whether another has taken over.
+const CONFIRM: Duration = Duration::from_secs(1);
+
 /// What the threads that listen tell the one that decides.
 enum Heard {
-    Connected(Rank, u64, TcpStream),
+    Connected(Rank, u64, u32, TcpStream),
     Event(Event),
+    /// A process says with which exit code it is about to end, and why.
+    Leaving(Rank, u64, (i32, String)),
     Ended(Ended),
+    /// Nobody had taken over at that time; or somebody has.
+    Confirmed(Instant),
+    Superseded,
 }
 
 /// Keeps the processes of a run going: starts by `command` those that are lost anew, and lets the
-/// others meet them.
+/// others meet them. With a register, at a place as [`Register::at`] has it, others can take over.
 ///
 /// # Errors
-/// The first failure, with the failed rank's own last words.
-pub fn supervise(policy: Policy, command: impl Fn() -> Command) -> Result<(), Error> {
-    let failed = |error: io::Error| Error::Process {
-        rank: Rank(0),
-        reason: format!("cannot be supervised: {error}"),
-        code: None,
+/// The first failure, with the failed rank's own last words; [`Error::Coordinated`] when somebody
+/// coordinates there already.
+pub fn supervise(
+    policy: Policy,
+    register: Option<&str>,
+    command: impl Fn() -> Command,
+) -> Result<(), Error> {
+    let seat = Seat::new(register)?;
+    let newest = seat.newest()?;
+    if let Some(record) = newest.filter(lifeline::answers) {
+        return Err(Error::Coordinated { place: seat.place(), term: record.term });
+    }
+    let term = newest.map_or(0, |record| record.term + 1);
+    if !seat.take(term)? {
+        return Err(Error::Coordinated { place: seat.place(), term });
+    }
+    let children = {
+        let first = first_of(term);
+        Children::start(policy.ranks, first, || seat.invite(command(), term, first))?
     };
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(failed)?;
-    let address = listener.local_addr().map_err(failed)?;
-    // The standard library's random seed is what no other process knows.
-    let secret = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), address);
-    let (tell, heard) = mpsc::channel();
-    let ended = tell.clone();
-    std::thread::spawn(move || accept(&listener, secret, &tell));
-    let command = |incarnation: u64| {
-        let mut command = command();
-        command.env(CONTROL, format!("{address} {secret} {incarnation}"));
-        command
-    };
-    let mut children = Children::start(policy.ranks, || command(0))?;
-    children.watch(move |end| drop(ended.send(Heard::Ended(end))));
-    let coordinator = Coordinator::new(policy, Seconds::ZERO);
     let begin = Instant::now();
-    let mut supervisor =
-        Supervisor { coordinator, children, sockets: BTreeMap::new(), failures: vec![], begin };
-    supervisor.run(&heard, &command)
+    let coordinator = Coordinator::new(seat.policy(policy), term, Seconds::ZERO);
+    Supervisor::new(coordinator, children, term, begin).run(seat, &command)
+}
+
+/// Waits until whoever coordinates a run is lost, and then keeps its processes going as
+/// [`supervise`] does. `tell` is told that it waits, and whom it replaces; both by their terms.
+///
+/// # Errors
+/// As [`supervise`].
+pub fn stand_by(
+    policy: Policy,
+    register: &str,
+    command: impl Fn() -> Command,
+    tell: impl Fn(Standing),
+) -> Result<(), Error> {
+    let seat = Seat::new(Some(register))?;
+    let mut watched = None;
+    let term = loop {
+        // Before there is a run there is nothing to take over.
+        let Some(record) = seat.newest()? else {
+            std::thread::sleep(CONFIRM);
+            continue;
+        };
+        if record.address.is_none() {
+            tell(Standing::Over);
+            return Ok(());
+        }
+        if watched != Some(record.term) {
+            tell(Standing::By(record.term));
+            watched = Some(record.term);
+        }
+        lifeline::watch(&record, LEASE);
+        if seat.newest()?.is_some_and(|newest| newest.term == record.term)
+            && seat.take(record.term + 1)?
+        {
+            break record.term + 1;
+        }
+    };
+    tell(Standing::In(term));
+    let begin = Instant::now();
+    let coordinator = Coordinator::succeed(seat.policy(policy), term, Seconds::ZERO);
+    let children = Children::none(policy.ranks)?;
+    Supervisor::new(coordinator, children, term, begin).run(seat, &command)
+}
+
+/// What somebody who stands by does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Waits, while the coordinator of a term does its work.
+    By(u64),
+    /// Coordinates, in a term of its own.
+    In(u64),
+    /// Nothing, since the run is over.
+    Over,
+}
+
+/// Where a coordinator listens, and where that is written.
+struct Seat {
+    listener: TcpListener,
+    address: SocketAddr,
+    secret: u64,
+    register: Option<(String, Register)>,
+}
+
+impl Seat {
+    fn new(register: Option<&str>) -> Result<Self, Error> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(not_supervised)?;
+        let address = listener.local_addr().map_err(not_supervised)?;
+        // The standard library's random seed is what no other process knows.
+        let secret = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), address);
+        let register = register.map(|place| Ok((place.to_owned(), Register::at(place)?)));
+        let register = register.transpose().map_err(not_supervised)?;
+        Ok(Self { listener, address, secret, register })
+    }
+
+    /// What the coordinator goes by: where nobody can take over, nobody need make sure.
+    fn policy(&self, policy: Policy) -> Policy {
+        let time = |limit: Duration| match self.register {
+            Some(_) => Seconds(limit.as_secs_f64()),
+            None => Seconds(f64::INFINITY),
+        };
+        Policy { lease: time(LEASE), fence: time(FENCE), ..policy }
+    }
+
+    fn place(&self) -> String {
+        self.register.as_ref().map(|(place, _)| place.clone()).unwrap_or_default()
+    }
+
+    fn newest(&self) -> Result<Option<Record>, Error> {
+        let newest = self.register.as_ref().map(|(_, register)| register.newest());
+        newest.transpose().map(Option::flatten).map_err(not_supervised)
+    }
+
+    fn record(&self, term: u64) -> Record {
+        Record { term, address: Some(self.address), secret: self.secret }
+    }
+
+    /// Takes a term, if there is anybody to take it from.
+    fn take(&self, term: u64) -> Result<bool, Error> {
+        let taken = self.register.as_ref().map(|(_, register)| register.take(&self.record(term)));
+        taken.unwrap_or(Ok(true)).map_err(not_supervised)
+    }
+
+    /// Tells a process where its coordinator is.
+    fn invite(&self, mut command: Command, term: u64, incarnation: u64) -> Command {
+        let (record, register) = (self.record(term), self.register.as_ref());
+        let register = register.map(|(place, _)| place.clone());
+        let control = Control { record, incarnation, register };
+        command.env(CONTROL, serde_json::to_string(&control).expect("it has a JSON form"));
+        command
+    }
+}
+
+fn not_supervised(error: io::Error) -> Error {
+    let reason = format!("cannot be supervised: {error}");
+    Error::Process { rank: Rank(0), reason, code: None }
 }
 
 struct Supervisor {
@@ -65,15 +187,34 @@ struct Supervisor {
     /// By rank: the process it leads to, and the connection.
     sockets: BTreeMap<Rank, (u64, TcpStream)>,
     failures: Vec<Ended>,
+    /// How processes said that they would end.
+    leaving: BTreeMap<(Rank, u64), (i32, String)>,
+    /// What was lost before the last meeting.
+    losses: Vec<Loss>,
+    term: u64,
     begin: Instant,
 }
 
 impl Supervisor {
-    fn run(
-        &mut self,
-        heard: &Receiver<Heard>,
-        command: &dyn Fn(u64) -> Command,
-    ) -> Result<(), Error> {
+    fn new(coordinator: Coordinator, children: Children, term: u64, begin: Instant) -> Self {
+        let (sockets, leaving) = (BTreeMap::new(), BTreeMap::new());
+        let (failures, losses) = (vec![], vec![]);
+        Self { coordinator, children, sockets, failures, leaving, losses, term, begin }
+    }
+
+    fn run(mut self, seat: Seat, command: &dyn Fn() -> Command) -> Result<(), Error> {
+        let (tell, heard) = mpsc::channel();
+        let ended = tell.clone();
+        self.children.watch(move |end| drop(ended.send(Heard::Ended(end))));
+        if let Some((_, register)) = seat.register.clone() {
+            let (term, tell) = (self.term, tell.clone());
+            std::thread::spawn(move || confirm(&register, term, &tell));
+        }
+        let listener = seat.listener.try_clone().map_err(not_supervised)?;
+        let secret = seat.secret;
+        std::thread::spawn(move || accept(&listener, secret, &tell));
+        let term = self.term;
+        let start = |incarnation| seat.invite(command(), term, incarnation);
         let verdict = loop {
             let event = match heard.recv_timeout(TICK) {
                 Err(RecvTimeoutError::Timeout) => Some(Event::Tick),
@@ -81,28 +222,55 @@ impl Supervisor {
                 Ok(heard) => self.note(heard),
             };
             let now = Seconds(self.begin.elapsed().as_secs_f64());
-            let actions = event.map(|event| self.coordinator.hear(now, event));
-            for action in actions.unwrap_or_default() {
-                self.act(action, command)?;
+            let actions = event.map(|event| self.coordinator.hear(now, event)).unwrap_or_default();
+            if actions.iter().any(|action| matches!(action, Action::Meet { .. })) {
+                self.losses = self.name_losses();
+            }
+            for action in actions {
+                self.act(action, &start)?;
             }
             if let Some(verdict) = self.coordinator.verdict() {
                 break verdict;
             }
         };
-        self.see_off(heard, verdict)
+        if verdict == Verdict::Superseded {
+            self.children.release();
+            return Err(Error::Superseded { place: seat.place(), term });
+        }
+        if let Some((_, register)) = &seat.register {
+            // If it cannot be written, whoever stands by finds the ranks gone.
+            drop(register.take(&Record { address: None, ..seat.record(term + 1) }));
+        }
+        self.see_off(&heard, verdict)
     }
 
     /// What was heard, as an event.
     fn note(&mut self, heard: Heard) -> Option<Event> {
         match heard {
             Heard::Event(event) => Some(event),
-            Heard::Connected(rank, incarnation, socket) => {
+            Heard::Superseded => Some(Event::Superseded),
+            Heard::Confirmed(at) => {
+                let asked = Seconds(at.duration_since(self.begin).as_secs_f64());
+                Some(Event::Confirmed { asked })
+            }
+            Heard::Connected(rank, incarnation, process, socket) => {
+                self.children.adopt(rank, incarnation, process);
                 self.sockets.insert(rank, (incarnation, socket));
                 None
             }
-            Heard::Ended(ended) => {
-                let Ended { rank, incarnation, code, .. } = ended;
-                let end = match code {
+            Heard::Leaving(rank, incarnation, said) => {
+                self.leaving.insert((rank, incarnation), said);
+                None
+            }
+            Heard::Ended(mut ended) => {
+                let Ended { rank, incarnation, .. } = ended;
+                // Of a process that somebody else started only its own word is known.
+                if let Some((code, words)) = self.leaving.remove(&(rank, incarnation))
+                    && self.children.is_adopted(rank, incarnation)
+                {
+                    (ended.code, ended.reason) = (Some(code), words);
+                }
+                let end = match ended.code {
                     Some(0) => End::Completed,
                     Some(_) => End::Failed,
                     None => End::Lost,
@@ -123,15 +291,41 @@ impl Supervisor {
                 Ok(())
             }
             Action::Meet { rank, incarnation, generation, master } => {
-                if let Some((of, socket)) = self.sockets.get_mut(&rank)
-                    && *of == incarnation
-                {
-                    // Who cannot be told any more is about to be missed.
-                    drop(say(socket, Meeting { generation, master }));
-                }
+                let (furthest, losses) = (self.coordinator.furthest(), self.losses.clone());
+                let meeting = Meeting { generation, master, furthest, losses };
+                self.tell(rank, incarnation, Answer::Meet(meeting));
+                Ok(())
+            }
+            Action::Grant { rank, incarnation, asked } => {
+                let asked = (1e3 * asked.0).round() as u64;
+                self.tell(rank, incarnation, Answer::Granted { asked });
                 Ok(())
             }
             Action::Finish(_) => Ok(()),
+        }
+    }
+
+    /// Who was lost since the last meeting, and how they ended.
+    fn name_losses(&mut self) -> Vec<Loss> {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let name = |Lost { rank, incarnation, silence, killed }| {
+            let is_it = |ended: &&Ended| (ended.rank, ended.incarnation) == (rank, incarnation);
+            let ended = self.failures.iter().find(is_it).map(|ended| ended.reason.clone());
+            let cause = match killed {
+                true => format!("killed, since it said nothing for {silence}"),
+                false => ended.unwrap_or_default(),
+            };
+            Loss { rank, host: host.trim().to_owned(), cause, detection_s: silence }
+        };
+        self.coordinator.take_lost().into_iter().map(name).collect()
+    }
+
+    fn tell(&mut self, rank: Rank, incarnation: u64, answer: Answer) {
+        if let Some((of, socket)) = self.sockets.get_mut(&rank)
+            && *of == incarnation
+        {
+            // Who cannot be told any more is about to be missed.
+            drop(say(socket, answer));
         }
     }
 
@@ -139,7 +333,7 @@ impl Supervisor {
     fn see_off(&mut self, heard: &Receiver<Heard>, verdict: Verdict) -> Result<(), Error> {
         let lost = match verdict {
             Verdict::Completed => return Ok(()),
-            Verdict::Failed(_) => None,
+            Verdict::Failed(_) | Verdict::Superseded => None,
             Verdict::GaveUp(rank) => Some(rank),
         };
         let times = self.coordinator.losses();
@@ -167,6 +361,27 @@ impl Supervisor {
     }
 }
 
+/// Looks again and again whether another has taken over, until one has.
+fn confirm(register: &Register, term: u64, tell: &Sender<Heard>) {
+    loop {
+        let asked = Instant::now();
+        let heard = match register.newest() {
+            Ok(Some(record)) if record.term > term => Heard::Superseded,
+            Ok(Some(_)) => Heard::Confirmed(asked),
+            // Perhaps the next time.
+            Ok(None) | Err(_) => {
+                std::thread::sleep(CONFIRM);
+                continue;
+            }
+        };
+        let last = matches!(heard, Heard::Superseded);
+        if tell.send(heard).is_err() || last {
+            return;
+        }
+        std::thread::sleep(CONFIRM);
+    }
+}
+
 /// Hears everyone who connects and knows the secret.
 fn accept(listener: &TcpListener, secret: u64, tell: &Sender<Heard>) {
     for socket in listener.incoming().flatten() {
@@ -175,21 +390,38 @@ fn accept(listener: &TcpListener, secret: u64, tell: &Sender<Heard>) {
     }
 }
 
-/// Passes on what a rank says, as long as it does.
+/// Passes on what a rank says, as long as it does; answers others that it is there.
 fn listen(socket: TcpStream, secret: u64, tell: &Sender<Heard>) {
-    let (Ok(writer), _) = (socket.try_clone(), socket.set_nodelay(true)) else { return };
+    let (Ok(mut writer), _) = (socket.try_clone(), socket.set_nodelay(true)) else { return };
     let mut reader = BufReader::new(socket);
-    let Some(Word::Hello { rank, incarnation, secret: said }) = hear(&mut reader) else { return };
-    if said != secret || tell.send(Heard::Connected(rank, incarnation, writer)).is_err() {
+    let Some(Word::Hello { rank, incarnation, process, secret: said }) = hear(&mut reader) else {
+        return;
+    };
+    if said != secret {
+        return;
+    }
+    let Some(rank) = rank else {
+        while let Some(Word::Alive { asked, .. }) = hear(&mut reader)
+            && say(&mut writer, Answer::Granted { asked }).is_ok()
+        {}
+        return;
+    };
+    if tell.send(Heard::Connected(rank, incarnation, process, writer)).is_err() {
         return;
     }
     while let Some(word) = hear(&mut reader) {
-        let event = match word {
+        let heard = match word {
             Word::Hello { .. } => return,
-            Word::Alive { step } => Event::Alive { rank, incarnation, step },
-            Word::Ready { address, step } => Event::Ready { rank, incarnation, address, step },
+            Word::Alive { step, asked } => {
+                let asked = Seconds(asked as f64 * 1e-3);
+                Heard::Event(Event::Alive { rank, incarnation, step, asked })
+            }
+            Word::Ready { address, step } => {
+                Heard::Event(Event::Ready { rank, incarnation, address, step })
+            }
+            Word::Leaving { code, words } => Heard::Leaving(rank, incarnation, (code, words)),
         };
-        if tell.send(Heard::Event(event)).is_err() {
+        if tell.send(heard).is_err() {
             return;
         }
     }

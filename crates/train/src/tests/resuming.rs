@@ -57,6 +57,7 @@ impl Keeping {
             attempt: settings.first_step,
             keep: 2,
             patience: Duration::from_secs(60),
+            is_ours: Arc::new(|| true),
         };
         let run = Progress { step: 0, position: 0, seed: 11, tokens: 5 };
         let checkpoints = Checkpoints::new(Saver::new(setup), EVERY, self.asynchronous, run);

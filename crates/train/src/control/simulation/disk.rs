@@ -133,7 +133,7 @@ impl Checkpoints {
         }
         self.promised = self.promised.max(Some(state.step));
         // Old ones may stay.
-        drop(retain(store, KEEP));
+        drop(retain(store, KEEP, state.step));
         Some(true)
     }
 

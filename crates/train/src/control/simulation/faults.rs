@@ -6,7 +6,7 @@ use super::world::{Happening, World};
 use crate::control::End;
 
 /// How many kinds there are.
-const KINDS: u64 = 8;
+const KINDS: u64 = 9;
 
 impl World {
     /// One fault; while there are to be any, another follows. Then all is mended.
@@ -16,7 +16,7 @@ impl World {
         }
         let pause = self.plan.pause * (1 + self.dice.below(200)) as f64 * 1e-2;
         self.after(pause, Happening::Fault);
-        if self.coordinator.is_none() {
+        if !self.offices.last().is_some_and(|office| office.alive) {
             return;
         }
         self.checkpoints.heal();
@@ -37,11 +37,9 @@ impl World {
                 self.checkpoints.crash_after(changes);
             }
             6 => self.fill_disk(),
-            _ => {
-                if self.dice.one_in(3) {
-                    self.lose_launcher();
-                }
-            }
+            7 if self.dice.one_in(3) => self.lose_launcher(),
+            8 if self.plan.standby => self.cut_launcher(),
+            _ => {}
         }
     }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use units::Rank;
 
 use super::Bug;
-use super::world::{Doing, Generation, Happening, Process, State, Who, World};
+use super::world::{Doing, FENCE, Generation, Happening, Process, State, Who, World};
 use crate::control::End;
 use crate::copies::{Holding, agree};
 
@@ -19,7 +19,7 @@ const COMMIT_PAUSE: f64 = 0.05;
 impl World {
     /// Something happens to a process. One that is halted does it when it goes on.
     pub fn do_to(&mut self, rank: Rank, who: Who, doing: Doing) -> Result<(), String> {
-        let Process { who: now, alive, halted, generation, .. } = *self.rank(rank);
+        let Process { who: now, alive, halted, generation, term, granted, .. } = *self.rank(rank);
         if now != who || !alive {
             return Ok(());
         }
@@ -27,15 +27,21 @@ impl World {
             self.to(0.5, rank, doing);
             return Ok(());
         }
+        if granted < self.now {
+            self.end(rank, End::Lost);
+            return Ok(());
+        }
         match doing {
-            Doing::Up => {
-                self.beat(rank);
-                self.say_ready(rank);
-            }
+            Doing::Up => self.come_up(rank),
             Doing::Beat => self.beat(rank),
             Doing::Killed => self.end(rank, End::Lost),
-            Doing::Orphaned => self.orphan(rank),
-            Doing::Meet(number) => return self.meet(rank, number),
+            Doing::Orphaned(of) if of == term => self.orphan(rank),
+            Doing::Seek => self.seek(rank),
+            Doing::Granted { term: of, until } if of == term => {
+                let process = self.rank(rank);
+                process.granted = process.granted.max(until);
+            }
+            Doing::Meet { term: of, number } if of == term => return self.meet(rank, number),
             Doing::Fail(of) if generation == Some(of) => self.fail(rank),
             Doing::Reach(of) if generation == Some(of) => self.reach(rank),
             Doing::Done(of) if generation == Some(of) => return self.done(rank),
@@ -43,13 +49,40 @@ impl World {
             Doing::Commit { generation: of, state } if generation == Some(of) => {
                 return self.commit(rank, of, state);
             }
-            Doing::Fail(_) | Doing::Reach(_) | Doing::Done(_) | Doing::Commit { .. } => {}
+            Doing::Fail(_)
+            | Doing::Reach(_)
+            | Doing::Done(_)
+            | Doing::Commit { .. }
+            | Doing::Orphaned(_)
+            | Doing::Granted { .. }
+            | Doing::Meet { .. } => {}
         }
         Ok(())
     }
 
-    /// Without a launcher a rank that is in no generation ends; others save and stop first.
+    /// A process turns to the coordinator that started it. If that is gone, so is the process.
+    fn come_up(&mut self, rank: Rank) {
+        let term = self.rank(rank).term;
+        if !self.offices[term as usize].alive {
+            return self.end(rank, End::Lost);
+        }
+        if self.plan.standby {
+            self.rank(rank).granted = self.now + FENCE;
+        }
+        self.beat(rank);
+        self.say_ready(rank);
+    }
+
+    /// Without a launcher a rank that is in no generation ends, others save and stop first; but if
+    /// somebody may take over, they wait for that.
     fn orphan(&mut self, rank: Rank) {
+        if self.plan.standby {
+            if !self.rank(rank).seeks {
+                self.rank(rank).seeks = true;
+                self.seek(rank);
+            }
+            return;
+        }
         self.rank(rank).orphaned = true;
         if self.rank(rank).generation.is_none() {
             self.end(rank, End::Failed);
@@ -278,8 +311,10 @@ impl World {
         let last = state.step == steps || self.generation.last == Some(state.step);
         let due = save_every > 0 && state.step.is_multiple_of(save_every);
         if last || due {
-            let delay = self.delay();
-            self.to(delay, rank, Doing::Write { generation: number, state });
+            // One save after the other.
+            let at = (self.now + self.delay()).max(self.rank(rank).writes);
+            self.rank(rank).writes = at + 1e-6;
+            self.to(at - self.now, rank, Doing::Write { generation: number, state });
         }
         if !last {
             self.compute(rank);
@@ -294,8 +329,8 @@ impl World {
 
     /// A rank writes its part of a checkpoint; rank 0 then waits for the others.
     fn write(&mut self, rank: Rank, number: u64, state: State) -> Result<(), String> {
-        if !self.checkpoints.write(rank, number, state) {
-            self.generation.unsaved = Some(state.step);
+        if !self.checkpoints.write(rank, number, state) && number == self.generation.number {
+            self.generation.unsaved = self.generation.unsaved.max(Some(state.step));
         }
         if self.checkpoints.crashed() {
             return self.lose_power(rank);

@@ -61,8 +61,8 @@ pub struct Plan {
     pub pause: f64,
     /// Which faults there are, a bit for each.
     pub faults: u64,
-    /// How fast the coordinator's clock goes, and what it shows at the start.
-    pub clock: (f64, f64),
+    /// Whether somebody stands by to take the launcher's place.
+    pub standby: bool,
 }
 
 impl Plan {
@@ -81,7 +81,7 @@ impl Plan {
             faulty: 5.0 + dice.below(30) as f64,
             pause: 0.3 + dice.below(50) as f64 * 0.1,
             faults: dice.roll() | 1,
-            clock: (0.9 + dice.below(200) as f64 * 1e-3, dice.below(1 << 20) as f64),
+            standby: dice.one_in(2),
         }
     }
 
@@ -101,8 +101,16 @@ pub struct Process {
     pub alive: bool,
     /// Alive, and does nothing.
     pub halted: bool,
-    /// It has lost its launcher.
+    /// It has lost its launcher, and nobody has taken over.
     pub orphaned: bool,
+    /// Whose words it follows: the coordinator of this term.
+    pub term: u64,
+    /// Until when it may go on, as far as it was told.
+    pub granted: f64,
+    /// It looks for another coordinator.
+    pub seeks: bool,
+    /// When its last save so far is written.
+    pub writes: f64,
     /// The generation it works in, if it does.
     pub generation: Option<u64>,
     pub state: State,
@@ -113,12 +121,16 @@ pub struct Process {
 }
 
 impl Process {
-    pub fn new(who: Who) -> Self {
+    pub fn new(who: Who, term: u64) -> Self {
         Self {
             who,
             alive: true,
             halted: false,
             orphaned: false,
+            term,
+            granted: f64::INFINITY,
+            seeks: false,
+            writes: 0.0,
             generation: None,
             state: State::START,
             copies: Copies::default(),
@@ -153,16 +165,20 @@ pub enum Doing {
     Up,
     /// It says that it lives.
     Beat,
-    /// It is told to meet the others.
-    Meet(u64),
+    /// The coordinator of a term tells it to meet the others.
+    Meet { term: u64, number: u64 },
+    /// The coordinator of a term lets it go on until then.
+    Granted { term: u64, until: f64 },
+    /// It looks whether somebody has taken over.
+    Seek,
     /// It has waited for them in vain, or lost them.
     Fail(u64),
     /// It has computed its part of a step.
     Reach(u64),
     /// It has updated its part.
     Done(u64),
-    /// It has seen that the launcher is gone.
-    Orphaned,
+    /// It has seen that the coordinator of a term is gone.
+    Orphaned(u64),
     /// It is killed by the coordinator.
     Killed,
     /// It writes its part of a checkpoint.
@@ -173,8 +189,12 @@ pub enum Doing {
 
 #[derive(Debug, Clone, Copy)]
 pub enum Happening {
-    /// A coordinator hears a word.
-    Hear { launch: u64, event: Event },
+    /// The coordinator of a term hears a word.
+    Hear { launch: u64, term: u64, event: Event },
+    /// It looks whether another has taken over.
+    Confirm { launch: u64, term: u64 },
+    /// Somebody takes over from the coordinator of a term.
+    Succeed { launch: u64, term: u64 },
     /// To a process.
     To { rank: Rank, who: Who, doing: Doing },
     /// All of a generation have met.
@@ -189,6 +209,18 @@ pub enum Happening {
     Launch,
 }
 
+/// A coordinator.
+pub struct Office {
+    pub coordinator: Coordinator,
+    /// How fast its clock goes, and what it shows at the start.
+    pub clock: (f64, f64),
+    /// When it will be asked for the time.
+    pub ticking: f64,
+    pub alive: bool,
+    /// Until when it cannot see whether another has taken over.
+    pub cut: f64,
+}
+
 pub struct World {
     pub now: f64,
     pub dice: Dice,
@@ -197,9 +229,8 @@ pub struct World {
     order: u64,
     agenda: BTreeMap<(u64, u64), Happening>,
     pub launch: u64,
-    pub coordinator: Option<Coordinator>,
-    /// When it will be asked for the time.
-    pub ticking: f64,
+    /// Who has coordinated since then, by term.
+    pub offices: Vec<Office>,
     pub processes: Vec<Process>,
     pub generation: Generation,
     /// By rank: when its last words arrive at the coordinator, and the coordinator's at it.
@@ -219,9 +250,16 @@ pub struct World {
     pub verdict: Option<Verdict>,
 }
 
-pub fn policy(ranks: u32) -> Policy {
+/// How long a coordinator decides by itself, and a process goes on, in seconds.
+pub const LEASE: f64 = 3.0;
+pub const FENCE: f64 = 6.0;
+
+pub fn policy(plan: &Plan) -> Policy {
+    let time = |limit| Seconds(if plan.standby { limit } else { f64::INFINITY });
     Policy {
-        ranks,
+        ranks: plan.ranks,
+        lease: time(LEASE),
+        fence: time(FENCE),
         restarts: 1000,
         silence: Seconds(3.0),
         start: Seconds(10.0),
@@ -243,8 +281,7 @@ impl World {
             order: 0,
             agenda: BTreeMap::new(),
             launch: 0,
-            coordinator: None,
-            ticking: f64::INFINITY,
+            offices: vec![],
             processes: vec![],
             generation: Generation::default(),
             heard: vec![],
@@ -316,7 +353,12 @@ impl World {
 
     fn happen(&mut self, happening: Happening) -> Result<(), String> {
         match happening {
-            Happening::Hear { launch, event } => self.hear(launch, event),
+            Happening::Hear { launch, term, event } if launch == self.launch => {
+                return self.hear(term, event);
+            }
+            Happening::Confirm { launch, term } if launch == self.launch => self.confirm(term),
+            Happening::Succeed { launch, term } if launch == self.launch => self.succeed(term),
+            Happening::Hear { .. } | Happening::Confirm { .. } | Happening::Succeed { .. } => {}
             Happening::To { rank, who, doing } => return self.do_to(rank, who, doing),
             Happening::Begin(generation) => return self.begin(generation),
             Happening::Exchange(generation) => self.exchange(generation),
