@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use checkpoint::sharded::{Progress, Saver, Setup};
+use checkpoint::sharded::{Checkpoint, Progress, Saver, Setup};
 use checkpoint::store::{Folder, Store};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -46,6 +46,32 @@ fn objects(url: &str) -> Result<Arc<dyn Store>> {
 #[cfg(not(feature = "object-store"))]
 fn objects(url: &str) -> Result<Arc<dyn Store>> {
     bail!("[checkpoint] folder: {url} needs a build with `--features object-store`")
+}
+
+/// Makes sure that no other run, perhaps of another host, has its checkpoints where this one's will be.
+pub fn claim(job: &Job, run: &Path) -> Result<()> {
+    let (Some(place), Some(name)) = (&job.checkpoint.folder, run.file_name()) else {
+        return Ok(());
+    };
+    let place = format!("{place}/{}", name.to_string_lossy());
+    let taken = if place.contains("://") {
+        !Checkpoint::names(&*store(job, run)?)?.is_empty()
+    } else {
+        let folder = Path::new(&place);
+        let parent = folder.parent().unwrap_or(folder);
+        let made = std::fs::create_dir_all(parent).and_then(|()| std::fs::create_dir(folder));
+        match made {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => true,
+            made => made
+                .map(|()| false)
+                .with_context(|| format!("[checkpoint] folder: cannot make {place}"))?,
+        }
+    };
+    ensure!(
+        !taken,
+        "[checkpoint] folder: {place} holds the checkpoints of another run; name another folder, or the job otherwise"
+    );
+    Ok(())
 }
 
 /// Where the checkpoints of an earlier run are, which must be there.

@@ -10,6 +10,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
+use sim::goodput::Failures;
 use train::control::goodput::{Campaign, Goodput, goodput};
 use train::control::simulation::{Bug, Survived, run};
 use units::Seconds;
@@ -51,11 +52,12 @@ pub struct GoodputArgs {
     /// Accelerators of a node, which are lost together
     #[arg(long, default_value_t = 8)]
     per_node: u32,
-    /// Interruptions of 1,000 nodes in a day. Llama 3 had 419 unexpected ones in 54 days on 16,384
-    /// accelerators, so 3.8 (arXiv 2407.21783, 2024); Meta's research clusters had 6.5 and 2.34
-    /// (arXiv 2410.21680, 2024)
-    #[arg(long, default_value_t = 3.8, verbatim_doc_comment)]
-    failures_per_1000_node_days: f64,
+    /// How often nodes fail, as it was published of a run or a cluster (measured/failures.toml)
+    #[arg(long, default_value = "llama-3", value_parser = PossibleValuesParser::new(Failures::published().keys().map(String::as_str)))]
+    failures: String,
+    /// Interruptions of 1,000 nodes in a day, in its place
+    #[arg(long)]
+    failures_per_1000_node_days: Option<f64>,
     /// Share of them that are noticed only by silence
     #[arg(long, default_value_t = 0.1)]
     silent: f64,
@@ -254,10 +256,12 @@ fn survive(
 
 impl GoodputArgs {
     fn campaign(&self) -> Result<Campaign> {
+        let published = Failures::published()[&self.failures].per_1000_node_days;
+        let failures = self.failures_per_1000_node_days.unwrap_or(published);
         let positive = [
             ("--accelerators", f64::from(self.accelerators)),
             ("--per-node", f64::from(self.per_node)),
-            ("--failures-per-1000-node-days", self.failures_per_1000_node_days),
+            ("--failures-per-1000-node-days", failures),
             ("--days", self.days),
             ("--step-s", self.step_s),
             ("--save-every", self.save_every as f64),
@@ -270,7 +274,7 @@ impl GoodputArgs {
         Some(nodes).filter(|nodes| *nodes > 1).context("--accelerators must fill two nodes")?;
         Ok(Campaign {
             nodes,
-            failures_per_node_day: self.failures_per_1000_node_days / 1000.0,
+            failures_per_node_day: failures / 1000.0,
             silent: self.silent,
             days: self.days,
             step: Seconds(self.step_s),

@@ -16,6 +16,7 @@ mod flight_record;
 mod foreign;
 mod job;
 mod launch_command;
+mod ledger;
 mod measured;
 mod mllog;
 mod output;
@@ -293,6 +294,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             Train::Process { .. }
             | Train::Communication { .. }
             | Train::Diverged { .. }
+            | Train::Spiked { .. }
             | Train::Drifted { .. }
             | Train::Superseded { .. },
         ) => FAILED,

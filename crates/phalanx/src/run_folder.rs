@@ -8,6 +8,8 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::ledger::Ledger;
+
 /// Most runs of one name in one folder.
 const RUNS_MAX: u32 = 99_999;
 
@@ -47,6 +49,11 @@ impl RunFolder {
         let metrics = File::options().append(true).open(&name);
         let metrics = metrics.with_context(|| format!("cannot write {}", name.display()))?;
         Ok(Self { path: path.to_owned(), metrics })
+    }
+
+    /// What has been recorded so far.
+    pub fn ledger(&self) -> Ledger {
+        Ledger::read(&fs::read_to_string(self.path.join("metrics.jsonl")).unwrap_or_default())
     }
 
     /// The loss of the first step that was recorded; not a number when none was.

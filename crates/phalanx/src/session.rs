@@ -54,6 +54,9 @@ pub struct Life<'a> {
 /// How often a state that drifted is gone back on, before the hardware is given up.
 const DRIFTS: u32 = 3;
 
+/// How often a run goes back to a checkpoint for the sake of a step's numbers.
+const ROLL_BACKS: u32 = 3;
+
 /// What a rank keeps when others are lost.
 struct Kept {
     /// Rank 0's.
@@ -68,6 +71,9 @@ struct Kept {
     trusted: u64,
     /// How often ranks held something else than others that should hold the same.
     drifts: u32,
+    /// How often a step's numbers were gone back on, and after which step training goes on then.
+    roll_backs: u32,
+    left_out: u64,
 }
 
 impl Kept {
@@ -94,6 +100,8 @@ impl Kept {
             seen: String::new(),
             trusted,
             drifts,
+            roll_backs: 0,
+            left_out: 0,
         }
     }
 }
@@ -264,29 +272,35 @@ impl<'a, O: Operators> Session<'a, O> {
             start = self.resume(&mut worker, run)?;
         }
         let attempt = self.agree_on_folder(&mut worker, kept)?;
-        let mut recovered = None;
+        let mut happened = vec![];
+        let number = meeting.as_ref().map_or(0, |meeting| meeting.generation);
         if let Some(Meeting { generation, furthest, losses, .. }) = meeting {
             let (step, source) = self.recover(&mut worker, kept, resume)?;
             kept.trusted = u64::MAX;
             start = Progress { step, position: step * self.job.training.global_batch, ..start };
             let time_s = Seconds(kept.lost.elapsed().as_secs_f64());
-            let (steps_redone, seen) = (furthest.saturating_sub(step), kept.seen.clone());
+            let steps_redone = furthest.saturating_sub(step.max(kept.left_out));
+            let seen = kept.seen.clone();
             let event =
                 Event::Recovered { step, generation, time_s, source, steps_redone, losses, seen };
-            recovered = Some(event);
+            happened.push(event);
+            if kept.left_out > step {
+                start.step = kept.left_out;
+                happened.push(Event::RolledBack { step: kept.left_out, to: step });
+            }
         }
         let always: Arc<dyn Fn() -> bool + Send + Sync> = Arc::new(|| true);
         let is_ours = life.lifeline.as_ref().map_or(always, Lifeline::permission);
         let checkpoints =
             checkpointing::checkpoints(self.job, self.rank, &kept.path, attempt, start, is_ours)?;
         kept.safekeeping.checkpoints = Some(checkpoints);
-        let trained = self.run(&mut worker, kept, life, start.step, recovered.as_ref());
+        let trained = self.run(&mut worker, kept, life, start.step, &happened);
         if let Err(error) = &trained
             && is_loss(error)
         {
             // What cannot be written must not hide what went wrong.
             let (communicator, _) = worker.communication(program::Axis::World);
-            drop(flight_record::write(communicator, &kept.path, generation));
+            drop(flight_record::write(communicator, &kept.path, number));
         }
         let trained = trained?;
         let model_folder = kept.path.join("model");
@@ -362,6 +376,7 @@ impl<'a, O: Operators> Session<'a, O> {
             return Ok(None);
         }
         let folder = RunFolder::create(&self.job.run.folder, &self.job.name)?;
+        checkpointing::claim(self.job, folder.path())?;
         folder.write("job.toml", &self.job.resolved())?;
         folder.write("program.txt", &self.programs.step.to_string())?;
         if let Some(machine) = &self.machine {
@@ -396,11 +411,12 @@ impl<'a, O: Operators> Session<'a, O> {
     fn agree_on_folder(&self, worker: &mut Worker<O>, kept: &mut Kept) -> Result<u64> {
         // The standard library's random seed tells this generation from any other.
         let attempt = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), self.rank);
-        let (mut attempt, mut path) = self.first_folder(worker, attempt, &kept.path)?;
+        let (mut attempt, mut path) = self.first_folder(worker, attempt, kept)?;
         if path.as_os_str().is_empty() {
             kept.folder = self.open_folder()?;
             let own = kept.folder.as_ref().map(|folder| folder.path().to_owned());
-            (attempt, path) = self.first_folder(worker, attempt, &own.unwrap_or_default())?;
+            kept.path = own.unwrap_or_default();
+            (attempt, path) = self.first_folder(worker, attempt, kept)?;
         } else if self.rank == Rank(0) && kept.folder.is_none() {
             kept.folder = Some(RunFolder::reopen(&path)?);
         }
@@ -408,24 +424,27 @@ impl<'a, O: Operators> Session<'a, O> {
         Ok(attempt)
     }
 
-    /// Rank 0's number, and the first folder that any rank knows of.
+    /// Rank 0's number, and the first folder that any rank knows of. Ranks that were lost learn from
+    /// the others what is left out.
     fn first_folder(
         &self,
         worker: &mut Worker<O>,
         attempt: u64,
-        path: &Path,
+        kept: &mut Kept,
     ) -> Result<(u64, PathBuf)> {
         let rank = self.rank;
-        let own = format!("{attempt} {}", path.display());
+        let own = serde_json::to_vec(&(attempt, kept.left_out, &kept.path))?;
         let (communicator, world) = worker.communication(program::Axis::World);
         let all = communicator
-            .all_gather_bytes(world, own.as_bytes())
+            .all_gather_bytes(world, &own)
             .map_err(|source| train::Error::Communication { rank, source })?;
-        let all: Vec<_> = all.iter().map(|text| String::from_utf8_lossy(text)).collect();
-        let all: Option<Vec<_>> = all.iter().map(|text| text.split_once(' ')).collect();
+        let all: serde_json::Result<Vec<(u64, u64, PathBuf)>> =
+            all.iter().map(|json| serde_json::from_slice(json)).collect();
         let all = all.context("a rank speaks another language")?;
-        let known = all.iter().map(|(_, path)| *path).find(|path| !path.is_empty());
-        Ok((all[0].0.parse()?, PathBuf::from(known.unwrap_or_default())))
+        kept.left_out = all.iter().map(|(_, left_out, _)| *left_out).max().unwrap_or_default();
+        let attempt = all[0].0;
+        let known = all.into_iter().map(|(.., path)| path).find(|path| *path != PathBuf::new());
+        Ok((attempt, known.unwrap_or_default()))
     }
 
     /// A worker with the parameters that the job starts from, or room for those of a checkpoint.
@@ -456,7 +475,7 @@ impl<'a, O: Operators> Session<'a, O> {
         kept: &mut Kept,
         life: &Life<'_>,
         first_step: u64,
-        recovered: Option<&Event>,
+        happened: &[Event],
     ) -> Result<(Outcome, [f64; 2])> {
         let training = &self.job.training;
         let settings = Settings {
@@ -494,7 +513,7 @@ impl<'a, O: Operators> Session<'a, O> {
                 unwritten = log.see(event);
             }
         };
-        recovered.into_iter().for_each(&mut observe);
+        happened.iter().for_each(&mut observe);
         let outcome = train::run(worker, programs, batches, &settings, safekeeping, &mut observe)?;
         unwritten?;
         Ok((outcome, watch.losses))
@@ -522,10 +541,12 @@ impl<'a, O: Operators> Session<'a, O> {
         sources.reverse();
         folder.write("trace.json", &perfetto(program, &sources))?;
         let figures = Figures::new(self, outcome, predicted_summary.as_ref(), &measured);
+        let ledger = folder.ledger();
         let mut summary = serde_json::to_value(&figures)?;
         if let Value::Object(fields) = &mut summary {
             fields.insert("first_loss".into(), json!(first_loss));
             fields.insert("loss".into(), json!(loss));
+            fields.insert("survived".into(), json!(ledger));
             fields.insert("run_folder".into(), json!(folder.path()));
         }
         folder.write_json("summary.json", &summary)?;
@@ -545,6 +566,9 @@ impl<'a, O: Operators> Session<'a, O> {
             words.ln()
         );
         print!("{figures}");
+        if ledger.recoveries > 0 {
+            println!("{ledger}");
+        }
         println!("run            {}", folder.path().display());
         Ok(())
     }
@@ -557,6 +581,11 @@ impl Kept {
             self.drifts += 1;
             self.trusted = *trusted;
             return self.drifts <= DRIFTS;
+        }
+        if let Some(train::Error::Spiked { step, .. }) = error.downcast_ref() {
+            (self.roll_backs, self.left_out) = (self.roll_backs + 1, *step);
+            self.safekeeping.forget_copies();
+            return self.roll_backs <= ROLL_BACKS;
         }
         is_loss(error)
     }

@@ -28,7 +28,7 @@ use units::{Rank, Seconds};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 enum Word {
     /// First of all: which process of which rank it is, if it is one, and that it is one of ours.
-    Hello { rank: Option<Rank>, incarnation: u64, process: u32, secret: u64 },
+    Hello { rank: Option<Rank>, incarnation: u64, process: u32, secret: String },
     /// It lives, and has done so many steps; asked at this time on its clock, in milliseconds.
     Alive { step: u64, asked: u64 },
     /// It has lost the others after so many steps, and listens for them here.

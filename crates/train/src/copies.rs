@@ -39,14 +39,14 @@ impl<T> Default for Copies<T> {
 }
 
 impl<T> Copies<T> {
-    /// Keeps a copy of the own part in place of the oldest.
-    pub(crate) fn keep_own(&mut self, step: u64, part: T) {
-        keep(&mut self.own, OWN_KEPT, step, part);
+    /// Keeps a copy of the own part in place of the oldest, which it returns.
+    pub(crate) fn keep_own(&mut self, step: u64, part: T) -> Option<T> {
+        keep(&mut self.own, OWN_KEPT, step, part)
     }
 
-    /// Keeps a copy of the ward's part in place of the oldest.
-    pub(crate) fn keep_ward(&mut self, step: u64, part: T) {
-        keep(&mut self.ward, WARD_KEPT, step, part);
+    /// Keeps a copy of the ward's part in place of the oldest, which it returns.
+    pub(crate) fn keep_ward(&mut self, step: u64, part: T) -> Option<T> {
+        keep(&mut self.ward, WARD_KEPT, step, part)
     }
 
     /// Forgets the copies of later steps.
@@ -68,14 +68,12 @@ impl<T> Copies<T> {
     }
 }
 
-/// Keeps a copy in place of the oldest.
-fn keep<T>(kept: &mut Vec<(u64, T)>, most: usize, step: u64, part: T) {
+/// Keeps a copy in place of the oldest, which it returns.
+fn keep<T>(kept: &mut Vec<(u64, T)>, most: usize, step: u64, part: T) -> Option<T> {
     // What is newer was done in a generation that is lost.
     kept.retain(|(other, _)| *other < step);
     kept.push((step, part));
-    if kept.len() > most {
-        kept.remove(0);
-    }
+    (kept.len() > most).then(|| kept.remove(0).1)
 }
 
 /// The newest step whose whole state the ranks hold together, and for every rank's part of it the

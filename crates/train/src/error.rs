@@ -52,6 +52,16 @@ pub enum Error {
         /// The global gradient norm.
         gradient_norm: f64,
     },
+    /// The loss is no longer a number or the gradient is too large, and the job says to go back.
+    #[error("step {step}: the gradient norm is {gradient_norm:.3}, over {limit:.3}")]
+    Spiked {
+        /// Which step.
+        step: u64,
+        /// The global gradient norm.
+        gradient_norm: f64,
+        /// The largest that would have been right.
+        limit: f64,
+    },
     /// Ranks that should hold the same do not.
     #[error(
         "step {step}: what {} is not what the ranks hold that should have the same: a bit flipped, in memory or on its way. Their states were last the same after step {trusted}", held_by(.ranks)

@@ -14,6 +14,9 @@ pub enum OnDivergence {
     Stop,
     /// The step is left without an update, and training goes on.
     Skip,
+    /// Training goes back to the state of the last checkpoint and on with the text after the step:
+    /// what it saw in between is left out.
+    RollBack,
 }
 
 /// Steps whose gradient norms a step is held against.

@@ -12,7 +12,7 @@ use transport::{Action, Group, Operation, Ticket};
 use units::Rank;
 
 use crate::copies::{Copies, Delivery, agree, deliveries, ends_before, overlap, place};
-use crate::state::{restore, snapshot, state_runs};
+use crate::state::{restore, snapshot_within, state_runs};
 use crate::{Error, Worker};
 
 /// The copies in one rank's memory.
@@ -22,6 +22,20 @@ pub struct Replicas {
     distance: u32,
     copies: Copies<Arc<Shard>>,
     under_way: Option<Exchange>,
+    room: Room,
+}
+
+/// Memory of copies that are needed no more, for the next ones.
+#[derive(Default)]
+struct Room {
+    own: Vec<f32>,
+    sent: Vec<f32>,
+    ward: Vec<f32>,
+}
+
+/// The room of a copy, unless somebody else has it too.
+fn room_of(copy: Option<Arc<Shard>>) -> Vec<f32> {
+    copy.and_then(Arc::into_inner).map(Shard::into_room).unwrap_or_default()
 }
 
 /// A part on its way to the keeper, and the ward's on its way here.
@@ -35,7 +49,8 @@ impl Replicas {
     /// Nothing yet; a copy every so many steps, kept by the rank that is `distance` further on.
     #[must_use]
     pub fn new(every_steps: u64, distance: u32) -> Self {
-        Self { every_steps, distance, copies: Copies::default(), under_way: None }
+        let (copies, under_way, room) = (Copies::default(), None, Room::default());
+        Self { every_steps, distance, copies, under_way, room }
     }
 
     /// Copies the state that training begins with, or goes on with, and waits until it is kept.
@@ -76,8 +91,9 @@ impl Replicas {
         program: &Program,
         step: u64,
     ) -> Result<(), Error> {
-        let shard = Arc::new(snapshot(worker, program));
-        self.copies.keep_own(step, Arc::clone(&shard));
+        let room = std::mem::take(&mut self.room.own);
+        let shard = Arc::new(snapshot_within(worker, program, room));
+        self.room.own = room_of(self.copies.keep_own(step, Arc::clone(&shard)));
         let (rank, ranks) = (worker.rank(), program.mesh.ranks());
         if ranks == 1 {
             return Ok(());
@@ -86,8 +102,12 @@ impl Replicas {
         let runs = state_runs(worker.stage().config(), program, ward, false);
         let expected: u64 = runs.iter().map(|run| run.elements).sum();
         let to = Rank((rank.0 + self.distance) % ranks);
-        let sent = post(worker, Action::Send { to }, shard.values().to_vec())?;
-        let room = vec![0.0; expected as usize];
+        let mut values = std::mem::take(&mut self.room.sent);
+        values.clear();
+        values.extend_from_slice(shard.values());
+        let sent = post(worker, Action::Send { to }, values)?;
+        let mut room = std::mem::take(&mut self.room.ward);
+        room.resize(expected as usize, 0.0);
         let received = post(worker, Action::Receive { from: ward }, room)?;
         self.under_way = Some(Exchange { step, sent, received });
         Ok(())
@@ -102,10 +122,15 @@ impl Replicas {
         let ranks = program.mesh.ranks();
         let ward = Rank((worker.rank().0 + ranks - self.distance) % ranks);
         let values = wait(worker, received)?;
-        wait(worker, sent)?;
+        self.room.sent = wait(worker, sent)?;
         let runs = state_runs(worker.stage().config(), program, ward, false);
-        self.copies.keep_ward(step, Arc::new(Shard::new(runs, values)));
+        self.room.ward = room_of(self.copies.keep_ward(step, Arc::new(Shard::new(runs, values))));
         Ok(())
+    }
+
+    /// Forgets all copies.
+    pub(crate) fn forget(&mut self) {
+        (self.copies, self.under_way) = (Copies::default(), None);
     }
 
     /// Forgets the copies of later steps.

@@ -83,6 +83,13 @@ pub enum Event {
         /// The largest that would have been right.
         limit: f64,
     },
+    /// The state of an earlier step was gone back to, and the text of the steps since is left out.
+    RolledBack {
+        /// After which step training goes on.
+        step: u64,
+        /// Of which step the state is.
+        to: u64,
+    },
     /// A rank holds up others that do the same.
     Slow {
         /// After which step.
@@ -344,6 +351,8 @@ impl Watch {
         } else if self.on_divergence == OnDivergence::Skip && self.skipped < MOST_SKIPPED {
             self.skipped += 1;
             observe(&Event::Skipped { step: step + 1, gradient_norm, limit });
+        } else if self.on_divergence == OnDivergence::RollBack {
+            return Err(Error::Spiked { step: step + 1, gradient_norm, limit });
         } else {
             return Err(Error::Diverged { step: step + 1, loss, gradient_norm });
         }

@@ -60,6 +60,13 @@ impl Safekeeping {
         }
     }
 
+    /// Whatever was copied is forgotten.
+    pub fn forget_copies(&mut self) {
+        if let Some(replicas) = &mut self.replicas {
+            replicas.forget();
+        }
+    }
+
     /// Copies the state that training starts from.
     ///
     /// # Errors

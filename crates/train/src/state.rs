@@ -94,7 +94,16 @@ pub fn state_runs(config: &Config, program: &Program, rank: Rank, all: bool) -> 
 /// for every layout.
 #[must_use]
 pub fn snapshot<O: Operators>(worker: &mut Worker<O>, program: &Program) -> Shard {
-    let mut shard = Shard::default();
+    snapshot_within(worker, program, vec![])
+}
+
+/// As [`snapshot`], in room that was used before.
+pub(crate) fn snapshot_within<O: Operators>(
+    worker: &mut Worker<O>,
+    program: &Program,
+    room: Vec<f32>,
+) -> Shard {
+    let mut shard = Shard::within(room);
     let rank = worker.rank();
     let stage = worker.stage();
     for block in saved_blocks(program, rank) {

@@ -34,6 +34,19 @@ pub struct Shard {
 }
 
 impl Shard {
+    /// Nothing yet, in room that was used before: fresh memory costs more than what is copied to it.
+    #[must_use]
+    pub fn within(mut room: Vec<f32>) -> Self {
+        room.clear();
+        Self { runs: vec![], values: room }
+    }
+
+    /// The room of a shard that is needed no more.
+    #[must_use]
+    pub fn into_room(self) -> Vec<f32> {
+        self.values
+    }
+
     /// Adds the elements of a block that begin at `start`. Over all ranks each element of each kind
     /// is added once.
     pub fn push(&mut self, block: Block, kind: Kind, start: u64, values: &[f32]) {

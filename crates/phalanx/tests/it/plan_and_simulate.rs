@@ -246,6 +246,7 @@ fn every_command_says_what_it_takes() {
           --json             Print one JSON object instead of text
           --resume <RUN>     Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
           --chaos <SPEC>     Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
+          --standby          Start nothing yet: take over when the launcher that [recovery] register names is lost
       -h, --help             Print help
     ");
     insta::assert_snapshot!(place.succeed(&["plan", "--help"]), @r"

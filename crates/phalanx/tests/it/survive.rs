@@ -256,3 +256,72 @@ fn whoever_stands_by_takes_over_and_no_step_is_done_again() {
     assert!(again <= 1, "one loss: {steps:?}");
     assert_eq!(place.metrics("runs/job-001", "recovered").len(), 1);
 }
+
+#[test]
+fn a_flipped_bit_is_gone_back_on_and_the_rank_is_named() {
+    let place = Place::new();
+    let job = over(4, "shard = \"none\"\nmicro_batch = 2") + CHECKPOINTS + "asynchronous = false\n";
+    let job = job + "\n[recovery]\ncompare_every_steps = 3\n";
+    let stdout = under(&place, &job, "flip:2@7");
+    assert!(stdout.contains("step 9: what rank 2 holds is not what the ranks hold"), "{stdout}");
+    assert!(stdout.contains("step     5  recovered from checkpoint"), "{stdout}");
+    let model =
+        |run: &str| place.files(&format!("{run}/model")).into_iter().map(|(_, bytes)| bytes);
+    assert!(model("runs/job-001").eq(model("runs/job-002")));
+}
+
+#[test]
+fn a_run_goes_back_to_a_checkpoint_when_its_gradient_is_too_large() {
+    let place = Place::new();
+    let job = over(2, "").replace("steps = 20", "steps = 400");
+    let settings = "steps = 400\non_divergence = \"roll-back\"\nspike = 1.0";
+    place.write("job.toml", job.replace("steps = 400", settings) + CHECKPOINTS);
+    // Half of all gradients are over the median, so that it goes back as often as it may, and ends.
+    let answer = place.run(&["train", "job.toml"]);
+    assert_eq!(answer.code, Some(1), "{}", answer.stderr);
+    assert!(answer.stderr.contains("the gradient norm is"), "{}", answer.stderr);
+    let back = place.metrics("runs/job-001", "rolled-back");
+    assert_eq!(back.len(), 3);
+    let steps = place.metrics("runs/job-001", "step");
+    for record in back {
+        let (step, to) = (record["step"].as_u64().unwrap(), record["to"].as_u64().unwrap());
+        assert!(to < step && to % 5 == 0, "{record}");
+        // It goes on behind the step whose gradient was too large, which was never applied.
+        let of = |step: u64| steps.iter().filter(|record| record["step"] == step).count();
+        assert_eq!((of(step), of(step + 1)), (0, 1));
+    }
+}
+
+#[test]
+fn who_is_told_to_stop_again_does_so_at_once() {
+    let place = Place::new();
+    let endless = over(4, LAYOUT).replace("steps = 20", "steps = 100000000\nevaluate_every = 1");
+    place.write("job.toml", endless + "\n[recovery]\nsilence_s = 100000.0\n");
+    let mut command = place.phalanx(&["train", "job.toml"]);
+    let mut launcher = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(launcher.stdout.take().unwrap()).lines();
+    assert!(lines.by_ref().any(|line| line.unwrap().contains("held-out loss")));
+    // No step is ever done again, after which the others would stop by themselves.
+    kill_process(process_of(&place, 2).unwrap(), Signal::STOP).unwrap();
+    let code = loop {
+        if let Some(status) = launcher.try_wait().unwrap() {
+            break status.code();
+        }
+        kill_process(Pid::from_child(&launcher), Signal::TERM).unwrap();
+        std::thread::yield_now();
+    };
+    assert_eq!(code, Some(4));
+}
+
+#[test]
+fn two_runs_never_share_checkpoints() {
+    let places = [Place::new(), Place::new()];
+    let shared = places[0].path("shared");
+    let job = over(1, "") + &format!("\n[checkpoint]\nfolder = \"{}\"\n", shared.display());
+    places.iter().for_each(|place| place.write("job.toml", &job));
+    places[0].succeed(&["train", "job.toml"]);
+    // Another host has runs of its own, and would call its first one the same.
+    let answer = places[1].run(&["train", "job.toml"]);
+    assert_eq!(answer.code, Some(2), "{}", answer.stderr);
+    assert!(answer.stderr.contains("holds the checkpoints of another run"), "{}", answer.stderr);
+}

@@ -252,7 +252,7 @@ impl Shared {
 
 /// Connects to a coordinator and says who this is: a rank, or somebody who only watches.
 fn greet(record: &Record, rank: Option<Rank>, incarnation: u64) -> io::Result<TcpStream> {
-    let Record { address: Some(address), secret, .. } = *record else {
+    let Record { address: Some(address), secret, .. } = record.clone() else {
         return Err(io::ErrorKind::NotFound.into());
     };
     let mut socket = TcpStream::connect_timeout(&address, LIMIT)?;

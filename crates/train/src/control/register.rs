@@ -11,14 +11,14 @@ use serde::{Deserialize, Serialize};
 use super::etcd::Etcd;
 
 /// Who coordinates a run in one term.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// Its term; each is one higher than the last.
     pub term: u64,
     /// Where it listens; `None` once the run is over.
     pub address: Option<SocketAddr>,
-    /// What a process says to be heard.
-    pub secret: u64,
+    /// What the processes of the run know, and nobody else.
+    pub secret: String,
 }
 
 /// Records of terms, of which each is written once. Who writes that of the next term coordinates,
@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     fn record(term: u64, port: u16) -> Record {
-        Record { term, address: Some(([127, 0, 0, 1], port).into()), secret: 7 }
+        Record { term, address: Some(([127, 0, 0, 1], port).into()), secret: "7".to_owned() }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use transport::Secret;
 use units::{Rank, Seconds};
 
 use super::lifeline::{self, hear, say};
@@ -51,7 +52,7 @@ pub fn supervise(
 ) -> Result<(), Error> {
     let seat = Seat::new(register)?;
     let newest = seat.newest()?;
-    if let Some(record) = newest.filter(lifeline::answers) {
+    if let Some(record) = newest.clone().filter(lifeline::answers) {
         return Err(Error::Coordinated { place: seat.place(), term: record.term });
     }
     let term = newest.map_or(0, |record| record.term + 1);
@@ -60,7 +61,7 @@ pub fn supervise(
     }
     let children = {
         let first = first_of(term);
-        Children::start(policy.ranks, first, || seat.invite(command(), term, first))?
+        Children::start(policy.ranks, first, seat.secret.clone(), || seat.invite(command(), term, first))?
     };
     let begin = Instant::now();
     let coordinator = Coordinator::new(seat.policy(policy), term, Seconds::ZERO);
@@ -78,7 +79,7 @@ pub fn stand_by(
     command: impl Fn() -> Command,
     tell: impl Fn(Standing),
 ) -> Result<(), Error> {
-    let seat = Seat::new(Some(register))?;
+    let mut seat = Seat::new(Some(register))?;
     let mut watched = None;
     let term = loop {
         // Before there is a run there is nothing to take over.
@@ -95,6 +96,8 @@ pub fn stand_by(
             watched = Some(record.term);
         }
         lifeline::watch(&record, LEASE);
+        // The ranks go on, and know each other by what they were told.
+        seat.secret = Secret::new(&record.secret).unwrap_or(seat.secret);
         if seat.newest()?.is_some_and(|newest| newest.term == record.term)
             && seat.take(record.term + 1)?
         {
@@ -104,7 +107,7 @@ pub fn stand_by(
     tell(Standing::In(term));
     let begin = Instant::now();
     let coordinator = Coordinator::succeed(seat.policy(policy), term, Seconds::ZERO);
-    let children = Children::none(policy.ranks)?;
+    let children = Children::none(policy.ranks, seat.secret.clone())?;
     Supervisor::new(coordinator, children, term, begin).run(seat, &command)
 }
 
@@ -123,7 +126,7 @@ pub enum Standing {
 struct Seat {
     listener: TcpListener,
     address: SocketAddr,
-    secret: u64,
+    secret: Secret,
     register: Option<(String, Register)>,
 }
 
@@ -131,8 +134,7 @@ impl Seat {
     fn new(register: Option<&str>) -> Result<Self, Error> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(not_supervised)?;
         let address = listener.local_addr().map_err(not_supervised)?;
-        // The standard library's random seed is what no other process knows.
-        let secret = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), address);
+        let secret = Secret::random().map_err(|error| not_supervised(io::Error::other(error)))?;
         let register = register.map(|place| Ok((place.to_owned(), Register::at(place)?)));
         let register = register.transpose().map_err(not_supervised)?;
         Ok(Self { listener, address, secret, register })
@@ -157,7 +159,7 @@ impl Seat {
     }
 
     fn record(&self, term: u64) -> Record {
-        Record { term, address: Some(self.address), secret: self.secret }
+        Record { term, address: Some(self.address), secret: self.secret.reveal().to_owned() }
     }
 
     /// Takes a term, if there is anybody to take it from.
@@ -211,8 +213,8 @@ impl Supervisor {
             std::thread::spawn(move || confirm(&register, term, &tell));
         }
         let listener = seat.listener.try_clone().map_err(not_supervised)?;
-        let secret = seat.secret;
-        std::thread::spawn(move || accept(&listener, secret, &tell));
+        let secret = seat.secret.reveal().to_owned();
+        std::thread::spawn(move || accept(&listener, &secret, &tell));
         let term = self.term;
         let start = |incarnation| seat.invite(command(), term, incarnation);
         let verdict = loop {
@@ -383,15 +385,15 @@ fn confirm(register: &Register, term: u64, tell: &Sender<Heard>) {
 }
 
 /// Hears everyone who connects and knows the secret.
-fn accept(listener: &TcpListener, secret: u64, tell: &Sender<Heard>) {
+fn accept(listener: &TcpListener, secret: &str, tell: &Sender<Heard>) {
     for socket in listener.incoming().flatten() {
-        let tell = tell.clone();
-        std::thread::spawn(move || listen(socket, secret, &tell));
+        let (secret, tell) = (secret.to_owned(), tell.clone());
+        std::thread::spawn(move || listen(socket, &secret, &tell));
     }
 }
 
 /// Passes on what a rank says, as long as it does; answers others that it is there.
-fn listen(socket: TcpStream, secret: u64, tell: &Sender<Heard>) {
+fn listen(socket: TcpStream, secret: &str, tell: &Sender<Heard>) {
     let (Ok(mut writer), _) = (socket.try_clone(), socket.set_nodelay(true)) else { return };
     let mut reader = BufReader::new(socket);
     let Some(Word::Hello { rank, incarnation, process, secret: said }) = hear(&mut reader) else {
