@@ -61,7 +61,9 @@ pub fn supervise(
     }
     let children = {
         let first = first_of(term);
-        Children::start(policy.ranks, first, seat.secret.clone(), || seat.invite(command(), term, first))?
+        Children::start(policy.ranks, first, seat.secret.clone(), || {
+            seat.invite(command(), term, first)
+        })?
     };
     let begin = Instant::now();
     let coordinator = Coordinator::new(seat.policy(policy), term, Seconds::ZERO);
