@@ -127,8 +127,10 @@ fn start(args: &CollectivesArgs) -> Result<()> {
     };
     let patience = Seconds(60.0);
     let (silence, start, back_off) = (patience, patience, Seconds::ZERO);
-    let policy = Policy { ranks: args.ranks, restarts: 0, silence, start, back_off };
-    Ok(supervise(policy, command)?)
+    // Nobody takes over from this launcher.
+    let (lease, fence) = (Seconds(f64::INFINITY), Seconds(f64::INFINITY));
+    let policy = Policy { ranks: args.ranks, restarts: 0, silence, start, back_off, lease, fence };
+    Ok(supervise(policy, None, command)?)
 }
 
 /// This process as one rank.
