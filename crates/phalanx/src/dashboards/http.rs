@@ -90,7 +90,7 @@ fn asked(request: &str, local: bool) -> Result<&str, &'static str> {
         _ => host.to_owned(),
     };
     let ours = |host: &str| matches!(name(host).as_str(), "localhost" | "127.0.0.1" | "[::1]");
-    if local && !host.into_iter().all(|host| ours(host)) {
+    if local && !host.into_iter().all(ours) {
         return Err("421 Misdirected Request");
     }
     Ok(path.split('?').next().unwrap_or(path))

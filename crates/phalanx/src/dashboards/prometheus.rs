@@ -81,7 +81,7 @@ impl Figures {
                 self.0.extend(values);
             }
             "evaluation" => {
-                self.0.extend(record["loss"].as_f64().map(|loss| ("phalanx_held_out_loss", loss)))
+                self.0.extend(record["loss"].as_f64().map(|loss| ("phalanx_held_out_loss", loss)));
             }
             "saved" => grow("phalanx_checkpoints_total", 1.0),
             "recovered" => grow("phalanx_recoveries_total", 1.0),

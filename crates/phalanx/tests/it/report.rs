@@ -35,7 +35,7 @@ fn a_run_that_is_under_way_has_a_page() {
     assert!(place.read("early.html").contains("No step is done yet."));
     let metrics = place.read("runs/job-001/metrics.jsonl");
     let half = &metrics[..metrics.len() / 2];
-    place.write("early/metrics.jsonl", half.to_owned());
+    place.write("early/metrics.jsonl", half);
     place.succeed(&["report", "early", "--out", "early.html"]);
     let steps = half.matches("\"event\":\"step\"").count() - usize::from(!half.ends_with('\n'));
     let page = place.read("early.html");

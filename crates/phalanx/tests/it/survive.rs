@@ -265,8 +265,7 @@ fn a_flipped_bit_is_gone_back_on_and_the_rank_is_named() {
     let stdout = under(&place, &job, "flip:2@7");
     assert!(stdout.contains("step 9: what rank 2 holds is not what the ranks hold"), "{stdout}");
     assert!(stdout.contains("step     5  recovered from checkpoint"), "{stdout}");
-    let model =
-        |run: &str| place.files(&format!("{run}/model")).into_iter().map(|(_, bytes)| bytes);
+    let model = |run: &str| place.files(&format!("{run}/model")).into_values();
     assert!(model("runs/job-001").eq(model("runs/job-002")));
 }
 
