@@ -355,3 +355,41 @@ impl Planned {
         neighbours
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const JOB: &str = r#"
+[model]
+name = "llama-3.1-8b"
+
+[cluster]
+name = "dgx-h100-quantum2"
+accelerators = 16
+
+[training]
+sequence = 8192
+global_batch = 16
+precision = "bf16"
+
+[layout]
+context = 1
+sequence_parallel = true
+"#;
+
+    #[test]
+    fn what_is_found_does_not_depend_on_threads() {
+        let draft = Draft::parse(JOB, "test").unwrap();
+        let planned = |threads| {
+            let planner = Planner { threads, ..Planner::new(&draft, &Costing::default()).unwrap() };
+            let Planned { plans, front, outcome, .. } = planner.plan(&|_| true).unwrap();
+            let plans: Vec<_> =
+                plans.into_iter().map(|plan| (plan.layout, plan.times, plan.memory)).collect();
+            (plans, front, outcome)
+        };
+        let alone = planned(1);
+        assert!(alone.0.len() > 10);
+        assert_eq!(alone, planned(3));
+    }
+}

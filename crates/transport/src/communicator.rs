@@ -414,7 +414,8 @@ impl Communicator {
         );
         let member =
             member.unwrap_or_else(|| panic!("`{label}`: {} is not in the group", self.rank));
-        if let Some(local) = self.local.as_mut().filter(|local| local.has(group)) {
+        let carries = |local: &&mut Local| local.carries(group, collective);
+        if let Some(local) = self.local.as_mut().filter(carries) {
             return local.run(group, collective, elements, is_shared, label);
         }
         let buffer = elements.to_vec();

@@ -12,7 +12,7 @@ use std::time::Duration;
 use collective::{Algorithm, Chunks, Collective, Contract, chunk_range};
 use units::{Bytes, Seconds};
 
-use crate::arena::{Arena, INLINE_BYTES, Lease};
+use crate::arena::{Arena, INLINE_BYTES, Lease, SLOTS};
 use crate::board::{Board, Message, Place, Trouble, Watch};
 use crate::departed::Departed;
 use crate::passes::{Pass, overlap, passes};
@@ -112,6 +112,12 @@ impl Local {
     /// Whether the members of a group all share the arena.
     pub(crate) fn has(&self, group: &Group) -> bool {
         group.ranks.iter().all(|rank| self.board.arena.place(*rank).is_some())
+    }
+
+    /// Whether it can carry out a collective of a group: its members share the arena, and none has more
+    /// messages for a peer on the way than there is room for.
+    pub(crate) fn carries(&self, group: &Group, collective: &Collective) -> bool {
+        self.has(group) && u64::from(collective.contract().in_flight) <= SLOTS
     }
 
     pub(crate) fn arena(&self) -> Arc<Arena> {
