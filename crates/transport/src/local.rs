@@ -174,8 +174,8 @@ impl Local {
         buffer: &mut [f32],
         label: &str,
     ) -> Result<(), Error> {
-        let own = group.ranks.iter().position(|rank| *rank == self.rank());
-        let own = own.expect("a rank is a member of its own groups");
+        let own = group.member(self.rank()).expect("a rank is a member of its own groups");
+        let own = own as usize;
         let mut all = std::mem::take(&mut self.scratch);
         let length = buffer.len();
         all.resize(length * group.ranks.len(), 0.0);

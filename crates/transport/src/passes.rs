@@ -128,8 +128,7 @@ mod tests {
 
     impl Messages {
         fn waits(&self, from: u32, to: u32) -> bool {
-            let read = self.read.get(&(from, to)).copied().unwrap_or(0);
-            self.sent.get(&(from, to)).is_none_or(|sent| sent.len() == read)
+            self.ahead(from, to) == 0
         }
 
         fn ahead(&self, from: u32, to: u32) -> u64 {
