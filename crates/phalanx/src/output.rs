@@ -87,6 +87,19 @@ pub fn columns(rows: &[Vec<String>]) -> String {
     rows.iter().map(line).collect()
 }
 
+/// A share in percent.
+pub fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
+/// Characters of a bar that stands for 100 %.
+pub const BAR: usize = 40;
+
+/// A share as a bar of marks, which ends at one and a half times the whole.
+pub fn bar(share: f64, mark: &str) -> String {
+    mark.repeat((share * BAR as f64).round().clamp(0.0, 1.5 * BAR as f64) as usize)
+}
+
 /// A number with its thousands apart.
 pub fn thousands(number: u64) -> String {
     let digits = number.to_string();

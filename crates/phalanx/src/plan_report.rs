@@ -7,7 +7,7 @@ use plan::{Layout, Recompute, Schedule, Shard};
 use program::{Axis, Program};
 use units::{Bytes, Seconds};
 
-use crate::output::{columns, thousands};
+use crate::output::{columns, percent, thousands};
 use crate::planner::{Neighbour, Plan, Planned, Planner};
 
 /// Rows of the table of a front.
@@ -59,10 +59,6 @@ pub fn short(layout: &Layout) -> String {
     write!(text, ", micro_batch {micro_batch}, shard {shard}, recompute {recompute}")
         .expect("a string takes text");
     text
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
 }
 
 /// The table of the best plans.

@@ -139,8 +139,3 @@ fn planned_memory(job: &Job) -> Vec<Held> {
         .map(|stage| Held { by: format!("stage {}", stage.stage), items: item(stage) })
         .collect()
 }
-
-/// A share as a percentage.
-fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
-}

@@ -14,10 +14,10 @@ use serde_json::Value;
 use sim::World;
 use units::{Bytes, Seconds};
 
-use super::{links, percent};
+use super::links;
 use crate::job::Job;
 use crate::measured::Machine;
-use crate::output::thousands;
+use crate::output::{percent, thousands};
 use crate::plan_command::{describe_layout, lowered};
 
 /// First steps that typical times leave out, as the run's own do: buffers are made in them.

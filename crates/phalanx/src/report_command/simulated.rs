@@ -9,10 +9,10 @@ use report::Summary;
 use report::page::{self, Fact, Origin, Page, ScalingCurve, Section};
 use units::{Bytes, Seconds};
 
-use super::{links, percent, planned_memory};
+use super::{links, planned_memory};
 use crate::described::{Costing, Described};
 use crate::job::{Draft, Job};
-use crate::output::thousands;
+use crate::output::{percent, thousands};
 use crate::plan_command::{describe_layout, lowered};
 
 /// The page of the job in `path`.

@@ -19,10 +19,9 @@ use units::{Bytes, Rank, Seconds};
 
 use super::machine::Machine;
 use super::section::IslandsSection;
-use super::table::percent;
 use crate::described::Known;
 use crate::job::Draft;
-use crate::output::thousands;
+use crate::output::{percent, thousands};
 
 /// The drop of efficiency at which added latency is no longer tolerated.
 const DROP: f64 = 0.05;

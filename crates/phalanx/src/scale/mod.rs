@@ -25,7 +25,7 @@ use curve::Curve;
 use goodput::Improvement;
 use islands::Comparison;
 use section::{BatchRule, Growth, Switch};
-pub use table::{long, percent};
+pub use table::long;
 
 /// A signal asked to stop before all was done.
 #[derive(Debug, thiserror::Error)]

@@ -7,8 +7,9 @@ use anyhow::{Context, Result, bail};
 use super::Report;
 use super::curve::{Curve, Point};
 use super::section::{Figure, Predicted, Quantity, Scenario};
-use super::table::{self, percent};
+use super::table;
 use crate::job::Job;
+use crate::output::percent;
 use crate::validate::measured_step;
 
 /// The page of a job that is a scenario.

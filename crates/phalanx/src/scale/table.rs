@@ -10,10 +10,7 @@ use super::curve::{Curve, Point};
 use super::goodput::Improvement;
 use super::islands::Comparison;
 use crate::job::Job;
-use crate::output::{columns, thousands};
-
-/// Characters of a bar that stands for 100 %.
-const BAR: usize = 40;
+use crate::output::{bar, columns, percent, thousands};
 
 /// All of it as text.
 pub fn text(job: &Job, report: &Report) -> String {
@@ -78,11 +75,6 @@ pub fn conditions(job: &Job, report: &Report) -> String {
     text
 }
 
-/// A share in percent.
-pub fn percent(share: f64) -> String {
-    format!("{:.1} %", 100.0 * share)
-}
-
 /// A long time in the unit that suits it.
 pub fn long(time: Seconds) -> String {
     let units = [(86_400.0, "d"), (3600.0, "h"), (60.0, "min")];
@@ -127,13 +119,11 @@ fn held(point: &Point) -> String {
 
 /// Efficiency by size, as bars.
 pub fn plot(curve: &Curve) -> String {
-    let bar = |point: &Point| {
-        let length = (point.scaling_efficiency * BAR as f64).round().clamp(0.0, 1.5 * BAR as f64);
-        let size = thousands(point.accelerators.into());
-        let share = percent(point.scaling_efficiency);
-        format!("  {size:>9} {} {share}\n", "█".repeat(length as usize))
+    let line = |point: &Point| {
+        let (size, share) = (thousands(point.accelerators.into()), point.scaling_efficiency);
+        format!("  {size:>9} {} {}\n", bar(share, "█"), percent(share))
     };
-    curve.points.iter().map(bar).collect()
+    curve.points.iter().map(line).collect()
 }
 
 /// Where efficiency passes its marks.

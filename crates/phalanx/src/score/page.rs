@@ -11,11 +11,8 @@ use super::results::{Outcome, Refused};
 use super::run::Timing;
 use super::scaling::{Point, Scaling, Series};
 use crate::mllog;
-use crate::output::{columns, thousands};
-use crate::scale::{long, percent};
-
-/// Characters of a bar that stands for 100 %.
-const BAR: usize = 40;
+use crate::output::{BAR, bar, columns, percent, thousands};
+use crate::scale::long;
 
 /// Tables and plots of all series, and what could not be read.
 pub fn text(series: &[Series], refused: &[Refused]) -> String {
@@ -91,18 +88,17 @@ fn step(time: Seconds, timing: Option<Timing>) -> String {
 
 /// Efficiency by size as bars, measured above simulated; of one size there is nothing to see.
 fn plot(series: &Series) -> String {
-    let bar = |size: &str, share: f64, mark: &str, what: &str| {
-        let length = (share * BAR as f64).round().clamp(0.0, 1.5 * BAR as f64) as usize;
-        format!("  {size:>9} {:<BAR$} {:>7} {what}\n", mark.repeat(length), percent(share))
+    let line = |size: &str, share: f64, mark: &str, what: &str| {
+        format!("  {size:>9} {:<BAR$} {:>7} {what}\n", bar(share, mark), percent(share))
     };
     let mut text = String::from("\n");
     for point in series.points.iter().filter(|_| series.points.len() > 1) {
         let size = thousands(point.outcome.accelerators.into());
         if let Some(share) = point.throughput_efficiency {
-            text += &bar(&size, share, "█", "measured");
+            text += &line(&size, share, "█", "measured");
         }
         if let Some(share) = point.simulated_efficiency {
-            text += &bar("", share, "░", "simulated");
+            text += &line("", share, "░", "simulated");
         }
     }
     if text.len() > 1 { text } else { String::new() }

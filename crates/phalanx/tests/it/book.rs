@@ -5,25 +5,18 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::Value;
 
 use crate::place::Place;
+use crate::repository::{read, root};
 
 /// What a page leaves out of an output: any text in a line, any lines on a line of its own.
 const ELISION: char = '…';
 
-fn root() -> PathBuf {
-    fs::canonicalize(Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")).unwrap()
-}
-
 fn source() -> PathBuf {
     root().join("book/src")
-}
-
-fn read(path: &Path) -> String {
-    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// The targets of the links of a page that lead to other files of the book.

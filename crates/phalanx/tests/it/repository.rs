@@ -13,11 +13,11 @@ const LONG: usize = 70;
 /// no more than this share of all.
 const LONG_SHARE: f64 = 0.02;
 
-fn root() -> PathBuf {
+pub fn root() -> PathBuf {
     fs::canonicalize(Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")).unwrap()
 }
 
-fn read(path: &Path) -> String {
+pub fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
