@@ -16,8 +16,8 @@ mod stage;
 pub use burn::Burn;
 pub use cpu::Cpu;
 pub use operators::{
-    AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, UNSEEN,
-    Window, WindowMut,
+    AdamW, AttentionDims, ELSEWHERE, Operators, Pairing, ProductDims, Rotation, ScoreDims, Sight,
+    UNSEEN, Window, WindowMut,
 };
 pub use stage::{Microbatch, Optimizer, OuterOptimizer, Precision, Stage, StageSpec};
 
