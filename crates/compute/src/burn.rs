@@ -341,7 +341,10 @@ impl Operators for Burn {
             let turned_b = b * cos + a * sin;
             let turned = Tensor::cat(vec![turned_a, turned_b], along);
             let turned = turned.reshape([sequences, length, heads + kv_heads, 2 * pairs]);
-            let turned = heads_of.slice_assign([0..sequences, 0..length, 0..heads + kv_heads, still..head_dim], turned);
+            let turned = heads_of.slice_assign(
+                [0..sequences, 0..length, 0..heads + kv_heads, still..head_dim],
+                turned,
+            );
             let turned = turned.reshape([sequences, length, (heads + kv_heads) * head_dim]);
             flat(Tensor::cat(vec![turned, values], 2))
         });

@@ -99,7 +99,8 @@ pub fn attention(
     dims: &AttentionDims,
 ) -> (Vec<f64>, Vec<f64>) {
     let (heads, width) = (dims.heads, dims.head_dim);
-    let query = |token: usize, head: usize| &qkv[token * dims.qkv_width() + head * width..][..width];
+    let query =
+        |token: usize, head: usize| &qkv[token * dims.qkv_width() + head * width..][..width];
     let shared = |sequence: usize, key: u32| {
         let key = sequence * dims.keys + key as usize;
         match apart {
