@@ -32,6 +32,7 @@ mod schema;
 mod score;
 mod session;
 mod simulate_command;
+mod streams;
 mod train_command;
 mod validate;
 mod watch;

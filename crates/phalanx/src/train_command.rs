@@ -13,7 +13,7 @@ use compute::{Cpu, Operators};
 use data::{Prepared, Sampler, Sampling, Source, TokenizerSource};
 use train::control::{Lifeline, Meeting, Policy, Standing, stand_by, supervise};
 use train::{Batches, Identity, Launcher, handed_listener};
-use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Secret, Transport};
+use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Secret};
 use units::{Rank, Seconds};
 
 use crate::chaos::Chaos;
@@ -23,6 +23,7 @@ use crate::job::Job;
 use crate::measured::Machine;
 use crate::output::Progress;
 use crate::session::{Life, Session};
+use crate::streams::Way;
 use crate::{JobArgs, SPEAKER, exit_code, message};
 
 /// How long ranks wait for each other at the start.
@@ -240,8 +241,9 @@ fn rank_on<O: Operators>(
     checkpointing::stop_on_signals(&stop)?;
     let lifeline = Lifeline::connect(&environment, rank, Arc::clone(&stop))
         .context("cannot reach the launcher of this rank")?;
+    let way = Way::read(&environment)?;
     let replaces = lifeline.as_ref().is_some_and(Lifeline::is_replacement);
-    let mut met = if replaces { None } else { Some(meet(job, identity, resume)?) };
+    let mut met = if replaces { None } else { Some(meet(job, identity, resume, way)?) };
     let (prepared, sampler) = match &mut met {
         Some(communicator) => prepare_together(job, identity, communicator)?,
         // The others have done so before.
@@ -264,7 +266,7 @@ fn rank_on<O: Operators>(
     if let Some(path) = measure_only {
         return session.save_machine(Path::new(&path));
     }
-    let meet_again = |lifeline: &Lifeline| meet_again(job, identity, resume, lifeline);
+    let meet_again = |lifeline: &Lifeline| meet_again(job, identity, resume, lifeline, way);
     let mut life = Life { met, lifeline, meet_again: &meet_again, stop, chaos: chaos.as_ref() };
     let outcome = session.train(&mut life, &tokenizer, resume);
     if let Some(lifeline) = &life.lifeline {
@@ -276,17 +278,16 @@ fn rank_on<O: Operators>(
 }
 
 /// Connects to the other ranks, which must have been given the same job.
-fn meet(job: &Job, identity: &Identity, resume: Option<&Path>) -> Result<Communicator> {
+fn meet(job: &Job, identity: &Identity, resume: Option<&Path>, way: Way) -> Result<Communicator> {
     let rank = identity.rank;
     let failed = |source| train::Error::Communication { rank, source };
-    let transport: Box<dyn Transport> = if identity.ranks == 1 {
-        Box::new(InProcess::mesh(1).remove(0))
-    } else {
-        let listener = handed_listener(&environment).filter(|_| rank == Rank(0));
-        let rendezvous = rendezvous(job, identity, resume);
-        Box::new(rendezvous.meet(listener).map_err(failed)?)
-    };
-    Ok(Communicator::new(transport, limits(job)).map_err(failed)?)
+    if identity.ranks == 1 {
+        let alone = Box::new(InProcess::mesh(1).remove(0));
+        return Ok(Communicator::new(alone, limits(job)).map_err(failed)?);
+    }
+    let listener = handed_listener(&environment).filter(|_| rank == Rank(0));
+    let rendezvous = rendezvous(job, identity, resume);
+    Ok(way.connect(rendezvous, listener, limits(job)).map_err(failed)?)
 }
 
 /// A peer may be silent for as long as a rank to the launcher.
@@ -303,7 +304,7 @@ fn rendezvous(job: &Job, identity: &Identity, resume: Option<&Path>) -> Rendezvo
         identity: format!("{}resume = {resume:?}\n", job.resolved()),
         secret: identity.secret.clone(),
         timeout: RENDEZVOUS,
-        shared_memory: environment("PHALANX_TRANSPORT").as_deref() != Some("tcp"),
+        shared_memory: true,
     }
 }
 
@@ -314,6 +315,7 @@ fn meet_again(
     identity: &Identity,
     resume: Option<&Path>,
     lifeline: &Lifeline,
+    way: Way,
 ) -> std::io::Result<(Meeting, Communicator)> {
     loop {
         let (meeting, listener) = lifeline.ready()?;
@@ -321,9 +323,8 @@ fn meet_again(
         let mut rendezvous = rendezvous(job, &there, resume);
         rendezvous.identity += &format!("generation = {}\n", meeting.generation);
         rendezvous.timeout = RENDEZVOUS_ANEW;
-        let met = rendezvous.meet(Some(listener).filter(|_| identity.rank == Rank(0)));
-        let transport = met.map(|transport| Box::new(transport) as Box<dyn Transport>);
-        if let Ok(met) = transport.and_then(|met| Communicator::new(met, limits(job))) {
+        let listener = Some(listener).filter(|_| identity.rank == Rank(0));
+        if let Ok(met) = way.connect(rendezvous, listener, limits(job)) {
             return Ok((meeting, met));
         }
     }
