@@ -21,16 +21,16 @@ use crate::launch_command::LaunchSection;
 use crate::planner;
 use crate::scale::section::{GoodputSection, IslandsSection, ScaleSection, Scenario};
 
-/// A job file as written.
-#[derive(Debug, Clone, Deserialize)]
+/// A job file as written. Sections of which every default is written back are serialized.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct File {
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     model: ModelSection,
     #[serde(default)]
     cluster: ClusterSection,
     training: Training,
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     layout: PartialLayout,
     #[serde(default)]
     data: Data,
@@ -40,15 +40,17 @@ pub struct File {
     recovery: RecoverySection,
     #[serde(default)]
     run: RunSection,
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     launch: LaunchSection,
     #[serde(default)]
     metrics: MetricsSection,
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     scale: ScaleSection,
     #[serde(default)]
     goodput: GoodputSection,
+    #[serde(skip_serializing)]
     islands: Option<IslandsSection>,
+    #[serde(skip_serializing)]
     scenario: Option<Scenario>,
 }
 
@@ -72,6 +74,7 @@ struct ModelSection {
     vocabulary: Option<u64>,
     tied_embeddings: Option<bool>,
     norm_epsilon: Option<f32>,
+    /// Base of the rotary embedding's wavelengths.
     rotary_theta: Option<f64>,
     activation: Option<Activation>,
     norm: Option<Norm>,

@@ -246,7 +246,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Score(args) => score::score(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Schema => {
-            output::print_text(&(serde_json::to_string_pretty(&schema::schema())? + "\n"))
+            output::print_text(&(serde_json::to_string_pretty(&schema::schema()?)? + "\n"))
         }
         Command::Completions { shell } => {
             let mut script = Vec::new();
