@@ -16,6 +16,7 @@ use units::{Bytes, Seconds};
 
 use super::links;
 use crate::job::Job;
+use crate::ledger::Ledger;
 use crate::measured::Machine;
 use crate::output::{percent, thousands};
 use crate::plan_command::{describe_layout, lowered};
@@ -30,6 +31,7 @@ struct Run {
     program: Program,
     machine: Option<Machine>,
     records: Vec<Value>,
+    ledger: Ledger,
     /// Written when the run ends.
     summary: Value,
     predicted: Option<Trace>,
@@ -62,7 +64,7 @@ pub fn page(folder: &Path, curves: Vec<ScalingCurve>) -> Result<Page> {
     }
     sections.push(run.links(columns.last()));
     sections.push(run.scaling(curves));
-    sections.push(page::history(&run.happenings(), run.job.training.steps));
+    sections.push(run.history());
     sections.push(run.memory());
     sections.push(Section::absent(
         "Energy",
@@ -93,6 +95,7 @@ impl Run {
             .map(|text| serde_json::from_str(&text).context("machine.json"))
             .transpose()?;
         let records = read("metrics.jsonl")?.unwrap_or_default();
+        let ledger = Ledger::read(&records);
         // The last line may be half written.
         let records = records.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let summary = match read("summary.json")? {
@@ -111,7 +114,7 @@ impl Run {
         let name = folder.canonicalize().ok();
         let name = name.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy());
         let name = name.map_or_else(|| job.name.clone(), String::from);
-        Ok(Self { name, job, program, machine, records, summary, predicted, measured })
+        Ok(Self { name, job, program, machine, records, ledger, summary, predicted, measured })
     }
 
     fn about(&self) -> Vec<String> {
@@ -270,9 +273,30 @@ impl Run {
         page::memory(said, &held, None)
     }
 
-    fn happenings(&self) -> Vec<Happening> {
-        self.records.iter().filter_map(happening).collect()
+    fn history(&self) -> Section {
+        let of = |record| losses(record).into_iter().chain(happening(record));
+        let happenings: Vec<_> = self.records.iter().flat_map(of).collect();
+        let Ledger { goodput, detection_s, recovery_s, redone_s, saving_s, .. } = self.ledger;
+        let said = format!(
+            "Of the time of steps and what stood in their way {} was training that counts: noticing losses took {detection_s}, recovering {recovery_s}, steps done again {redone_s}, standing still to save {saving_s}.",
+            percent(goodput)
+        );
+        let said = if self.ledger.recoveries > 0 { vec![said] } else { Vec::new() };
+        page::history(&happenings, self.job.training.steps, &said)
     }
+}
+
+/// The processes that were lost before a recovery.
+fn losses(record: &Value) -> Vec<Happening> {
+    let step = record["step"].as_u64().unwrap_or_default();
+    let one = |loss: &Value| {
+        let text = |key: &str| loss[key].as_str().unwrap_or_default().to_owned();
+        let noticed = Seconds(loss["detection_s"].as_f64().unwrap_or_default());
+        let (rank, host, cause) = (&loss["rank"], text("host"), text("cause"));
+        let detail = format!("Rank {rank} on {host} {cause}; noticed after {noticed}.");
+        Happening { step, kind: "lost", detail: Some(detail) }
+    };
+    record["losses"].as_array().into_iter().flatten().map(one).collect()
 }
 
 /// What a record says beside training.
@@ -285,7 +309,11 @@ fn happening(record: &Value) -> Option<Happening> {
         "saved" => ("checkpoint", None),
         "recovered" => {
             let (time, source) = (Seconds(number("time_s")), text("source"));
-            ("recovered", Some(format!("Lost ranks were replaced in {time}; state from {source}.")))
+            let again = record["steps_redone"].as_u64().unwrap_or_default();
+            let how = format!(
+                "All go on after {time}, with state from {source}; {again} step(s) done again."
+            );
+            ("recovered", Some(how))
         }
         "not-saved" => ("not saved", Some(format!("No checkpoint: {}.", text("reason")))),
         "redone" => {
@@ -301,6 +329,7 @@ fn happening(record: &Value) -> Option<Happening> {
             let (rank, factor) = (&record["rank"], number("factor"));
             ("slow", Some(format!("Rank {rank} took {factor:.2} times as long as its peers.")))
         }
+        "rolled-back" => ("rolled back", Some(format!("To step {}.", record["to"]))),
         other => ("else", Some(other.to_owned())),
     };
     Some(Happening { step, kind, detail })
