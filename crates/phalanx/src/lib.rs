@@ -11,6 +11,7 @@ mod dashboards;
 mod described;
 mod device;
 mod doctor;
+mod elastic;
 mod faults_command;
 mod figures;
 mod flight_record;

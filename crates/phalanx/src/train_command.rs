@@ -12,13 +12,14 @@ use compute::Burn;
 use compute::{Cpu, Operators};
 use data::{Prepared, Sampler, Sampling, Source, TokenizerSource};
 use train::control::{Lifeline, Meeting, Policy, Standing, stand_by, supervise};
-use train::{Batches, Identity, Launcher, handed_listener};
+use train::{Batches, Identity, Launcher};
 use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Secret};
 use units::{Rank, Seconds};
 
 use crate::chaos::Chaos;
 use crate::checkpointing;
 use crate::device::DeviceName;
+use crate::elastic;
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::output::Progress;
@@ -33,6 +34,9 @@ const RENDEZVOUS_ANEW: Duration = Duration::from_secs(10);
 /// When a local rank is taken for dead, and how patiently it is started anew.
 pub const POLICY: Policy = Policy {
     ranks: 0,
+    fewer: Vec::new(),
+    patience: Seconds(f64::INFINITY),
+    seats_per_host: 0,
     restarts: 0,
     silence: Seconds(10.0),
     start: Seconds(60.0),
@@ -100,7 +104,8 @@ fn checked(args: &JobArgs) -> Result<Job> {
 fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Path>) -> Result<()> {
     prepare(job, args.json || measure_only.is_some())?;
     let ranks = job.cluster.accelerators;
-    if ranks == 1 && measure_only.is_none() && !begin.standby {
+    let alone_on_purpose = ranks == 1 && job.recovery.spare_ranks == 0;
+    if alone_on_purpose && measure_only.is_none() && !begin.standby {
         return rank(args, job, &alone()?, begin);
     }
     let program = std::env::current_exe().context("cannot find this program again")?;
@@ -115,9 +120,10 @@ fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Pat
         command.env("RAYON_NUM_THREADS", job.cluster.threads_per_rank.to_string());
         command
     };
-    let restarts = if measure_only.is_some() { 0 } else { job.recovery.restarts };
-    let silence = job.recovery.silence_s;
-    let policy = Policy { ranks, restarts, silence, ..POLICY };
+    let policy = match measure_only {
+        Some(_) => Policy { ranks, seats_per_host: ranks, ..POLICY },
+        None => elastic::policy(job),
+    };
     let register = job.recovery.register.as_deref().filter(|_| measure_only.is_none());
     let done = match register {
         Some(register) if begin.standby => stand_by(policy, register, command, tell_standing),
@@ -195,12 +201,6 @@ fn prepare(job: &Job, quiet: bool) -> Result<(Prepared, Sampler)> {
 
 /// This process as one rank, on the device that the job names.
 fn rank(args: &JobArgs, job: &Job, identity: &Identity, begin: &Begin<'_>) -> Result<()> {
-    let ranks = job.cluster.accelerators;
-    ensure!(
-        identity.ranks == ranks,
-        "[cluster] accelerators = {ranks}, but the launcher started {} rank(s); make them equal",
-        identity.ranks
-    );
     match job.cluster.device {
         DeviceName::Cpu => {
             let threads = job.cluster.threads_per_rank as usize;
@@ -235,18 +235,20 @@ fn rank_on<O: Operators>(
     begin: &Begin<'_>,
 ) -> Result<()> {
     let Begin { resume, chaos, .. } = begin;
-    let (rank, resume) = (identity.rank, *resume);
+    let resume = *resume;
     let stop = Arc::new(AtomicBool::new(false));
     // Before anything that takes time: who is asked to stop while it prepares does so after a step.
     checkpointing::stop_on_signals(&stop)?;
-    let lifeline = Lifeline::connect(&environment, rank, Arc::clone(&stop))
+    let lifeline = Lifeline::connect(&environment, Arc::clone(&stop))
         .context("cannot reach the launcher of this rank")?;
     let way = Way::read(&environment)?;
-    let replaces = lifeline.as_ref().is_some_and(Lifeline::is_replacement);
-    let mut met = if replaces { None } else { Some(meet(job, identity, resume, way)?) };
+    let mut met = match &lifeline {
+        Some(_) => None,
+        None => Some(meet(job, identity, resume, way)?),
+    };
     let (prepared, sampler) = match &mut met {
-        Some(communicator) => prepare_together(job, identity, communicator)?,
-        // The others have done so before.
+        Some(communicator) => prepare_in_turn(job, identity, communicator)?,
+        // The launcher has done so before.
         None => prepare(job, true)?,
     };
     let Prepared { tokens, tokenizer, documents, bytes, .. } = prepared;
@@ -255,18 +257,26 @@ fn rank_on<O: Operators>(
         batches = batches.masking(tokenizer.end_of_text());
     }
     let measure_only = environment(MEASURE_ONLY);
-    let speaks = rank == Rank(0) && !args.json && measure_only.is_none();
-    let mut session = Session::new(operators, job, rank, &batches, speaks)?;
-    if let Some(communicator) = &mut met {
+    let talks = !args.json && measure_only.is_none();
+    let mut session = Session::new(operators, job, identity.rank, &batches, talks)?;
+    let meet_again = |lifeline: &Lifeline| meet_again(job, identity, resume, lifeline, way);
+    let (mut meeting, mut communicator) = match (met, &lifeline) {
+        (Some(met), _) => (None, met),
+        (None, Some(lifeline)) => meet_again(lifeline).map(|met| (Some(met.0), met.1))?,
+        (None, None) => unreachable!("without a lifeline ranks have met"),
+    };
+    if meeting.as_ref().is_none_or(Meeting::is_first) {
+        meeting = None;
+        session.take_place(&communicator)?;
         session.introduce(bytes, documents, &sampler);
         if job.run.measure || measure_only.is_some() {
-            session.measure(communicator)?;
+            session.measure(&mut communicator)?;
         }
     }
     if let Some(path) = measure_only {
         return session.save_machine(Path::new(&path));
     }
-    let meet_again = |lifeline: &Lifeline| meet_again(job, identity, resume, lifeline, way);
+    let met = Some((meeting, communicator));
     let mut life = Life { met, lifeline, meet_again: &meet_again, stop, chaos: chaos.as_ref() };
     let outcome = session.train(&mut life, &tokenizer, resume);
     if let Some(lifeline) = &life.lifeline {
@@ -281,13 +291,17 @@ fn rank_on<O: Operators>(
 fn meet(job: &Job, identity: &Identity, resume: Option<&Path>, way: Way) -> Result<Communicator> {
     let rank = identity.rank;
     let failed = |source| train::Error::Communication { rank, source };
-    if identity.ranks == 1 {
+    let ranks = job.cluster.accelerators;
+    ensure!(
+        identity.ranks == ranks,
+        "[cluster] accelerators = {ranks}, but the launcher started {} rank(s); make them equal",
+        identity.ranks
+    );
+    if ranks == 1 {
         let alone = Box::new(InProcess::mesh(1).remove(0));
         return Ok(Communicator::new(alone, limits(job)).map_err(failed)?);
     }
-    let listener = handed_listener(&environment).filter(|_| rank == Rank(0));
-    let rendezvous = rendezvous(job, identity, resume);
-    Ok(way.connect(rendezvous, listener, limits(job)).map_err(failed)?)
+    Ok(way.connect(rendezvous(job, identity, resume), None, limits(job)).map_err(failed)?)
 }
 
 /// A peer may be silent for as long as a rank to the launcher.
@@ -319,35 +333,29 @@ fn meet_again(
 ) -> std::io::Result<(Meeting, Communicator)> {
     loop {
         let (meeting, listener) = lifeline.ready()?;
-        let there = Identity { master: meeting.master, ..identity.clone() };
+        let Meeting { rank, ranks, master, .. } = meeting;
+        let there = Identity { rank, ranks, master, ..identity.clone() };
         let mut rendezvous = rendezvous(job, &there, resume);
         rendezvous.identity += &format!("generation = {}\n", meeting.generation);
-        rendezvous.timeout = RENDEZVOUS_ANEW;
-        let listener = Some(listener).filter(|_| identity.rank == Rank(0));
+        if !meeting.is_first() {
+            rendezvous.timeout = RENDEZVOUS_ANEW;
+        }
+        let listener = Some(listener).filter(|_| rank == Rank(0));
         if let Ok(met) = way.connect(rendezvous, listener, limits(job)) {
             return Ok((meeting, met));
         }
     }
 }
 
-/// The first rank of each host prepares the data, then the others find it ready; all check that
-/// they read the same tokens.
-fn prepare_together(
+/// The first rank of each host prepares the data, then the others find it ready.
+fn prepare_in_turn(
     job: &Job,
     identity: &Identity,
     communicator: &mut Communicator,
 ) -> Result<(Prepared, Sampler)> {
     let rank = identity.rank;
-    let failed = |source| train::Error::Communication { rank, source };
-    let world = Group::world(identity.ranks);
     let first = (identity.local_rank == 0).then(|| prepare(job, true)).transpose()?;
-    communicator.barrier(&world).map_err(failed)?;
-    let (prepared, sampler) = first.map_or_else(|| prepare(job, true), Ok)?;
-    let fingerprint = prepared.tokens.fingerprint().to_le_bytes();
-    let all = communicator.all_gather_bytes(&world, &fingerprint).map_err(failed)?;
-    if let Some(rank) = all.iter().position(|other| *other != all[0]) {
-        let (rank, path) = (Rank(rank as u32), prepared.tokens.path().to_owned());
-        bail!(train::Error::OtherData { rank, path });
-    }
-    Ok((prepared, sampler))
+    let all = communicator.barrier(&Group::world(identity.ranks));
+    all.map_err(|source| train::Error::Communication { rank, source })?;
+    first.map_or_else(|| prepare(job, true), Ok)
 }

@@ -13,7 +13,7 @@ mod register;
 pub mod simulation;
 mod supervise;
 
-pub use coordinator::{Action, Coordinator, End, Event, Lost, Policy, Verdict};
+pub use coordinator::{Action, Coordinator, End, Event, Lost, Policy, Seat, Verdict};
 pub use lifeline::Lifeline;
 pub use register::{Record, Register};
 pub use supervise::{Standing, stand_by, supervise};
@@ -24,11 +24,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use units::{Rank, Seconds};
 
-/// What a rank says to the coordinator, one JSON object a line.
+/// What a process says to the coordinator, one JSON object a line.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 enum Word {
-    /// First of all: which process of which rank it is, if it is one, and that it is one of ours.
-    Hello { rank: Option<Rank>, incarnation: u64, process: u32, secret: String },
+    /// First of all: which process of which seat it is, if it is one, and that it is one of ours.
+    Hello { seat: Option<Seat>, incarnation: u64, process: u32, secret: String },
     /// It lives, and has done so many steps; asked at this time on its clock, in milliseconds.
     Alive { step: u64, asked: u64 },
     /// It has lost the others after so many steps, and listens for them here.
@@ -37,11 +37,13 @@ enum Word {
     Leaving { code: i32, words: String },
 }
 
-/// What the coordinator says to a rank.
+/// What the coordinator says to a process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 enum Answer {
     /// It may go on for [`FENCE`] since it asked.
     Granted { asked: u64 },
+    /// There could be more ranks: all are to leave their generation after the step at hand.
+    Called,
     /// The others are to be met.
     Meet(Meeting),
 }
@@ -51,12 +53,24 @@ enum Answer {
 pub struct Meeting {
     /// The number of the meeting; each is higher than all before.
     pub generation: u64,
+    /// Which rank this process is.
+    pub rank: Rank,
+    /// Of how many.
+    pub ranks: u32,
     /// Where rank 0 listens.
     pub master: SocketAddr,
     /// The most steps that any rank had done.
     pub furthest: u64,
     /// Who was lost since the last meeting.
     pub losses: Vec<Loss>,
+}
+
+impl Meeting {
+    /// Whether nothing was done before.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.generation == first_of(self.generation >> 32) + 1
+    }
 }
 
 /// A process that was lost, as the run's record has it.
@@ -72,10 +86,11 @@ pub struct Loss {
     pub detection_s: Seconds,
 }
 
-/// What a rank is told when it is started.
+/// What a process is told when it is started.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Control {
     record: Record,
+    seat: Seat,
     incarnation: u64,
     /// Where to look for another coordinator.
     register: Option<String>,

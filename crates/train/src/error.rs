@@ -104,6 +104,12 @@ pub enum Error {
         /// What the job has.
         ours: u64,
     },
+    /// The ranks were called together, since there could be more of them.
+    #[error("after step {step} the ranks were called together")]
+    Called {
+        /// After which step.
+        step: u64,
+    },
     /// Somebody coordinates the run already.
     #[error(
         "{place}: somebody coordinates a run there, in term {term}; stand by for it with --standby, or name another register"

@@ -29,7 +29,6 @@ pub use copies::{Delivery, Holding, agree, deliveries};
 pub use error::Error;
 pub use export::export;
 pub use identity::{Identity, Launcher};
-pub use launch::handed_listener;
 pub use learning_rate::LearningRate;
 pub use measure::{LinkTimes, Measurements, Rehearsal, measure};
 pub use numbers::{Norms, OnDivergence};

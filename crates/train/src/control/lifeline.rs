@@ -10,9 +10,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, getpid, kill_process};
 use serde::Serialize;
-use units::Rank;
 
-use super::{Answer, CONTROL, Control, FENCE, LINE_LIMIT, Meeting, Record, Register, Word};
+use super::{Answer, CONTROL, Control, FENCE, LINE_LIMIT, Meeting, Record, Register, Seat, Word};
 
 /// How often a rank says that it lives.
 const HEARTBEAT: Duration = Duration::from_millis(500);
@@ -31,12 +30,14 @@ pub struct Lifeline {
 
 /// What the threads of a lifeline share.
 struct Shared {
-    rank: Rank,
+    seat: Seat,
     incarnation: u64,
     begin: Instant,
     step: AtomicU64,
     /// Until when this process may go on, in milliseconds since its beginning.
     granted: AtomicU64,
+    /// Set when the ranks are called together, since there could be more of them.
+    called: Arc<AtomicBool>,
     link: Mutex<Link>,
 }
 
@@ -55,19 +56,18 @@ impl Lifeline {
     /// When it cannot be reached.
     pub fn connect(
         environment: &dyn Fn(&str) -> Option<String>,
-        rank: Rank,
         stop: Arc<AtomicBool>,
     ) -> io::Result<Option<Self>> {
         let Some(text) = environment(CONTROL) else { return Ok(None) };
-        let Control { record, incarnation, register } = serde_json::from_str(&text)?;
+        let Control { record, seat, incarnation, register } = serde_json::from_str(&text)?;
         let register = register.as_deref().map(Register::at).transpose()?;
         let fence = if register.is_some() { FENCE.as_millis() as u64 } else { u64::MAX };
-        let socket = greet(&record, Some(rank), incarnation)?;
+        let socket = greet(&record, Some(seat), incarnation)?;
         let reader = socket.try_clone()?;
         let link = Mutex::new(Link { socket, ready: None });
         let (step, granted) = (AtomicU64::new(0), AtomicU64::new(fence));
-        let begin = Instant::now();
-        let shared = Arc::new(Shared { rank, incarnation, begin, step, granted, link });
+        let (begin, called) = (Instant::now(), Arc::default());
+        let shared = Arc::new(Shared { seat, incarnation, begin, step, granted, called, link });
         let (meet, meetings) = mpsc::channel();
         let tending = Arc::clone(&shared);
         std::thread::spawn(move || {
@@ -88,7 +88,13 @@ impl Lifeline {
         Ok(Some(Self { shared, meetings }))
     }
 
-    /// The number of this process among those of its rank, from 0.
+    /// The seat of this process.
+    #[must_use]
+    pub fn seat(&self) -> Seat {
+        self.shared.seat
+    }
+
+    /// The number of this process among those of its seat, from 0.
     #[must_use]
     pub fn incarnation(&self) -> u64 {
         self.shared.incarnation
@@ -108,12 +114,19 @@ impl Lifeline {
         Arc::new(move || shared.may_go_on())
     }
 
+    /// Set when this rank is to leave its generation after the step at hand, as all are: there could be
+    /// more ranks.
+    #[must_use]
+    pub fn called(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.shared.called)
+    }
+
     /// Tells of a step that is done.
     pub fn done(&self, step: u64) {
         self.shared.step.store(step, Ordering::Relaxed);
     }
 
-    /// Says that this rank is ready to meet the others, and waits for when and where; rank 0 then
+    /// Says that this process is ready to meet the others, and waits for when and where; rank 0 then
     /// uses the listener.
     ///
     /// # Errors
@@ -212,8 +225,12 @@ impl Shared {
                     let until = asked.saturating_add(FENCE.as_millis() as u64);
                     self.granted.fetch_max(until, Ordering::Relaxed);
                 }
-                // Nobody listens once the run is done.
-                Some(Answer::Meet(meeting)) => drop(meet.send(meeting)),
+                Some(Answer::Called) => self.called.store(true, Ordering::Relaxed),
+                Some(Answer::Meet(meeting)) => {
+                    self.called.store(false, Ordering::Relaxed);
+                    // Nobody listens once the run is done.
+                    drop(meet.send(meeting));
+                }
                 None => return,
             }
         }
@@ -239,7 +256,7 @@ impl Shared {
     }
 
     fn turn_to(&self, record: &Record) -> io::Result<TcpStream> {
-        let mut socket = greet(record, Some(self.rank), self.incarnation)?;
+        let mut socket = greet(record, Some(self.seat), self.incarnation)?;
         let reader = socket.try_clone()?;
         let mut link = self.lock();
         if let Some(ready) = &link.ready {
@@ -250,15 +267,15 @@ impl Shared {
     }
 }
 
-/// Connects to a coordinator and says who this is: a rank, or somebody who only watches.
-fn greet(record: &Record, rank: Option<Rank>, incarnation: u64) -> io::Result<TcpStream> {
+/// Connects to a coordinator and says who this is: a process of a seat, or somebody who only watches.
+fn greet(record: &Record, seat: Option<Seat>, incarnation: u64) -> io::Result<TcpStream> {
     let Record { address: Some(address), secret, .. } = record.clone() else {
         return Err(io::ErrorKind::NotFound.into());
     };
     let mut socket = TcpStream::connect_timeout(&address, LIMIT)?;
     socket.set_nodelay(true)?;
     let process = std::process::id();
-    say(&mut socket, Word::Hello { rank, incarnation, process, secret })?;
+    say(&mut socket, Word::Hello { seat, incarnation, process, secret })?;
     Ok(socket)
 }
 

@@ -13,7 +13,7 @@ use units::{Rank, Seconds};
 use super::lifeline::{self, hear, say};
 use super::{
     Action, Answer, CONTROL, Control, Coordinator, End, Event, FENCE, LEASE, Loss, Lost, Meeting,
-    Policy, Record, Register, Verdict, Word, first_of,
+    Policy, Record, Register, Seat, Verdict, Word,
 };
 use crate::Error;
 use crate::launch::{Children, Ended};
@@ -29,10 +29,10 @@ const CONFIRM: Duration = Duration::from_secs(1);
 
 /// What the threads that listen tell the one that decides.
 enum Heard {
-    Connected(Rank, u64, u32, TcpStream),
+    Connected(Seat, u64, u32, TcpStream),
     Event(Event),
     /// A process says with which exit code it is about to end, and why.
-    Leaving(Rank, u64, (i32, String)),
+    Leaving(Seat, u64, (i32, String)),
     Ended(Ended),
     /// Nobody had taken over at that time; or somebody has.
     Confirmed(Instant),
@@ -50,24 +50,16 @@ pub fn supervise(
     register: Option<&str>,
     command: impl Fn() -> Command,
 ) -> Result<(), Error> {
-    let seat = Seat::new(register)?;
-    let newest = seat.newest()?;
+    let office = Office::new(register)?;
+    let newest = office.newest()?;
     if let Some(record) = newest.clone().filter(lifeline::answers) {
-        return Err(Error::Coordinated { place: seat.place(), term: record.term });
+        return Err(Error::Coordinated { place: office.place(), term: record.term });
     }
     let term = newest.map_or(0, |record| record.term + 1);
-    if !seat.take(term)? {
-        return Err(Error::Coordinated { place: seat.place(), term });
+    if !office.take(term)? {
+        return Err(Error::Coordinated { place: office.place(), term });
     }
-    let children = {
-        let first = first_of(term);
-        Children::start(policy.ranks, first, seat.secret.clone(), || {
-            seat.invite(command(), term, first)
-        })?
-    };
-    let begin = Instant::now();
-    let coordinator = Coordinator::new(seat.policy(policy), term, Seconds::ZERO);
-    Supervisor::new(coordinator, children, term, begin).run(seat, &command)
+    Supervisor::new(Coordinator::new, office, policy, term)?.run(&command)
 }
 
 /// Waits until whoever coordinates a run is lost, and then keeps its processes going as
@@ -81,11 +73,11 @@ pub fn stand_by(
     command: impl Fn() -> Command,
     tell: impl Fn(Standing),
 ) -> Result<(), Error> {
-    let mut seat = Seat::new(Some(register))?;
+    let mut office = Office::new(Some(register))?;
     let mut watched = None;
     let term = loop {
         // Before there is a run there is nothing to take over.
-        let Some(record) = seat.newest()? else {
+        let Some(record) = office.newest()? else {
             std::thread::sleep(CONFIRM);
             continue;
         };
@@ -99,18 +91,15 @@ pub fn stand_by(
         }
         lifeline::watch(&record, LEASE);
         // The ranks go on, and know each other by what they were told.
-        seat.secret = Secret::new(&record.secret).unwrap_or(seat.secret);
-        if seat.newest()?.is_some_and(|newest| newest.term == record.term)
-            && seat.take(record.term + 1)?
+        office.secret = Secret::new(&record.secret).unwrap_or(office.secret);
+        if office.newest()?.is_some_and(|newest| newest.term == record.term)
+            && office.take(record.term + 1)?
         {
             break record.term + 1;
         }
     };
     tell(Standing::In(term));
-    let begin = Instant::now();
-    let coordinator = Coordinator::succeed(seat.policy(policy), term, Seconds::ZERO);
-    let children = Children::none(policy.ranks, seat.secret.clone())?;
-    Supervisor::new(coordinator, children, term, begin).run(seat, &command)
+    Supervisor::new(Coordinator::succeed, office, policy, term)?.run(&command)
 }
 
 /// What somebody who stands by does.
@@ -125,14 +114,14 @@ pub enum Standing {
 }
 
 /// Where a coordinator listens, and where that is written.
-struct Seat {
+struct Office {
     listener: TcpListener,
     address: SocketAddr,
     secret: Secret,
     register: Option<(String, Register)>,
 }
 
-impl Seat {
+impl Office {
     fn new(register: Option<&str>) -> Result<Self, Error> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(not_supervised)?;
         let address = listener.local_addr().map_err(not_supervised)?;
@@ -171,10 +160,15 @@ impl Seat {
     }
 
     /// Tells a process where its coordinator is.
-    fn invite(&self, mut command: Command, term: u64, incarnation: u64) -> Command {
+    fn invite(
+        &self,
+        mut command: Command,
+        term: u64,
+        (seat, incarnation): (Seat, u64),
+    ) -> Command {
         let (record, register) = (self.record(term), self.register.as_ref());
         let register = register.map(|(place, _)| place.clone());
-        let control = Control { record, incarnation, register };
+        let control = Control { record, seat, incarnation, register };
         command.env(CONTROL, serde_json::to_string(&control).expect("it has a JSON form"));
         command
     }
@@ -187,65 +181,87 @@ fn not_supervised(error: io::Error) -> Error {
 
 struct Supervisor {
     coordinator: Coordinator,
+    office: Office,
     children: Children,
-    /// By rank: the process it leads to, and the connection.
-    sockets: BTreeMap<Rank, (u64, TcpStream)>,
+    heard: Receiver<Heard>,
+    tell: Sender<Heard>,
+    /// By seat: the process it leads to, and the connection.
+    sockets: BTreeMap<Seat, (u64, TcpStream)>,
     failures: Vec<Ended>,
     /// How processes said that they would end.
-    leaving: BTreeMap<(Rank, u64), (i32, String)>,
+    leaving: BTreeMap<(Seat, u64), (i32, String)>,
     /// What was lost before the last meeting.
     losses: Vec<Loss>,
     term: u64,
     begin: Instant,
 }
 
+/// The host of the coordinator.
+const OWN_HOST: u32 = 0;
+
 impl Supervisor {
-    fn new(coordinator: Coordinator, children: Children, term: u64, begin: Instant) -> Self {
-        let (sockets, leaving) = (BTreeMap::new(), BTreeMap::new());
-        let (failures, losses) = (vec![], vec![]);
-        Self { coordinator, children, sockets, failures, leaving, losses, term, begin }
+    fn new(
+        coordinator: fn(Policy, u64, Seconds) -> Coordinator,
+        office: Office,
+        policy: Policy,
+        term: u64,
+    ) -> Result<Self, Error> {
+        let (tell, heard) = mpsc::channel();
+        let (ended, seats) = (tell.clone(), (policy.ranks, policy.seats_per_host));
+        let ended = move |end| drop(ended.send(Heard::Ended(end)));
+        let children = Children::none(seats, office.secret.clone(), ended);
+        Ok(Self {
+            coordinator: coordinator(office.policy(policy), term, Seconds::ZERO),
+            children: children.map_err(not_supervised)?,
+            office,
+            heard,
+            tell,
+            sockets: BTreeMap::new(),
+            failures: vec![],
+            leaving: BTreeMap::new(),
+            losses: vec![],
+            term,
+            begin: Instant::now(),
+        })
     }
 
-    fn run(mut self, seat: Seat, command: &dyn Fn() -> Command) -> Result<(), Error> {
-        let (tell, heard) = mpsc::channel();
-        let ended = tell.clone();
-        self.children.watch(move |end| drop(ended.send(Heard::Ended(end))));
-        if let Some((_, register)) = seat.register.clone() {
-            let (term, tell) = (self.term, tell.clone());
+    fn run(mut self, command: &dyn Fn() -> Command) -> Result<(), Error> {
+        let (term, tell) = (self.term, self.tell.clone());
+        if let Some((_, register)) = self.office.register.clone() {
+            let tell = tell.clone();
             std::thread::spawn(move || confirm(&register, term, &tell));
         }
-        let listener = seat.listener.try_clone().map_err(not_supervised)?;
-        let secret = seat.secret.reveal().to_owned();
+        let listener = self.office.listener.try_clone().map_err(not_supervised)?;
+        let secret = self.office.secret.reveal().to_owned();
         std::thread::spawn(move || accept(&listener, &secret, &tell));
-        let term = self.term;
-        let start = |incarnation| seat.invite(command(), term, incarnation);
+        let mut event = Some(Event::Joined { host: OWN_HOST });
         let verdict = loop {
-            let event = match heard.recv_timeout(TICK) {
-                Err(RecvTimeoutError::Timeout) => Some(Event::Tick),
-                Err(RecvTimeoutError::Disconnected) => unreachable!("the listener never ends"),
-                Ok(heard) => self.note(heard),
-            };
             let now = Seconds(self.begin.elapsed().as_secs_f64());
             let actions = event.map(|event| self.coordinator.hear(now, event)).unwrap_or_default();
             if actions.iter().any(|action| matches!(action, Action::Meet { .. })) {
                 self.losses = self.name_losses();
             }
             for action in actions {
-                self.act(action, &start)?;
+                self.act(action, command)?;
             }
             if let Some(verdict) = self.coordinator.verdict() {
                 break verdict;
             }
+            event = match self.heard.recv_timeout(TICK) {
+                Err(RecvTimeoutError::Timeout) => Some(Event::Tick),
+                Err(RecvTimeoutError::Disconnected) => unreachable!("it has a sender itself"),
+                Ok(heard) => self.note(heard),
+            };
         };
         if verdict == Verdict::Superseded {
             self.children.release();
-            return Err(Error::Superseded { place: seat.place(), term });
+            return Err(Error::Superseded { place: self.office.place(), term });
         }
-        if let Some((_, register)) = &seat.register {
+        if let Some((_, register)) = &self.office.register {
             // If it cannot be written, whoever stands by finds the ranks gone.
-            drop(register.take(&Record { address: None, ..seat.record(term + 1) }));
+            drop(register.take(&Record { address: None, ..self.office.record(term + 1) }));
         }
-        self.see_off(&heard, verdict)
+        self.see_off(verdict)
     }
 
     /// What was heard, as an event.
@@ -257,20 +273,20 @@ impl Supervisor {
                 let asked = Seconds(at.duration_since(self.begin).as_secs_f64());
                 Some(Event::Confirmed { asked })
             }
-            Heard::Connected(rank, incarnation, process, socket) => {
-                self.children.adopt(rank, incarnation, process);
-                self.sockets.insert(rank, (incarnation, socket));
+            Heard::Connected(seat, incarnation, process, socket) => {
+                self.children.adopt(seat, incarnation, process);
+                self.sockets.insert(seat, (incarnation, socket));
                 None
             }
-            Heard::Leaving(rank, incarnation, said) => {
-                self.leaving.insert((rank, incarnation), said);
+            Heard::Leaving(seat, incarnation, said) => {
+                self.leaving.insert((seat, incarnation), said);
                 None
             }
             Heard::Ended(mut ended) => {
-                let Ended { rank, incarnation, .. } = ended;
+                let Ended { seat, incarnation, .. } = ended;
                 // Of a process that somebody else started only its own word is known.
-                if let Some((code, words)) = self.leaving.remove(&(rank, incarnation))
-                    && self.children.is_adopted(rank, incarnation)
+                if let Some((code, words)) = self.leaving.remove(&(seat, incarnation))
+                    && self.children.is_adopted(seat, incarnation)
                 {
                     (ended.code, ended.reason) = (Some(code), words);
                 }
@@ -280,40 +296,38 @@ impl Supervisor {
                     None => End::Lost,
                 };
                 self.failures.extend((end != End::Completed).then_some(ended));
-                Some(Event::Ended { rank, incarnation, end })
+                Some(Event::Ended { seat, incarnation, end })
             }
         }
     }
 
-    fn act(&mut self, action: Action, command: &dyn Fn(u64) -> Command) -> Result<(), Error> {
+    fn act(&mut self, action: Action, command: &dyn Fn() -> Command) -> Result<(), Error> {
         match action {
-            Action::Start { rank, incarnation } => {
-                self.children.restart(rank, incarnation, command(incarnation))
+            Action::Start { seat, incarnation } => {
+                let command = self.office.invite(command(), self.term, (seat, incarnation));
+                return self.children.start(seat, incarnation, command);
             }
-            Action::Kill { rank, incarnation } => {
-                self.children.kill(rank, incarnation);
-                Ok(())
-            }
-            Action::Meet { rank, incarnation, generation, master } => {
+            Action::Kill { seat, incarnation } => self.children.kill(seat, incarnation),
+            Action::Call { seat, incarnation } => self.tell(seat, incarnation, Answer::Called),
+            Action::Meet { seat, incarnation, rank, ranks, generation, master } => {
                 let (furthest, losses) = (self.coordinator.furthest(), self.losses.clone());
-                let meeting = Meeting { generation, master, furthest, losses };
-                self.tell(rank, incarnation, Answer::Meet(meeting));
-                Ok(())
+                let meeting = Meeting { generation, rank, ranks, master, furthest, losses };
+                self.tell(seat, incarnation, Answer::Meet(meeting));
             }
-            Action::Grant { rank, incarnation, asked } => {
+            Action::Grant { seat, incarnation, asked } => {
                 let asked = (1e3 * asked.0).round() as u64;
-                self.tell(rank, incarnation, Answer::Granted { asked });
-                Ok(())
+                self.tell(seat, incarnation, Answer::Granted { asked });
             }
-            Action::Finish(_) => Ok(()),
+            Action::Finish(_) => {}
         }
+        Ok(())
     }
 
     /// Who was lost since the last meeting, and how they ended.
     fn name_losses(&mut self) -> Vec<Loss> {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let name = |Lost { rank, incarnation, silence, killed }| {
-            let is_it = |ended: &&Ended| (ended.rank, ended.incarnation) == (rank, incarnation);
+        let name = |Lost { rank, seat, incarnation, silence, killed }| {
+            let is_it = |ended: &&Ended| (ended.seat, ended.incarnation) == (seat, incarnation);
             let ended = self.failures.iter().find(is_it).map(|ended| ended.reason.clone());
             let cause = match killed {
                 true => format!("killed, since it said nothing for {silence}"),
@@ -324,8 +338,8 @@ impl Supervisor {
         self.coordinator.take_lost().into_iter().map(name).collect()
     }
 
-    fn tell(&mut self, rank: Rank, incarnation: u64, answer: Answer) {
-        if let Some((of, socket)) = self.sockets.get_mut(&rank)
+    fn tell(&mut self, seat: Seat, incarnation: u64, answer: Answer) {
+        if let Some((of, socket)) = self.sockets.get_mut(&seat)
             && *of == incarnation
         {
             // Who cannot be told any more is about to be missed.
@@ -334,31 +348,32 @@ impl Supervisor {
     }
 
     /// The end: who waits for the others is told that they do not come, and the cause is found.
-    fn see_off(&mut self, heard: &Receiver<Heard>, verdict: Verdict) -> Result<(), Error> {
+    fn see_off(&mut self, verdict: Verdict) -> Result<(), Error> {
         let lost = match verdict {
             Verdict::Completed => return Ok(()),
             Verdict::Failed(_) | Verdict::Superseded => None,
-            Verdict::GaveUp(rank) => Some(rank),
+            Verdict::GaveUp(seat) => Some(seat),
         };
-        let times = self.coordinator.losses();
+        let times = lost.map_or(0, |seat| self.coordinator.losses(seat));
         for (_, socket) in self.sockets.values() {
             drop(socket.shutdown(std::net::Shutdown::Both));
         }
         let deadline = Instant::now() + FAREWELL;
         while self.children.any_left()
             && let Ok(heard) =
-                heard.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+                self.heard.recv_timeout(deadline.saturating_duration_since(Instant::now()))
         {
             self.note(heard);
         }
         // A rank that lost another ends with 1; what ended otherwise is the cause.
-        let last = self.failures.iter().rev().find(|ended| Some(ended.rank) == lost);
+        let last = self.failures.iter().rev().find(|ended| Some(ended.seat) == lost);
         let other = self.failures.iter().find(|ended| ended.code.is_some_and(|code| code != 1));
         let cause = last.or(other).or(self.failures.first()).cloned();
-        let Some(Ended { rank, reason, code, .. }) = cause else {
+        let Some(Ended { seat, reason, code, .. }) = cause else {
             unreachable!("a run fails because of a rank that ended")
         };
-        if lost.is_some() && times > 1 {
+        let rank = Rank(seat.0);
+        if times > 1 {
             return Err(Error::CrashLoop { rank, times, reason });
         }
         Err(Error::Process { rank, reason, code })
@@ -398,19 +413,19 @@ fn accept(listener: &TcpListener, secret: &str, tell: &Sender<Heard>) {
 fn listen(socket: TcpStream, secret: &str, tell: &Sender<Heard>) {
     let (Ok(mut writer), _) = (socket.try_clone(), socket.set_nodelay(true)) else { return };
     let mut reader = BufReader::new(socket);
-    let Some(Word::Hello { rank, incarnation, process, secret: said }) = hear(&mut reader) else {
+    let Some(Word::Hello { seat, incarnation, process, secret: said }) = hear(&mut reader) else {
         return;
     };
     if said != secret {
         return;
     }
-    let Some(rank) = rank else {
+    let Some(seat) = seat else {
         while let Some(Word::Alive { asked, .. }) = hear(&mut reader)
             && say(&mut writer, Answer::Granted { asked }).is_ok()
         {}
         return;
     };
-    if tell.send(Heard::Connected(rank, incarnation, process, writer)).is_err() {
+    if tell.send(Heard::Connected(seat, incarnation, process, writer)).is_err() {
         return;
     }
     while let Some(word) = hear(&mut reader) {
@@ -418,12 +433,12 @@ fn listen(socket: TcpStream, secret: &str, tell: &Sender<Heard>) {
             Word::Hello { .. } => return,
             Word::Alive { step, asked } => {
                 let asked = Seconds(asked as f64 * 1e-3);
-                Heard::Event(Event::Alive { rank, incarnation, step, asked })
+                Heard::Event(Event::Alive { seat, incarnation, step, asked })
             }
             Word::Ready { address, step } => {
-                Heard::Event(Event::Ready { rank, incarnation, address, step })
+                Heard::Event(Event::Ready { seat, incarnation, address, step })
             }
-            Word::Leaving { code, words } => Heard::Leaving(rank, incarnation, (code, words)),
+            Word::Leaving { code, words } => Heard::Leaving(seat, incarnation, (code, words)),
         };
         if tell.send(heard).is_err() {
             return;
