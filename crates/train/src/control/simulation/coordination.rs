@@ -205,7 +205,9 @@ impl World {
         for action in actions {
             self.act(term, action)?;
         }
-        if let (Some(Bug::MeetsWithoutAll), Event::Ready { seat, .. }) = (self.bug, event) {
+        if let (Some(Bug::MeetsWithoutAll), Event::Ready { seat, .. }) = (self.bug, event)
+            && seat.0 < self.plan.ranks
+        {
             let number = self.generation.number.max(1);
             let (rank, ranks) = (Rank(seat.0), self.plan.ranks);
             self.to(0.01, seat, Doing::Meet { term, number, rank, ranks });
@@ -308,9 +310,10 @@ impl World {
 
     /// A process is gone, which nobody but the others of its generation sees.
     pub fn vanish(&mut self, seat: Seat) {
+        let number = Some(self.generation.number);
         let process = self.process(seat);
         (process.alive, process.halted) = (false, false);
-        if process.generation.take().is_some() {
+        if process.generation.take() == number {
             self.lose(seat);
         }
         self.launch_again();
@@ -332,7 +335,7 @@ impl World {
         let (delay, launch) = (self.delay(), self.launch);
         let event = Event::Ended { seat, incarnation, end };
         self.after(delay, Happening::Hear { launch, term, event });
-        if end != End::Completed && generation.is_some() {
+        if end != End::Completed && generation == Some(self.generation.number) {
             self.lose(seat);
         }
         self.launch_again();

@@ -72,7 +72,7 @@ impl World {
                 self.vanish(other);
             }
         }
-        let time = self.dice.below(20_000) as f64 * 1e-3;
+        let time = (1000 + self.dice.below(20_000)) as f64 * 1e-3;
         self.after(time, Happening::Return(host as u32));
     }
 

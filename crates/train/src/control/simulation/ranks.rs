@@ -15,7 +15,7 @@ const MEETING: f64 = 10.0;
 const WAIT: f64 = 20.0;
 /// How long fewer ranks may go on with nothing wrong: longer than the longest pause before a start, and
 /// than any word is held up.
-const SHORT: f64 = 30.0;
+const SHORT: f64 = 20.0;
 /// Between two looks at what others have written.
 const COMMIT_PAUSE: f64 = 0.05;
 
@@ -34,6 +34,7 @@ impl World {
             self.end(seat, End::Lost);
             return Ok(());
         }
+        let current = generation.filter(|number| *number == self.generation.number);
         match doing {
             Doing::Up => self.come_up(seat),
             Doing::Beat => self.beat(seat),
@@ -48,11 +49,18 @@ impl World {
                 return self.meet(seat, number, (rank, ranks));
             }
             Doing::Called(of) if of == term => self.process(seat).called = true,
-            Doing::Fail(of) if generation == Some(of) => self.fail(seat),
-            Doing::Reach(of) if generation == Some(of) => self.reach(seat),
-            Doing::Done(of) if generation == Some(of) => return self.done(seat),
-            Doing::Write { generation: of, state } => return self.write(seat, of, state),
-            Doing::Commit { generation: of, state } if generation == Some(of) => {
+            Doing::Fail(of) if current == Some(of) => self.fail(seat),
+            Doing::Fail(of) if generation == Some(of) => {
+                // The others have gone on without it.
+                self.process(seat).generation = None;
+                self.say_ready(seat);
+            }
+            Doing::Reach(of) if current == Some(of) => self.reach(seat),
+            Doing::Done(of) if current == Some(of) => return self.done(seat),
+            Doing::Write { generation: of, place, state } => {
+                return self.write(seat, of, place, state);
+            }
+            Doing::Commit { generation: of, state } if current == Some(of) => {
                 return self.commit(seat, of, state);
             }
             Doing::Fail(_)
@@ -192,7 +200,7 @@ impl World {
         let lost = self.before.iter().filter(|(seat, who)| {
             !seats.contains(seat) || self.processes[seat.index()].who != *who
         });
-        let (lost, from_memory) = (lost.count(), self.newest_copies(&seats));
+        let (single, from_memory) = (lost.count() <= 1, self.newest_copies(&seats));
         let state = match from_memory {
             Some(state) => state,
             None => self.checkpoints.newest(&self.right)?.unwrap_or(State::START),
@@ -200,8 +208,8 @@ impl World {
         let step = state.step;
         let redone = self.done.saturating_sub(step);
         self.done = step;
-        if lost <= 1 && self.plan.copy_every == 1 && redone > lost as u64 {
-            return Err(format!("{redone} steps are to be done again for {lost} rank(s)"));
+        if single && self.plan.copy_every == 1 && redone > 1 {
+            return Err(format!("{redone} steps are to be done again for one rank"));
         }
         self.survived.redone += redone;
         for (rank, seat) in (0..).map(Rank).zip(&seats) {
@@ -217,10 +225,12 @@ impl World {
             }
         }
         self.generation.works = true;
+        self.calm = self.calm.max(self.now);
         for seat in seats {
             if step == self.plan.steps {
-                let state = self.process(seat).state;
-                self.to(0.01, seat, Doing::Write { generation: number, state });
+                let Process { state, rank, .. } = *self.process(seat);
+                let place = (rank, ranks);
+                self.to(0.01, seat, Doing::Write { generation: number, place, state });
             } else {
                 self.compute(seat);
             }
@@ -338,7 +348,8 @@ impl World {
             // One save after the other.
             let at = (self.now + self.delay()).max(self.process(seat).writes);
             self.process(seat).writes = at + 1e-6;
-            self.to(at - self.now, seat, Doing::Write { generation: number, state });
+            let place = (rank, ranks);
+            self.to(at - self.now, seat, Doing::Write { generation: number, place, state });
         }
         if parts == Some(state.step) {
             self.deliver(seat);
@@ -360,7 +371,7 @@ impl World {
     /// Once nothing bad has happened for long, no generation goes on with fewer ranks than there could be.
     fn check_growth(&self) -> Result<(), String> {
         let there = self.processes.iter().filter(|process| process.alive && !process.halted);
-        let long = self.now - self.calm > SHORT && self.cut < self.now;
+        let long = self.now - self.calm.max(self.cut) > SHORT;
         let enough = there.count() >= self.plan.ranks as usize;
         let ranks = self.generation.ranks();
         if long && enough && ranks < self.plan.ranks {
@@ -375,15 +386,20 @@ impl World {
     }
 
     /// A rank writes its part of a checkpoint; rank 0 then waits for the others.
-    fn write(&mut self, seat: Seat, number: u64, state: State) -> Result<(), String> {
-        let (rank, ranks) = (self.process(seat).rank, self.generation.ranks());
-        if !self.checkpoints.write((rank, ranks), number, state) && number == self.generation.number {
+    fn write(
+        &mut self,
+        seat: Seat,
+        number: u64,
+        place: (Rank, u32),
+        state: State,
+    ) -> Result<(), String> {
+        if !self.checkpoints.write(place, number, state) && number == self.generation.number {
             self.generation.unsaved = self.generation.unsaved.max(Some(state.step));
         }
         if self.checkpoints.crashed() {
             return self.lose_power(seat);
         }
-        if rank == Rank(0) {
+        if place.0 == Rank(0) {
             self.to(COMMIT_PAUSE, seat, Doing::Commit { generation: number, state });
         } else if self.ends_after(seat, number, state) {
             // It says whether it has written, and ends.

@@ -219,8 +219,8 @@ pub enum Doing {
     Orphaned(u64),
     /// It is killed by the coordinator.
     Killed,
-    /// It writes its part of a checkpoint.
-    Write { generation: u64, state: State },
+    /// As which rank of how many it writes its part of a checkpoint.
+    Write { generation: u64, place: (Rank, u32), state: State },
     /// Rank 0 looks whether all have written theirs.
     Commit { generation: u64, state: State },
 }
