@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use collective::{Collective, Kind, chunk_range};
 use serde_json::json;
-use train::control::{Lifeline, Policy, supervise};
+use train::control::{self, Lifeline, Policy, supervise};
 use train::Identity;
 use transport::{Buffer, Communicator, Group, Limits, Probe, Rendezvous};
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
@@ -130,7 +130,7 @@ fn start(args: &CollectivesArgs) -> Result<()> {
     };
     let ranks = args.ranks;
     let policy = Policy { ranks, seats_per_host: ranks, silence: Seconds(60.0), ..POLICY };
-    Ok(supervise(policy, None, command)?)
+    Ok(supervise(policy, control::Place::default(), command, |_| ())?)
 }
 
 /// This process as one rank.

@@ -39,8 +39,8 @@ fn layout(job: &Job, ranks: u32) -> Option<Layout> {
     })
 }
 
-/// What the coordinator of a job goes by.
-pub fn policy(job: &Job) -> Policy {
+/// What the coordinator of a job goes by, on this host alone or on several.
+pub fn policy(job: &Job, several: bool) -> Policy {
     let ranks = job.cluster.accelerators;
     let RecoverySection { restarts, silence_s, when_short, replace_within_s, spare_ranks, .. } =
         job.recovery;
@@ -51,7 +51,10 @@ pub fn policy(job: &Job) -> Policy {
             (fewer.collect(), replace_within_s)
         }
     };
-    let seats_per_host = ranks + spare_ranks;
+    let seats_per_host = match job.launch.ranks_per_host {
+        Some(ranks) if several => ranks,
+        _ => ranks + spare_ranks,
+    };
     Policy { ranks, fewer, patience, seats_per_host, restarts, silence: silence_s, ..POLICY }
 }
 
@@ -72,19 +75,19 @@ mod tests {
     #[test]
     fn the_data_axis_shrinks_and_the_batch_stays() {
         let four = job(4, "micro_batch = 2");
-        assert_eq!(policy(&four).fewer, [3, 2, 1]);
+        assert_eq!(policy(&four, false).fewer, [3, 2, 1]);
         let three = over(&four, 3).unwrap();
         assert_eq!((three.layout.mesh.data, three.layout.micro_batch), (3, 2));
         assert_eq!(three.layout.microbatches(&three.batch()), 4);
         // Five do not divide the batch.
-        assert_eq!(policy(&job(6, "micro_batch = 4")).fewer, [4, 3, 2, 1]);
+        assert_eq!(policy(&job(6, "micro_batch = 4"), false).fewer, [4, 3, 2, 1]);
         assert_eq!(over(&job(6, "micro_batch = 4"), 4).unwrap().layout.micro_batch, 2);
     }
 
     #[test]
     fn what_splits_the_model_stays_while_it_can() {
         let eight = job(8, "pipeline = 2\ntensor = 2\nmicro_batch = 2");
-        assert_eq!(policy(&eight).fewer, [6, 4, 2]);
+        assert_eq!(policy(&eight, false).fewer, [6, 4, 2]);
         let mesh = over(&eight, 6).unwrap().layout.mesh;
         assert_eq!((mesh.data, mesh.tensor, mesh.pipeline), (3, 2, 2));
         let mesh = over(&eight, 2).unwrap().layout.mesh;

@@ -86,9 +86,9 @@ impl Kept {
     fn new(life: &Life<'_>, job: &Job, rank: Rank) -> Self {
         let called = life.lifeline.as_ref().map(Lifeline::called).unwrap_or_default();
         let every = job.recovery.replicate_every_steps;
-        // Of one host there are only local ranks, so the next rank is as good as any other.
         let replicas = life.lifeline.as_ref().filter(|_| job.recovery.restarts > 0 && every > 0);
-        let replicas = replicas.map(|_| Replicas::new(every, 1));
+        // On the next host, if there is one.
+        let replicas = replicas.map(|lifeline| Replicas::new(every, lifeline.ranks_per_host()));
         let stop = Arc::clone(&life.stop);
         let compare_every_steps = job.recovery.compare_every_steps;
         let (ranks, steps) = (job.cluster.accelerators, job.training.steps);

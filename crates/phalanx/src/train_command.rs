@@ -1,17 +1,19 @@
 //! `phalanx train`: starts local ranks, or is one rank of a job.
 
-use std::path::Path;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
 #[cfg(feature = "burn")]
 use compute::Burn;
 use compute::{Cpu, Operators};
 use data::{Prepared, Sampler, Sampling, Source, TokenizerSource};
-use train::control::{Lifeline, Meeting, Policy, Standing, stand_by, supervise};
+use train::control::{self, Lifeline, Meeting, Place, Policy, Standing, stand_by, supervise};
 use train::{Batches, Identity, Launcher};
 use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Secret};
 use units::{Rank, Seconds};
@@ -48,34 +50,37 @@ pub const POLICY: Policy = Policy {
 const MEASURE_ONLY: &str = "PHALANX_MEASURE_ONLY";
 
 /// What a run begins with besides its job.
-#[derive(Default)]
-struct Begin<'a> {
-    /// The run to go on from.
-    resume: Option<&'a Path>,
-    /// Faults to inject, and how they were written.
-    chaos: Option<Chaos>,
-    spec: Option<&'a str>,
-    /// Only take over when whoever coordinates the run is lost.
+#[derive(Debug, Default, Args)]
+pub struct TrainOptions {
+    /// Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
+    #[arg(long, value_name = "RUN")]
+    resume: Option<PathBuf>,
+    /// Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
+    #[arg(long, value_name = "SPEC")]
+    chaos: Option<String>,
+    /// Start nothing yet: take over when the launcher that [recovery] register names is lost
+    #[arg(long, conflicts_with_all = ["listen", "join"])]
     standby: bool,
+    /// Coordinate ranks of several hosts, which reach this one here: [launch] `ranks_per_host` of each that joins
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Start ranks on this host for the launcher that listens there; more hosts than needed are spare
+    #[arg(long, value_name = "HOST:PORT", conflicts_with = "listen")]
+    join: Option<String>,
 }
 
 fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// Trains the job: as one rank when a launcher says so, else with all ranks on this host.
-pub fn train(
-    args: &JobArgs,
-    resume: Option<&Path>,
-    chaos: Option<&str>,
-    standby: bool,
-) -> Result<()> {
+/// Trains the job: as one rank when a launcher says so, else with the ranks of this host and those that
+/// join.
+pub fn train(args: &JobArgs, options: &TrainOptions) -> Result<()> {
     let identity = Identity::read(&environment)?;
     let job = checked(args)?;
-    let begin = Begin { resume, chaos: chaos.map(str::parse).transpose()?, spec: chaos, standby };
     match identity {
-        Some(identity) => rank(args, &job, &identity, &begin),
-        None => start(args, &job, &begin, None),
+        Some(identity) => rank(args, &job, &identity, options),
+        None => start(args, &job, options, None),
     }
 }
 
@@ -83,7 +88,7 @@ pub fn train(
 pub fn measure_only(args: &JobArgs, job: &Job) -> Result<Machine> {
     let folder = std::env::temp_dir();
     let file = folder.join(format!("phalanx-machine-{}.json", std::process::id()));
-    let outcome = start(args, job, &Begin::default(), Some(&file));
+    let outcome = start(args, job, &TrainOptions::default(), Some(&file));
     let machine =
         outcome.and_then(|()| Machine::read(&file, &job.model, job.layout.shape(&job.batch())));
     drop(std::fs::remove_file(&file));
@@ -100,13 +105,21 @@ fn checked(args: &JobArgs) -> Result<Job> {
     Ok(job)
 }
 
-/// Prepares the data and starts every rank of the job on this host.
-fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Path>) -> Result<()> {
+/// Prepares the data and starts the ranks of the job on this host.
+fn start(
+    args: &JobArgs,
+    job: &Job,
+    options: &TrainOptions,
+    measure_only: Option<&Path>,
+) -> Result<()> {
+    let TrainOptions { resume, chaos, standby, listen, join } = options;
+    chaos.as_deref().map(str::parse::<Chaos>).transpose()?;
     prepare(job, args.json || measure_only.is_some())?;
     let ranks = job.cluster.accelerators;
-    let alone_on_purpose = ranks == 1 && job.recovery.spare_ranks == 0;
-    if alone_on_purpose && measure_only.is_none() && !begin.standby {
-        return rank(args, job, &alone()?, begin);
+    let several = listen.is_some() || join.is_some();
+    let only = ranks == 1 && job.recovery.spare_ranks == 0 && !several && !standby;
+    if only && measure_only.is_none() {
+        return rank(args, job, &alone()?, options);
     }
     let program = std::env::current_exe().context("cannot find this program again")?;
     let command = || {
@@ -114,23 +127,38 @@ fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Pat
         command.arg("train").arg(&args.job);
         command.args(args.set.iter().flat_map(|setting| ["--set", setting]));
         command.args(args.json.then_some("--json"));
-        command.args(begin.resume.iter().flat_map(|run| [Path::new("--resume"), run]));
-        command.args(begin.spec.iter().flat_map(|spec| ["--chaos", spec]));
+        command.args(resume.iter().flat_map(|run| [Path::new("--resume"), run]));
+        command.args(chaos.iter().flat_map(|spec| ["--chaos", spec]));
         command.envs(measure_only.map(|file| (MEASURE_ONLY, file)));
         command.env("RAYON_NUM_THREADS", job.cluster.threads_per_rank.to_string());
         command
     };
     let policy = match measure_only {
         Some(_) => Policy { ranks, seats_per_host: ranks, ..POLICY },
-        None => elastic::policy(job),
+        None => elastic::policy(job, several),
     };
     let register = job.recovery.register.as_deref().filter(|_| measure_only.is_none());
-    let done = match register {
-        Some(register) if begin.standby => stand_by(policy, register, command, tell_standing),
-        None if begin.standby => bail!(
+    let secret = || train::secret(&environment);
+    let done = match (register, join, listen) {
+        (_, Some(place), _) => {
+            let address = place.to_socket_addrs().ok().and_then(|mut found| found.next());
+            let address = address.with_context(|| format!("--join: `{place}` has no address"))?;
+            control::join(address, &secret()?, (ranks, policy.seats_per_host), command)
+        }
+        (Some(register), ..) if *standby => stand_by(policy, register, command, tell_standing),
+        _ if *standby => bail!(
             "--standby needs [recovery] register, where it is written who coordinates the run: a folder, or etcd://HOST:PORT/NAME"
         ),
-        register => supervise(policy, register, command),
+        (Some(_), _, Some(_)) => bail!(
+            "[recovery] register is for runs of one host as yet; leave it out, or --listen"
+        ),
+        (_, _, listen) => {
+            let secret = listen.is_some().then(secret).transpose()?;
+            let place = Place { register, listen: listen.zip(secret.as_ref()) };
+            supervise(policy, place, command, |address| {
+                println!("listening      hosts join with --join {address}");
+            })
+        }
     };
     Ok(done.map_err(in_our_words)?)
 }
@@ -200,28 +228,28 @@ fn prepare(job: &Job, quiet: bool) -> Result<(Prepared, Sampler)> {
 }
 
 /// This process as one rank, on the device that the job names.
-fn rank(args: &JobArgs, job: &Job, identity: &Identity, begin: &Begin<'_>) -> Result<()> {
+fn rank(args: &JobArgs, job: &Job, identity: &Identity, options: &TrainOptions) -> Result<()> {
     match job.cluster.device {
         DeviceName::Cpu => {
             let threads = job.cluster.threads_per_rank as usize;
-            rank_on(Cpu::new(threads, job.local_precision()?), args, job, identity, begin)
+            rank_on(Cpu::new(threads, job.local_precision()?), args, job, identity, options)
         }
         #[cfg(feature = "burn")]
-        DeviceName::BurnFlex => rank_on(Burn::flex(), args, job, identity, begin),
+        DeviceName::BurnFlex => rank_on(Burn::flex(), args, job, identity, options),
         #[cfg(feature = "burn-cuda")]
         DeviceName::Cuda => {
-            rank_on(Burn::cuda(identity.local_rank as usize), args, job, identity, begin)
+            rank_on(Burn::cuda(identity.local_rank as usize), args, job, identity, options)
         }
         #[cfg(feature = "burn-rocm")]
         DeviceName::Rocm => {
-            rank_on(Burn::rocm(identity.local_rank as usize), args, job, identity, begin)
+            rank_on(Burn::rocm(identity.local_rank as usize), args, job, identity, options)
         }
         #[cfg(feature = "burn-vulkan")]
         DeviceName::Vulkan => {
-            rank_on(Burn::vulkan(identity.local_rank as usize), args, job, identity, begin)
+            rank_on(Burn::vulkan(identity.local_rank as usize), args, job, identity, options)
         }
         #[cfg(feature = "burn-metal")]
-        DeviceName::Metal => rank_on(Burn::metal(), args, job, identity, begin),
+        DeviceName::Metal => rank_on(Burn::metal(), args, job, identity, options),
         #[allow(unreachable_patterns, reason = "a build may have every device")]
         _ => unreachable!("the job was checked to name a device of this build"),
     }
@@ -232,10 +260,10 @@ fn rank_on<O: Operators>(
     args: &JobArgs,
     job: &Job,
     identity: &Identity,
-    begin: &Begin<'_>,
+    options: &TrainOptions,
 ) -> Result<()> {
-    let Begin { resume, chaos, .. } = begin;
-    let resume = *resume;
+    let resume = options.resume.as_deref();
+    let chaos: Option<Chaos> = options.chaos.as_deref().map(str::parse).transpose()?;
     let stop = Arc::new(AtomicBool::new(false));
     // Before anything that takes time: who is asked to stop while it prepares does so after a step.
     checkpointing::stop_on_signals(&stop)?;

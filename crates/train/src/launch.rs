@@ -189,6 +189,13 @@ impl Children {
         }
     }
 
+    /// Waits until all have ended.
+    pub(crate) fn wait(&self) {
+        while self.any_left() {
+            std::thread::sleep(LOOK);
+        }
+    }
+
     /// Whether a process has not ended.
     pub(crate) fn any_left(&self) -> bool {
         self.lock().values().any(|process| !process.over)

@@ -37,6 +37,7 @@ pub use replicas::Replicas;
 pub use resume::{Resumed, resume};
 pub use run::{Event, Outcome, Programs, Settings, StateSource, run};
 pub use safekeeping::{Checkpoints, Safekeeping};
+pub use secret::secret;
 pub use state::{restore, saved_blocks, snapshot};
 pub use worker::{Clock, Device, Worker};
 

@@ -484,6 +484,13 @@ impl Coordinator {
             Event::Departed { host } => {
                 // Its processes may go on without it, and are heard of if they do.
                 self.hosts[host as usize] = false;
+                let first = host * self.policy.seats_per_host;
+                for seat in (first..first + self.policy.seats_per_host).map(Seat) {
+                    // One that comes up nevertheless is granted no time.
+                    if self.members[seat.index()].phase == Phase::Starting {
+                        self.enter(seat, Phase::Down { until: now });
+                    }
+                }
                 vec![]
             }
             Event::Tick | Event::Confirmed { .. } | Event::Superseded => self.tick(now),

@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, getpid, kill_process};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
+use transport::Secret;
 
 use super::{Answer, CONTROL, Control, FENCE, LINE_LIMIT, Meeting, Record, Register, Seat, Word};
 
 /// How often a rank says that it lives.
-const HEARTBEAT: Duration = Duration::from_millis(500);
+pub(super) const HEARTBEAT: Duration = Duration::from_millis(500);
 /// How often a rank whose coordinator is lost looks for another.
 const LOOK: Duration = Duration::from_millis(50);
 /// The most characters of its last words that a process passes on.
@@ -36,6 +38,7 @@ struct Shared {
     step: AtomicU64,
     /// Until when this process may go on, in milliseconds since its beginning.
     granted: AtomicU64,
+    ranks_per_host: u32,
     /// Set when the ranks are called together, since there could be more of them.
     called: Arc<AtomicBool>,
     link: Mutex<Link>,
@@ -59,22 +62,33 @@ impl Lifeline {
         stop: Arc<AtomicBool>,
     ) -> io::Result<Option<Self>> {
         let Some(text) = environment(CONTROL) else { return Ok(None) };
-        let Control { record, seat, incarnation, register } = serde_json::from_str(&text)?;
+        let control: Control = serde_json::from_str(&text)?;
+        let Control { record, seat, incarnation, register, fenced, ranks_per_host } = control;
         let register = register.as_deref().map(Register::at).transpose()?;
-        let fence = if register.is_some() { FENCE.as_millis() as u64 } else { u64::MAX };
+        let fence = if fenced { FENCE.as_millis() as u64 } else { u64::MAX };
         let socket = greet(&record, Some(seat), incarnation)?;
         let reader = socket.try_clone()?;
         let link = Mutex::new(Link { socket, ready: None });
         let (step, granted) = (AtomicU64::new(0), AtomicU64::new(fence));
         let (begin, called) = (Instant::now(), Arc::default());
-        let shared = Arc::new(Shared { seat, incarnation, begin, step, granted, called, link });
+        let shared = Arc::new(Shared {
+            seat,
+            incarnation,
+            begin,
+            step,
+            granted,
+            ranks_per_host,
+            called,
+            link,
+        });
         let (meet, meetings) = mpsc::channel();
         let tending = Arc::clone(&shared);
         std::thread::spawn(move || {
             tending.tend(reader, record.term, register.as_ref(), &meet);
             stop.store(true, Ordering::Relaxed);
             let newest = register.map(|register| register.newest());
-            if !matches!(newest, None | Some(Ok(Some(Record { address: None, .. })))) {
+            let over = matches!(newest, Some(Ok(Some(Record { address: None, .. }))));
+            if fenced && !over {
                 // Not over: there may be another coordinator that does not find this process.
                 while tending.may_go_on() {
                     std::thread::sleep(LOOK);
@@ -92,6 +106,12 @@ impl Lifeline {
     #[must_use]
     pub fn seat(&self) -> Seat {
         self.shared.seat
+    }
+
+    /// How many ranks each host has, so that ranks so far apart are on different ones.
+    #[must_use]
+    pub fn ranks_per_host(&self) -> u32 {
+        self.shared.ranks_per_host
     }
 
     /// The number of this process among those of its seat, from 0.
@@ -206,7 +226,8 @@ impl Shared {
         let patience = FENCE.mul_f64(0.75).as_millis() as u64;
         loop {
             let asked = self.clock();
-            let silent = replaceable && asked + patience > self.granted.load(Ordering::Relaxed);
+            let granted = self.granted.load(Ordering::Relaxed);
+            let silent = if replaceable { asked + patience > granted } else { asked > granted };
             let step = self.step.load(Ordering::Relaxed);
             if silent || !self.say(Word::Alive { step, asked }) {
                 return self.lock().socket.shutdown(Shutdown::Both).unwrap_or_default();
@@ -231,6 +252,8 @@ impl Shared {
                     // Nobody listens once the run is done.
                     drop(meet.send(meeting));
                 }
+                // Those are for hosts.
+                Some(Answer::Start(_) | Answer::Kill { .. } | Answer::Over { .. }) => {}
                 None => return,
             }
         }
@@ -269,13 +292,21 @@ impl Shared {
 
 /// Connects to a coordinator and says who this is: a process of a seat, or somebody who only watches.
 fn greet(record: &Record, seat: Option<Seat>, incarnation: u64) -> io::Result<TcpStream> {
-    let Record { address: Some(address), secret, .. } = record.clone() else {
-        return Err(io::ErrorKind::NotFound.into());
-    };
-    let mut socket = TcpStream::connect_timeout(&address, LIMIT)?;
+    let mut socket = prove(record)?;
+    say(&mut socket, Word::Hello { seat, incarnation, process: std::process::id() })?;
+    Ok(socket)
+}
+
+/// Connects to a coordinator; both prove to know the run's secret.
+pub(super) fn prove(record: &Record) -> io::Result<TcpStream> {
+    let nowhere = || io::Error::from(io::ErrorKind::NotFound);
+    let address = record.address.ok_or_else(nowhere)?;
+    let secret = Secret::new(&record.secret).ok_or_else(nowhere)?;
+    let socket = TcpStream::connect_timeout(&address, LIMIT)?;
     socket.set_nodelay(true)?;
-    let process = std::process::id();
-    say(&mut socket, Word::Hello { seat, incarnation, process, secret })?;
+    transport::prove(&socket, &secret, Instant::now() + LIMIT)?;
+    socket.set_read_timeout(None)?;
+    socket.set_write_timeout(None)?;
     Ok(socket)
 }
 
@@ -316,7 +347,7 @@ pub(super) fn say(socket: &mut TcpStream, word: impl Serialize) -> io::Result<()
 }
 
 /// Hears a line; `None` at the end, or when what is said is no word.
-pub(super) fn hear(reader: &mut BufReader<TcpStream>) -> Option<Word> {
+pub(super) fn hear<T: DeserializeOwned>(reader: &mut BufReader<TcpStream>) -> Option<T> {
     let mut line = String::new();
     reader.take(LINE_LIMIT).read_line(&mut line).ok()?;
     serde_json::from_str(&line).ok()
