@@ -188,6 +188,9 @@ struct SimulateOptions {
     /// Write a Chakra trace for every rank
     #[arg(long, requires = "chakra")]
     chakra_every_rank: bool,
+    /// Play weeks of such steps under failures too, with the code that recovers runs: [goodput] says how often
+    #[arg(long)]
+    faults: bool,
 }
 
 /// What every message on standard error begins with.

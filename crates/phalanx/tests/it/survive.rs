@@ -311,6 +311,58 @@ fn fewer_ranks_go_on_at_once_and_all_of_them_when_the_lost_one_is_back() {
     assert_eq!(ranks, [3, 4, 3, 4]);
 }
 
+/// A run on hosts of two ranks each, played by processes of this one: the launcher, what it prints, and
+/// where hosts join it.
+fn listening(place: &Place) -> (Child, impl Iterator<Item = String> + use<>, String) {
+    let (launcher, mut lines) = start(place, &["train", "job.toml", "--listen", "127.0.0.1:0"]);
+    let said = lines.find(|line| line.contains("hosts join with --join")).unwrap();
+    (launcher, lines, said.rsplit(' ').next().unwrap().to_owned())
+}
+
+/// Kills all processes of a host at once.
+fn kill_host(place: &Place, mut agent: Child, seats: [u32; 2]) {
+    let processes = seats.map(|seat| process_of(place, seat).unwrap());
+    kill_process(Pid::from_child(&agent), Signal::KILL).unwrap();
+    processes.map(|process| kill_process(process, Signal::KILL).unwrap());
+    agent.wait().unwrap();
+}
+
+#[test]
+fn a_lost_host_is_done_without_until_it_is_back() {
+    let place = Place::new();
+    let job = endless("when_short = \"shrink\"\nreplace_within_s = 0.0\n");
+    place.write("job.toml", job + "\n[launch]\nranks_per_host = 2\n");
+    let (launcher, mut lines, address) = listening(&place);
+    let join = || start(&place, &["train", "job.toml", "--join", &address]).0;
+    let agent = join();
+    assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
+    kill_host(&place, agent, [2, 3]);
+    assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
+        && line.contains(", 2 rank(s): rank")));
+    let mut again = join();
+    assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
+        && line.contains(", 4 rank(s): after step")));
+    stop_and_compare(&place, launcher, lines);
+    // It is told that the run is over.
+    assert_eq!(again.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn a_spare_host_takes_the_place_of_a_lost_one() {
+    let place = Place::new();
+    place.write("job.toml", endless("") + "\n[launch]\nranks_per_host = 2\n");
+    let (launcher, mut lines, address) = listening(&place);
+    let join = || start(&place, &["train", "job.toml", "--join", &address]).0;
+    let agent = join();
+    assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
+    let mut spare = join();
+    kill_host(&place, agent, [2, 3]);
+    assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
+        && line.contains(", 4 rank(s): rank")));
+    stop_and_compare(&place, launcher, lines);
+    assert_eq!(spare.wait().unwrap().code(), Some(1));
+}
+
 #[test]
 fn a_spare_takes_the_place_of_a_lost_rank() {
     let place = Place::new();
