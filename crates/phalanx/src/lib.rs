@@ -303,6 +303,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             | Train::Diverged { .. }
             | Train::Spiked { .. }
             | Train::Drifted { .. }
+            | Train::Host { .. }
             | Train::Superseded { .. },
         ) => FAILED,
         _ => BAD_INPUT,

@@ -128,6 +128,12 @@ pub enum Error {
         /// The term that is over.
         term: u64,
     },
+    /// Whoever coordinates the run cannot be joined from this host, or says that the run failed.
+    #[error("{reason}")]
+    Host {
+        /// What is known of it.
+        reason: String,
+    },
     /// A rank was lost again and again, with no step done in between.
     #[error(
         "{rank}: {reason}. Ranks were lost {times} times with no step done in between: do not start the run again as it is"

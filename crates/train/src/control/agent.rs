@@ -7,7 +7,6 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use transport::Secret;
-use units::Rank;
 
 use super::lifeline::{HEARTBEAT, hear, prove, say};
 use super::{Answer, FENCE, Record, Word, host_name};
@@ -31,7 +30,7 @@ enum Heard {
 /// is over. When the coordinator is lost they save what they can and end, as ever.
 ///
 /// # Errors
-/// When nobody coordinates there, or the run failed; [`Error::Process`] says why.
+/// When nobody coordinates there, or the run failed; [`Error::Host`] says why.
 pub fn join(
     address: SocketAddr,
     secret: &Secret,
@@ -77,7 +76,7 @@ pub fn join(
             Answer::Kill { seat, incarnation } => children.kill(seat, incarnation),
             Answer::Over { failure: None } => return Ok(()),
             Answer::Over { failure: Some(reason) } => {
-                return Err(Error::Process { rank: Rank(0), reason, code: Some(1) });
+                return Err(Error::Host { reason: format!("the run is over: {reason}") });
             }
             Answer::Granted { .. } | Answer::Called | Answer::Meet(_) => {}
         }
@@ -85,8 +84,7 @@ pub fn join(
 }
 
 fn failed(error: io::Error) -> Error {
-    let reason = format!("cannot join whoever coordinates the run: {error}");
-    Error::Process { rank: Rank(0), reason, code: None }
+    Error::Host { reason: format!("cannot join whoever coordinates the run: {error}") }
 }
 
 /// Connects, and passes on what is said there.
