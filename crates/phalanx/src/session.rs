@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Instant, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use checkpoint::hugging_face::Weights;
 use checkpoint::sharded::{Kind, Progress};
 use compute::{Operators, Stage};
@@ -28,6 +28,7 @@ use units::{Bytes, Rank, Seconds};
 use crate::chaos::Chaos;
 use crate::checkpointing;
 use crate::dashboards::Dashboards;
+use crate::elastic;
 use crate::figures::Figures;
 use crate::flight_record;
 use crate::job::Job;
@@ -40,8 +41,8 @@ use crate::watch::Watch;
 
 /// How a rank meets the others, at first and again.
 pub struct Life<'a> {
-    /// The ranks it has met already.
-    pub met: Option<Communicator>,
+    /// The ranks it has met already, and when it was told to, unless nothing was done before.
+    pub met: Option<(Option<Meeting>, Communicator)>,
     /// To the coordinator of the run, if there is one.
     pub lifeline: Option<Lifeline>,
     /// Meets whoever is there when the coordinator says so; also what it said.
@@ -83,10 +84,11 @@ struct Kept {
 
 impl Kept {
     fn new(life: &Life<'_>, job: &Job, rank: Rank) -> Self {
+        let called = life.lifeline.as_ref().map(Lifeline::called).unwrap_or_default();
         let every = job.recovery.replicate_every_steps;
-        // Of one host there are only local ranks, so the next rank is as good as any other.
         let replicas = life.lifeline.as_ref().filter(|_| job.recovery.restarts > 0 && every > 0);
-        let replicas = replicas.map(|_| Replicas::new(every, 1));
+        // On the next host, if there is one.
+        let replicas = replicas.map(|lifeline| Replicas::new(every, lifeline.ranks_per_host()));
         let stop = Arc::clone(&life.stop);
         let compare_every_steps = job.recovery.compare_every_steps;
         let (ranks, steps) = (job.cluster.accelerators, job.training.steps);
@@ -95,7 +97,7 @@ impl Kept {
             life.chaos.filter(|_| life.lifeline.as_ref().is_none_or(|it| !it.is_replacement()));
         let flips = flips.map(|chaos| chaos.flips(rank, ranks, steps)).unwrap_or_default();
         let safekeeping =
-            Safekeeping { stop, replicas, checkpoints: None, compare_every_steps, flips };
+            Safekeeping { stop, called, replicas, checkpoints: None, compare_every_steps, flips };
         let (trusted, drifts) = (u64::MAX, 0);
         Self {
             folder: None,
@@ -115,14 +117,18 @@ impl Kept {
 
 /// One rank's way from the job to the summary.
 pub struct Session<'a, O> {
-    /// The job.
-    pub job: &'a Job,
+    /// The job, over as many ranks as there are at present.
+    pub job: Job,
     /// What it lowers to.
     pub programs: Programs,
     /// This machine, once measured.
     pub machine: Option<Machine>,
     /// Whether this rank talks to the user.
     pub speaks: bool,
+    /// Whether rank 0 does.
+    talks: bool,
+    /// The job as it was asked for.
+    whole: &'a Job,
     rank: Rank,
     started: SystemTime,
     batches: &'a Batches,
@@ -130,27 +136,47 @@ pub struct Session<'a, O> {
 }
 
 impl<'a, O: Operators> Session<'a, O> {
-    /// Ready to measure and train; `speaks` on the rank that talks to the user.
+    /// Ready to measure and train; rank 0 `talks` to the user, or not.
     pub fn new(
         operators: O,
-        job: &'a Job,
+        whole: &'a Job,
         rank: Rank,
         batches: &'a Batches,
-        speaks: bool,
+        talks: bool,
     ) -> Result<Self> {
-        let step = lowered(job)?;
-        let evaluation = evaluation_program(job)?;
-        let device = Device { operators, config: job.model.clone(), optimizer: job.optimizer() };
-        let outer = lower_outer(&job.model, &job.layout, &job.batch())?;
-        let programs = Programs { step, evaluation, outer };
-        let started = SystemTime::now();
-        Ok(Self { job, speaks, rank, started, batches, programs, device, machine: None })
+        let device =
+            Device { operators, config: whole.model.clone(), optimizer: whole.optimizer() };
+        Ok(Self {
+            job: whole.clone(),
+            programs: programs(whole)?,
+            machine: None,
+            speaks: false,
+            talks,
+            whole,
+            rank,
+            started: SystemTime::now(),
+            batches,
+            device,
+        })
+    }
+
+    /// Becomes the rank that it is among those that have met, which may be fewer or more than before.
+    pub fn take_place(&mut self, communicator: &Communicator) -> Result<()> {
+        self.rank = communicator.rank();
+        self.speaks = self.talks && self.rank == Rank(0);
+        let ranks = communicator.ranks();
+        if ranks != self.job.cluster.accelerators {
+            self.job = elastic::over(self.whole, ranks)
+                .with_context(|| format!("the job has no layout over {ranks} ranks"))?;
+            self.programs = programs(&self.job)?;
+        }
+        Ok(())
     }
 
     /// Says what is trained on what.
     pub fn introduce(&self, bytes: Bytes, documents: u64, sampler: &Sampler) {
         if self.speaks {
-            print!("{}", describe(self.job, &self.programs.step));
+            print!("{}", describe(&self.job, &self.programs.step));
             println!(
                 "data           {} of text in {} documents, {} tokens; {} windows to train on, {} held out",
                 bytes,
@@ -225,10 +251,12 @@ impl<'a, O: Operators> Session<'a, O> {
         resume: Option<&Path>,
     ) -> Result<()> {
         let predicted = self.predict()?;
-        let mut kept = Kept::new(life, self.job, self.rank);
+        let measured = self.job.cluster.accelerators;
+        let first = life.lifeline.as_ref().map_or(self.rank, |lifeline| Rank(lifeline.seat().0));
+        let mut kept = Kept::new(life, self.whole, first);
         loop {
             let (meeting, communicator) = match (life.met.take(), &life.lifeline) {
-                (Some(met), _) => (None, met),
+                (Some(met), _) => met,
                 (None, Some(lifeline)) => {
                     let met = (life.meet_again)(lifeline)
                         .context("the launcher of this rank is gone, or has given up")?;
@@ -254,6 +282,9 @@ impl<'a, O: Operators> Session<'a, O> {
                 Ok((outcome, losses)) => {
                     if let Some(folder) = &kept.folder {
                         tokenizer.save(&kept.path.join("model/tokenizer.json"))?;
+                        // What was predicted is a step of as many ranks as there were.
+                        let same = self.job.cluster.accelerators == measured;
+                        let predicted = predicted.filter(|_| same);
                         self.finish(folder, &outcome, predicted.as_ref(), losses, &kept.resident)?;
                     }
                     return Ok(());
@@ -273,11 +304,13 @@ impl<'a, O: Operators> Session<'a, O> {
     ) -> Result<(Outcome, [f64; 2])> {
         // Its thread must not save what this generation saves.
         kept.safekeeping.checkpoints = None;
+        self.take_place(&communicator)?;
         let mut worker = self.worker(communicator, resume.is_some() || meeting.is_some())?;
         let mut start = self.start();
         if let Some(run) = resume.filter(|_| meeting.is_none()) {
             start = self.resume(&mut worker, run)?;
         }
+        self.check_data(&mut worker)?;
         let attempt = self.agree_on_folder(&mut worker, kept)?;
         let mut happened = vec![];
         let number = meeting.as_ref().map_or(0, |meeting| meeting.generation);
@@ -287,10 +320,17 @@ impl<'a, O: Operators> Session<'a, O> {
             start = Progress { step, position: step * self.job.training.global_batch, ..start };
             let time_s = Seconds(kept.lost.elapsed().as_secs_f64());
             let steps_redone = furthest.saturating_sub(step.max(kept.left_out));
-            let seen = kept.seen.clone();
-            let event =
-                Event::Recovered { step, generation, time_s, source, steps_redone, losses, seen };
-            happened.push(event);
+            let (seen, ranks) = (kept.seen.clone(), self.job.cluster.accelerators);
+            happened.push(Event::Recovered {
+                step,
+                ranks,
+                generation,
+                time_s,
+                source,
+                steps_redone,
+                losses,
+                seen,
+            });
             if kept.left_out > step {
                 start.step = kept.left_out;
                 happened.push(Event::RolledBack { step: kept.left_out, to: step });
@@ -299,7 +339,7 @@ impl<'a, O: Operators> Session<'a, O> {
         let always: Arc<dyn Fn() -> bool + Send + Sync> = Arc::new(|| true);
         let is_ours = life.lifeline.as_ref().map_or(always, Lifeline::permission);
         let checkpoints =
-            checkpointing::checkpoints(self.job, self.rank, &kept.path, attempt, start, is_ours)?;
+            checkpointing::checkpoints(&self.job, self.rank, &kept.path, attempt, start, is_ours)?;
         kept.safekeeping.checkpoints = Some(checkpoints);
         let trained = self.run(&mut worker, kept, life, start.step, &happened);
         if let Err(error) = &trained
@@ -325,12 +365,14 @@ impl<'a, O: Operators> Session<'a, O> {
         resume: Option<&Path>,
     ) -> Result<(u64, StateSource)> {
         if let Some(replicas) = &mut kept.safekeeping.replicas
-            && let Some(step) = replicas.recover(worker, &self.programs.step)?
+            && let Some(step) = replicas.recover(worker, &self.programs.step, &|ranks| {
+                lowered(&elastic::over(self.whole, ranks)?).ok()
+            })?
         {
             return Ok((step, StateSource::Memory));
         }
         for run in std::iter::once(&*kept.path).chain(resume) {
-            let store = checkpointing::store(self.job, run)?;
+            let store = checkpointing::store(&self.job, run)?;
             match train::resume(worker, &self.programs.step, &store, &self.job.model, kept.trusted)
             {
                 Ok(resumed) => return Ok((resumed.progress.step, StateSource::Checkpoint)),
@@ -384,8 +426,8 @@ impl<'a, O: Operators> Session<'a, O> {
             return Ok(None);
         }
         let folder = RunFolder::create(&self.job.run.folder, &self.job.name)?;
-        checkpointing::claim(self.job, folder.path())?;
-        folder.write("job.toml", &self.job.resolved())?;
+        checkpointing::claim(&self.job, folder.path())?;
+        folder.write("job.toml", &self.whole.resolved())?;
         folder.write("program.txt", &self.programs.step.to_string())?;
         if let Some(machine) = &self.machine {
             folder.write_json("machine.json", machine)?;
@@ -401,10 +443,10 @@ impl<'a, O: Operators> Session<'a, O> {
 
     /// Fills the ranks with the newest checkpoint of an earlier run.
     fn resume(&self, worker: &mut Worker<O>, run: &Path) -> Result<Progress> {
-        let store = checkpointing::store_of(self.job, run)?;
+        let store = checkpointing::store_of(&self.job, run)?;
         let Resumed { progress, rejected } =
             train::resume(worker, &self.programs.step, &store, &self.job.model, u64::MAX)?;
-        checkpointing::check(progress, self.job, self.batches.fingerprint(), run)?;
+        checkpointing::check(progress, &self.job, self.batches.fingerprint(), run)?;
         if self.speaks {
             for reason in rejected {
                 println!("passed over     {reason}");
@@ -425,12 +467,25 @@ impl<'a, O: Operators> Session<'a, O> {
             let own = kept.folder.as_ref().map(|folder| folder.path().to_owned());
             kept.path = own.unwrap_or_default();
             (attempt, path) = self.first_folder(worker, attempt, kept)?;
-        } else if self.rank == Rank(0) && kept.folder.is_none() {
+        } else if self.rank != Rank(0) {
+            // It was rank 0 once, perhaps.
+            (kept.folder, kept.dashboards) = (None, None);
+        } else if kept.folder.is_none() {
             kept.folder = Some(RunFolder::reopen(&path)?);
         }
         kept.path = path;
         self.open_dashboards(kept)?;
         Ok(attempt)
+    }
+
+    /// All ranks must read the same tokens.
+    fn check_data(&self, worker: &mut Worker<O>) -> Result<()> {
+        let all = self.gather(worker, &self.batches.fingerprint().to_string())?;
+        if let Some(rank) = all.iter().position(|other| *other != all[0]) {
+            let (rank, path) = (Rank(rank as u32), self.batches.path().to_owned());
+            bail!(train::Error::OtherData { rank, path });
+        }
+        Ok(())
     }
 
     /// What every rank's process held at most.
@@ -534,9 +589,11 @@ impl<'a, O: Operators> Session<'a, O> {
             {
                 lifeline.done(step);
                 let at = (step, training.steps);
-                let ranks = self.job.cluster.accelerators;
+                let ranks = self.whole.cluster.accelerators;
                 if let Some(chaos) = life.chaos {
-                    chaos.strike(self.rank, ranks, lifeline.incarnation(), at);
+                    // Whatever rank it is by now.
+                    let first = Rank(lifeline.seat().0);
+                    chaos.strike(first, ranks, lifeline.incarnation(), at);
                 }
             }
             let record = watch.see(event);
@@ -561,7 +618,7 @@ impl<'a, O: Operators> Session<'a, O> {
     fn open_log(&self, folder: &RunFolder, first_step: u64) -> Result<OwnLog> {
         let evaluation = self.programs.evaluation.global_batch();
         let samples = Samples { train: self.batches.windows_per_epoch(), evaluation };
-        OwnLog::open(folder.path(), self.job, samples, first_step, self.started)
+        OwnLog::open(folder.path(), &self.job, samples, first_step, self.started)
     }
 
     /// Writes the traces and the summary, and prints it.
@@ -623,6 +680,9 @@ impl Kept {
             self.trusted = *trusted;
             return self.drifts <= DRIFTS;
         }
+        if let Some(train::Error::Called { .. }) = error.downcast_ref() {
+            return true;
+        }
         if let Some(train::Error::Spiked { step, .. }) = error.downcast_ref() {
             (self.roll_backs, self.left_out) = (self.roll_backs + 1, *step);
             self.safekeeping.forget_copies();
@@ -661,6 +721,15 @@ fn how_to_go_on(error: anyhow::Error, run: &Path) -> anyhow::Error {
         Ok(error) => error.into(),
         Err(error) => error,
     }
+}
+
+/// What a job lowers to.
+fn programs(job: &Job) -> Result<Programs> {
+    Ok(Programs {
+        step: lowered(job)?,
+        evaluation: evaluation_program(job)?,
+        outer: lower_outer(&job.model, &job.layout, &job.batch())?,
+    })
 }
 
 /// The evaluation's program: as many held-out sequences as asked for, in whole microbatches.

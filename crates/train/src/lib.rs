@@ -29,7 +29,6 @@ pub use copies::{Delivery, Holding, agree, deliveries};
 pub use error::Error;
 pub use export::export;
 pub use identity::{Identity, Launcher};
-pub use launch::handed_listener;
 pub use learning_rate::LearningRate;
 pub use measure::{LinkTimes, Measurements, Rehearsal, measure};
 pub use numbers::{Norms, OnDivergence};
@@ -38,6 +37,7 @@ pub use replicas::Replicas;
 pub use resume::{Resumed, resume};
 pub use run::{Event, Outcome, Programs, Settings, StateSource, run};
 pub use safekeeping::{Checkpoints, Safekeeping};
+pub use secret::secret;
 pub use state::{restore, saved_blocks, snapshot};
 pub use worker::{Clock, Device, Worker};
 
