@@ -15,6 +15,7 @@ mod faults_command;
 mod figures;
 mod flight_record;
 mod foreign;
+mod held;
 mod job;
 mod launch_command;
 mod ledger;
