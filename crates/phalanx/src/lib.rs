@@ -16,6 +16,7 @@ mod faults_command;
 mod figures;
 mod flight_record;
 mod foreign;
+mod held;
 mod job;
 mod launch_command;
 mod ledger;

@@ -31,6 +31,7 @@ use crate::dashboards::Dashboards;
 use crate::elastic;
 use crate::figures::Figures;
 use crate::flight_record;
+use crate::held::{Held, Ranks, planned};
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::mllog::{self, OwnLog, Samples};
@@ -65,8 +66,8 @@ struct Kept {
     folder: Option<RunFolder>,
     /// Also rank 0's, once there is a folder.
     dashboards: Option<Dashboards>,
-    /// The most memory that each rank's process held, where the system tells.
-    resident: Vec<Bytes>,
+    /// What each rank held.
+    held: Vec<Held>,
     /// The run's folder; empty until it is made.
     path: PathBuf,
     safekeeping: Safekeeping,
@@ -102,7 +103,7 @@ impl Kept {
         Self {
             folder: None,
             dashboards: None,
-            resident: Vec::new(),
+            held: Vec::new(),
             path: PathBuf::new(),
             safekeeping,
             lost: Instant::now(),
@@ -185,6 +186,14 @@ impl<'a, O: Operators> Session<'a, O> {
                 thousands(sampler.windows_per_epoch()),
                 thousands(self.batches.held_out()),
             );
+            let ranks = (0..self.job.cluster.accelerators).map(Rank);
+            if let Some(most) =
+                ranks.filter_map(|rank| planned(&self.job, &self.programs, rank)).max()
+            {
+                println!(
+                    "memory         {most} planned on the fullest rank, for tensors and transfers"
+                );
+            }
         }
     }
 
@@ -202,11 +211,15 @@ impl<'a, O: Operators> Session<'a, O> {
         let machine = Machine::new(&measured, &self.job.model, step.0.shape, ranks, threads);
         if self.speaks {
             println!(
-                "machine        {} core(s); products reach {} on one rank; a link moves {} after {}",
+                "machine        {} core(s); products reach {} on one rank; a link moves {} after {}{}",
                 machine.profile.cores,
                 machine.peak_flops_per_s,
                 machine.profile.link.bandwidth,
                 machine.profile.link.latency,
+                match machine.profile.others {
+                    0.0 => String::new(),
+                    others => format!("; other programs keep {others:.1} threads busy"),
+                },
             );
         }
         self.machine = Some(machine);
@@ -285,7 +298,7 @@ impl<'a, O: Operators> Session<'a, O> {
                         // What was predicted is a step of as many ranks as there were.
                         let same = self.job.cluster.accelerators == measured;
                         let predicted = predicted.filter(|_| same);
-                        self.finish(folder, &outcome, predicted.as_ref(), losses, &kept.resident)?;
+                        self.finish(folder, &outcome, predicted.as_ref(), losses, &kept.held)?;
                     }
                     return Ok(());
                 }
@@ -352,7 +365,7 @@ impl<'a, O: Operators> Session<'a, O> {
         let trained = trained?;
         let model_folder = kept.path.join("model");
         train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;
-        kept.resident = self.resident_peaks(&mut worker)?;
+        kept.held = self.held(&mut worker)?;
         Ok(trained)
     }
 
@@ -488,11 +501,13 @@ impl<'a, O: Operators> Session<'a, O> {
         Ok(())
     }
 
-    /// What every rank's process held at most.
-    fn resident_peaks(&self, worker: &mut Worker<O>) -> Result<Vec<Bytes>> {
-        let own = resident_peak().map_or(String::new(), |bytes| bytes.0.to_string());
-        let all = self.gather(worker, &own)?;
-        Ok(all.iter().filter_map(|text| text.parse().ok()).map(Bytes).collect())
+    /// What every rank held at its peak.
+    fn held(&self, worker: &mut Worker<O>) -> Result<Vec<Held>> {
+        let own = Held::of(&self.job, &self.device, &self.programs, self.rank);
+        let all = self.gather(worker, &serde_json::to_string(&own)?)?;
+        let all: serde_json::Result<_> =
+            all.iter().map(|json| serde_json::from_str(json)).collect();
+        all.context("a rank speaks another language")
     }
 
     /// What every rank says, in their order.
@@ -541,6 +556,7 @@ impl<'a, O: Operators> Session<'a, O> {
     /// A worker with the parameters that the job starts from, or room for those of a checkpoint.
     fn worker(&mut self, communicator: Communicator, resuming: bool) -> Result<Worker<O>> {
         let (device, program) = (self.device.clone(), &self.programs.step);
+        device.operators.forget_peak();
         let model = &self.job.model;
         match &self.job.weights {
             _ if resuming => {
@@ -628,7 +644,7 @@ impl<'a, O: Operators> Session<'a, O> {
         outcome: &Outcome,
         predicted: Option<&program::Trace>,
         [first_loss, loss]: [f64; 2],
-        resident: &[Bytes],
+        held: &[Held],
     ) -> Result<()> {
         let program = &self.programs.step;
         let measured = Summary::new(program, &outcome.trace);
@@ -644,7 +660,12 @@ impl<'a, O: Operators> Session<'a, O> {
             fields.insert("first_loss".into(), json!(first_loss));
             fields.insert("loss".into(), json!(loss));
             fields.insert("survived".into(), json!(ledger));
-            fields.insert("resident_bytes_peak_by_rank".into(), json!(resident));
+            let by_rank = |bytes: fn(&Held) -> Option<Bytes>| {
+                json!(held.iter().map(bytes).collect::<Vec<_>>())
+            };
+            fields.insert("memory_bytes_peak_by_rank_planned".into(), by_rank(|held| held.planned));
+            fields.insert("memory_bytes_peak_by_rank".into(), by_rank(|held| held.counted));
+            fields.insert("resident_bytes_peak_by_rank".into(), by_rank(|held| held.resident));
             fields.insert("run_folder".into(), json!(folder.path()));
         }
         folder.write_json("summary.json", &summary)?;
@@ -663,7 +684,7 @@ impl<'a, O: Operators> Session<'a, O> {
             outcome.held_out_loss,
             words.ln()
         );
-        print!("{figures}");
+        print!("{figures}{}", Ranks(held));
         if ledger.recoveries > 0 {
             println!("{ledger}");
         }
@@ -701,14 +722,6 @@ fn is_loss(error: &anyhow::Error) -> bool {
         }
         _ => false,
     }
-}
-
-/// The most memory that this process has held, as Linux tells (VmHWM).
-fn resident_peak() -> Option<Bytes> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(Bytes(1024 * kibibytes))
 }
 
 /// After a stop, how to go on.

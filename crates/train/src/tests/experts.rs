@@ -6,7 +6,7 @@ use plan::Recompute;
 use super::*;
 
 /// Mixtral's experts in every layer.
-fn mixtral() -> Job {
+pub fn mixtral() -> Job {
     with_experts(Experts::new(4, 2, 24))
 }
 
