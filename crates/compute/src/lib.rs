@@ -18,8 +18,8 @@ mod tensor;
 pub use burn::Burn;
 pub use cpu::Cpu;
 pub use operators::{
-    AdamW, AttentionDims, ELSEWHERE, Live, Operators, ProductDims, Rotation, ScoreDims, Sight,
-    UNSEEN, Window, WindowMut,
+    AdamW, AttentionDims, ELSEWHERE, Live, Operators, Pairing, ProductDims, Rotation, ScoreDims,
+    Sight, UNSEEN, Window, WindowMut,
 };
 pub use sizes::Sizes;
 pub use stage::{Microbatch, Optimizer, OuterOptimizer, Precision, Stage, StageSpec};

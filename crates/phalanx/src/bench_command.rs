@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use collective::{Collective, Kind, chunk_range};
 use serde_json::json;
-use train::control::{self, Lifeline, Policy, supervise};
 use train::Identity;
+use train::control::{self, Lifeline, Policy, supervise};
 use transport::{Buffer, Communicator, Group, Limits, Probe, Rendezvous};
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 

@@ -149,9 +149,9 @@ fn start(
         _ if *standby => bail!(
             "--standby needs [recovery] register, where it is written who coordinates the run: a folder, or etcd://HOST:PORT/NAME"
         ),
-        (Some(_), _, Some(_)) => bail!(
-            "[recovery] register is for runs of one host as yet; leave it out, or --listen"
-        ),
+        (Some(_), _, Some(_)) => {
+            bail!("[recovery] register is for runs of one host as yet; leave it out, or --listen")
+        }
         (_, _, listen) => {
             let secret = listen.is_some().then(secret).transpose()?;
             let place = Place { register, listen: listen.zip(secret.as_ref()) };

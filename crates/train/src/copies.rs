@@ -70,18 +70,11 @@ impl<T> Copies<T> {
 }
 
 /// Keeps a copy in place of the oldest, which it returns.
-fn keep<T>(
-    kept: &mut Vec<(Holding, T)>,
-    most: usize,
-    holding: Holding,
-    part: T,
-) -> Option<T> {
+fn keep<T>(kept: &mut Vec<(Holding, T)>, most: usize, holding: Holding, part: T) -> Option<T> {
     // What is newer was done in a generation that is lost. What the ranks of that had after this very
     // step stays: should another be lost before all have copied anew, they go on from there.
     let Holding { step, ranks, .. } = holding;
-    kept.retain(|(other, _)| {
-        other.step < step || (other.step == step && other.ranks != ranks)
-    });
+    kept.retain(|(other, _)| other.step < step || (other.step == step && other.ranks != ranks));
     kept.push((holding, part));
     (kept.len() > most).then(|| kept.remove(0).1)
 }

@@ -213,9 +213,8 @@ impl Replicas {
         let mut waiting = Vec::new();
         for Delivery { of, from, to, runs } in deliveries(&holders, &parts, &needs) {
             let held = || self.copies.get(Holding { step, ranks: spread, of });
-            let here = (from == rank).then(|| {
-                gather(held().expect("a rank holds what it said it does"), &runs)
-            });
+            let here = (from == rank)
+                .then(|| gather(held().expect("a rank holds what it said it does"), &runs));
             match here {
                 Some(shard) if to == rank => arrived.push(shard),
                 Some(shard) => {

@@ -13,7 +13,7 @@ use std::time::Duration;
 use checkpoint::hugging_face::Weights;
 use compute::{Cpu, Operators, Optimizer, OuterOptimizer, Precision, Stage};
 use data::{Sampler, Sampling, Source, TokenFile, TokenizerSource};
-use model::{Block, Config, Llama3Scaling, Rotary};
+use model::{Block, Config, LatentAttention, Llama3Scaling, Rotary};
 use plan::{Batch, Layout, Schedule, Shard, lower, lower_evaluation, lower_outer};
 use program::Mesh;
 use tempfile::TempDir;
@@ -63,6 +63,18 @@ fn config(tied_embeddings: bool) -> Config {
         context: 64,
         ..Config::default()
     }
+}
+
+/// The same with DeepSeek's attention, whose widths all differ.
+fn latent_config() -> Config {
+    let latent = LatentAttention {
+        query_rank: Some(12),
+        kv_rank: 10,
+        nope_dim: 6,
+        rope_dim: 4,
+        value_dim: 7,
+    };
+    Config { latent_attention: Some(latent), kv_heads: 4, head_dim: 6, ..config(false) }
 }
 
 fn layout(data: u32, pipeline: u32, micro_batch: u64, shard: Shard) -> Layout {

@@ -108,11 +108,7 @@ pub(crate) fn reply(
 ///
 /// # Errors
 /// When the other end is no rank, or does not know the same secret; the error says so.
-pub fn connect(
-    mut socket: &TcpStream,
-    secret: &Secret,
-    deadline: Instant,
-) -> io::Result<()> {
+pub fn connect(mut socket: &TcpStream, secret: &Secret, deadline: Instant) -> io::Result<()> {
     socket.set_read_timeout(Some(time_left(deadline)?))?;
     let mut theirs = [0; CHALLENGE_BYTES];
     socket.read_exact(&mut theirs)?;

@@ -323,12 +323,12 @@ impl Operators for Cpu {
     ) {
         let values = qkv.values_mut();
         let (cos, sin) = (rotation.cos.values(), rotation.sin.values());
-        let pairs = dims.head_dim / 2;
+        let pairs = cos.len() / dims.length;
         for (row, qkv) in values.chunks_exact_mut(dims.qkv_width()).enumerate() {
             let angles = (row % dims.length) * pairs..(row % dims.length + 1) * pairs;
-            let rotated = (dims.heads + dims.kv_heads) * dims.head_dim;
-            let turn = (&cos[angles.clone()], &sin[angles]);
-            kernels::rotate(&mut qkv[..rotated], turn, inverse);
+            let queries_and_keys = (dims.heads + dims.kv_heads) * dims.head_dim;
+            let turn = (&cos[angles.clone()], &sin[angles], rotation.pairing);
+            kernels::rotate(&mut qkv[..queries_and_keys], dims.head_dim, turn, inverse);
         }
         self.round(values);
     }
@@ -341,7 +341,7 @@ impl Operators for Cpu {
     ) -> (Tensor, Tensor) {
         let queries = dims.sequences * dims.length * dims.heads;
         let mut log_sums = self.uninitialised(queries);
-        let y = self.written(queries * dims.head_dim, |y| {
+        let y = self.written(queries * dims.value_dim, |y| {
             attention::forward(qkv.values(), sight, dims, y, log_sums.values_mut());
         });
         (y, log_sums)

@@ -300,8 +300,10 @@ fn fewer_ranks_go_on_at_once_and_all_of_them_when_the_lost_one_is_back() {
     for seat in [2, 0] {
         assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
         kill_process(process_of(&place, seat).unwrap(), Signal::KILL).unwrap();
-        assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
-            && line.contains(", 3 rank(s): rank")));
+        assert!(
+            lines.by_ref().any(|line| line.contains("recovered from memory in")
+                && line.contains(", 3 rank(s): rank"))
+        );
         assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
             && line.contains(", 4 rank(s): after step")));
     }
@@ -323,7 +325,9 @@ fn listening(place: &Place) -> (Child, impl Iterator<Item = String> + use<>, Str
 fn kill_host(place: &Place, mut agent: Child, seats: [u32; 2]) {
     let processes = seats.map(|seat| process_of(place, seat).unwrap());
     kill_process(Pid::from_child(&agent), Signal::KILL).unwrap();
-    processes.map(|process| kill_process(process, Signal::KILL).unwrap());
+    for process in processes {
+        kill_process(process, Signal::KILL).unwrap();
+    }
     agent.wait().unwrap();
 }
 
@@ -337,8 +341,9 @@ fn a_lost_host_is_done_without_until_it_is_back() {
     let agent = join();
     assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
     kill_host(&place, agent, [2, 3]);
-    assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
-        && line.contains(", 2 rank(s): rank")));
+    assert!(lines.by_ref().any(
+        |line| line.contains("recovered from memory in") && line.contains(", 2 rank(s): rank")
+    ));
     let mut again = join();
     assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
         && line.contains(", 4 rank(s): after step")));
@@ -357,8 +362,9 @@ fn a_spare_host_takes_the_place_of_a_lost_one() {
     assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
     let mut spare = join();
     kill_host(&place, agent, [2, 3]);
-    assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
-        && line.contains(", 4 rank(s): rank")));
+    assert!(lines.by_ref().any(
+        |line| line.contains("recovered from memory in") && line.contains(", 4 rank(s): rank")
+    ));
     stop_and_compare(&place, launcher, lines);
     assert_eq!(spare.wait().unwrap().code(), Some(1));
 }

@@ -753,7 +753,8 @@ mod tests {
 
     impl Run {
         fn on(hosts: u32, policy: Policy) -> Self {
-            let mut run = Self { coordinator: Coordinator::new(policy, 0, Seconds::ZERO), now: 0.0 };
+            let mut run =
+                Self { coordinator: Coordinator::new(policy, 0, Seconds::ZERO), now: 0.0 };
             for host in 0..hosts {
                 let started = run.hear(Event::Joined { host });
                 run.come_up(&started);

@@ -332,7 +332,8 @@ impl Supervisor {
             }
             Heard::Joined(connection, host, agent) => {
                 let free = |host: &u32| !self.agents.contains_key(host);
-                let new = || (OWN_HOST + 1..).find(free).expect("there are fewer hosts than numbers");
+                let new =
+                    || (OWN_HOST + 1..).find(free).expect("there are fewer hosts than numbers");
                 // What is left of an older connection is not heard any more.
                 let host = host.filter(|host| *host != OWN_HOST).unwrap_or_else(new);
                 self.agents.insert(host, (connection, agent));

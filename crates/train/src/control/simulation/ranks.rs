@@ -22,7 +22,8 @@ const COMMIT_PAUSE: f64 = 0.05;
 impl World {
     /// Something happens to a process. One that is halted does it when it goes on.
     pub fn do_to(&mut self, seat: Seat, who: Who, doing: Doing) -> Result<(), String> {
-        let Process { who: now, alive, halted, generation, term, granted, .. } = *self.process(seat);
+        let Process { who: now, alive, halted, generation, term, granted, .. } =
+            *self.process(seat);
         if now != who || !alive {
             return Ok(());
         }
@@ -105,12 +106,7 @@ impl World {
     }
 
     /// A rank comes to a meeting; when it is the last, all begin.
-    fn meet(
-        &mut self,
-        seat: Seat,
-        number: u64,
-        (rank, ranks): (Rank, u32),
-    ) -> Result<(), String> {
+    fn meet(&mut self, seat: Seat, number: u64, (rank, ranks): (Rank, u32)) -> Result<(), String> {
         for generation in self.seats().filter_map(|seat| self.works(seat)) {
             if generation != number {
                 return Err(format!("generations {generation} and {number} at once"));
