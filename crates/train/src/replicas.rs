@@ -29,7 +29,6 @@ pub struct Replicas {
 #[derive(Default)]
 struct Room {
     own: Vec<f32>,
-    sent: Vec<f32>,
     ward: Vec<f32>,
 }
 
@@ -102,10 +101,8 @@ impl Replicas {
         let runs = state_runs(worker.stage().config(), program, ward, false);
         let expected: u64 = runs.iter().map(|run| run.elements).sum();
         let to = Rank((rank.0 + self.distance) % ranks);
-        let mut values = std::mem::take(&mut self.room.sent);
-        values.clear();
-        values.extend_from_slice(shard.values());
-        let sent = post(worker, Action::Send { to }, values)?;
+        let lend = Action::Lend { to, elements: Arc::clone(shard.values()) };
+        let sent = post(worker, lend, vec![])?;
         let mut room = std::mem::take(&mut self.room.ward);
         room.resize(expected as usize, 0.0);
         let received = post(worker, Action::Receive { from: ward }, room)?;
@@ -122,7 +119,7 @@ impl Replicas {
         let ranks = program.mesh.ranks();
         let ward = Rank((worker.rank().0 + ranks - self.distance) % ranks);
         let values = wait(worker, received)?;
-        self.room.sent = wait(worker, sent)?;
+        wait(worker, sent)?;
         let runs = state_runs(worker.stage().config(), program, ward, false);
         self.room.ward = room_of(self.copies.keep_ward(step, Arc::new(Shard::new(runs, values))));
         Ok(())
@@ -184,8 +181,8 @@ impl Replicas {
             match here {
                 Some(shard) if to == rank => arrived.push(shard),
                 Some(shard) => {
-                    waiting
-                        .push((None, post(worker, Action::Send { to }, shard.values().to_vec())?));
+                    let elements = Arc::clone(shard.values());
+                    waiting.push((None, post(worker, Action::Lend { to, elements }, vec![])?));
                 }
                 None if to == rank => {
                     let room = vec![0.0; runs.iter().map(|run| run.elements as usize).sum()];
