@@ -229,6 +229,18 @@ pub trait Operators: Clone {
     fn download(&self, tensor: Self::Tensor) -> Vec<f32>;
     /// Copies the contents of a tensor, which stays.
     fn read(&self, tensor: &Self::Tensor, into: &mut [f32]);
+    /// Shows part of a tensor, which stays.
+    fn show<R>(
+        &self,
+        tensor: &Self::Tensor,
+        range: Range<usize>,
+        to: impl FnOnce(&[f32]) -> R,
+    ) -> R {
+        let copy = self.download(self.slice(tensor, range));
+        let shown = to(&copy);
+        self.recycle(copy);
+        shown
+    }
     /// A host buffer of unspecified contents, recycled when it can be.
     fn host_buffer(&self, elements: usize) -> Vec<f32>;
     /// Gives a host buffer back for recycling.

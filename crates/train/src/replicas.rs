@@ -29,7 +29,6 @@ pub struct Replicas {
 #[derive(Default)]
 struct Room {
     own: Vec<f32>,
-    sent: Vec<f32>,
     ward: Vec<f32>,
 }
 
@@ -121,10 +120,8 @@ impl Replicas {
         let runs = state_runs(worker.stage().config(), program, ward, false);
         let expected: u64 = runs.iter().map(|run| run.elements).sum();
         let to = Rank((rank.0 + self.distance(ranks)) % ranks);
-        let mut values = std::mem::take(&mut self.room.sent);
-        values.clear();
-        values.extend_from_slice(shard.values());
-        let sent = post(worker, Action::Send { to }, values)?;
+        let lend = Action::Lend { to, elements: Arc::clone(shard.values()) };
+        let sent = post(worker, lend, vec![])?;
         let mut room = std::mem::take(&mut self.room.ward);
         room.resize(expected as usize, 0.0);
         let received = post(worker, Action::Receive { from: ward }, room)?;
@@ -141,7 +138,7 @@ impl Replicas {
         let ranks = program.mesh.ranks();
         let ward = self.ward(worker.rank(), ranks);
         let values = wait(worker, received)?;
-        self.room.sent = wait(worker, sent)?;
+        wait(worker, sent)?;
         let runs = state_runs(worker.stage().config(), program, ward, false);
         let part = Arc::new(Shard::new(runs, values));
         self.room.ward = room_of(self.copies.keep_ward(Holding { step, ranks, of: ward }, part));
@@ -218,8 +215,8 @@ impl Replicas {
             match here {
                 Some(shard) if to == rank => arrived.push(shard),
                 Some(shard) => {
-                    waiting
-                        .push((None, post(worker, Action::Send { to }, shard.values().to_vec())?));
+                    let elements = Arc::clone(shard.values());
+                    waiting.push((None, post(worker, Action::Lend { to, elements }, vec![])?));
                 }
                 None if to == rank => {
                     let room = vec![0.0; runs.iter().map(|run| run.elements as usize).sum()];

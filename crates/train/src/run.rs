@@ -421,10 +421,9 @@ fn comparison<O: Operators>(worker: &mut Worker<O>, program: &Program) -> u32 {
     let mut shard = Shard::default();
     for block in stage.blocks().to_vec() {
         let held = stage.held(block);
-        let state = stage.snapshot(block, held.clone());
-        for (kind, values) in kinds(program).iter().copied().zip(state) {
-            shard.push(block, kind, held.start as u64, &values);
-        }
+        stage.show(block, held.clone(), |index, values| {
+            shard.push(block, kinds(program)[index], held.start as u64, values);
+        });
     }
     shard.checksum().low() | 1
 }

@@ -105,6 +105,10 @@ impl Operators for Cpu {
         into.copy_from_slice(tensor.values());
     }
 
+    fn show<R>(&self, tensor: &Tensor, range: Range<usize>, to: impl FnOnce(&[f32]) -> R) -> R {
+        to(&tensor.values()[range])
+    }
+
     fn host_buffer(&self, elements: usize) -> Vec<f32> {
         self.pool.take(elements)
     }
