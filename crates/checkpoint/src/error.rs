@@ -189,8 +189,7 @@ impl Error {
         store: &dyn Store,
         name: &str,
     ) -> impl FnOnce(io::Error) -> Self {
-        let place = store.place(name);
-        move |source| Self::Store { action, place, source }
+        move |source| Self::Store { action, place: store.place(name), source }
     }
 
     /// For `map_err`: what the operating system refused to do, and to which file.

@@ -16,7 +16,7 @@ mod shard;
 pub use checksum::Checksum;
 pub use commit::{commit, retain, write_shard};
 pub use load::{Checkpoint, Rejected};
-pub use manifest::{File, Kind, Manifest, Piece, Progress};
+pub use manifest::{File, Kind, Manifest, Piece, Progress, Rows};
 pub use saver::{Saved, Saver, Setup};
 pub use shard::{Run, Shard};
 

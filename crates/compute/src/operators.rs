@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use units::Bytes;
+
 /// A matrix or vector inside a block's flat buffer.
 #[derive(Debug, Clone, Copy)]
 pub struct Window<'a, T> {
@@ -189,12 +191,35 @@ impl AdamW {
     }
 }
 
+/// Bytes in a device's tensors and in the host buffers that transfers move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Live {
+    /// Now.
+    pub now: Bytes,
+    /// At the peak.
+    pub most: Bytes,
+}
+
 /// The operators of a device. All arithmetic is fp32 unless the device was made for a lower
 /// precision, in which case it rounds what it writes (reductions and optimizer state stay fp32).
 pub trait Operators: Clone {
     /// A flat tensor on the device; cloning it is cheap and shares the contents until one side
     /// is written.
     type Tensor: Clone;
+
+    /// What the device and its clones hold: an exact count, on devices that keep one.
+    fn live(&self) -> Option<Live> {
+        None
+    }
+    /// Has a device that counts find its peak anew from now on.
+    fn forget_peak(&self) {}
+    /// Tells a device that counts how many elements of host buffers are with transfers now.
+    fn set_under_way(&self, _elements: usize) {}
+    /// Whether tensors have contents. Where they do not, and are only counted, experts are taken to
+    /// get even loads.
+    fn has_contents(&self) -> bool {
+        true
+    }
 
     /// A tensor of zeros.
     fn zeros(&self, elements: usize) -> Self::Tensor;
@@ -204,6 +229,18 @@ pub trait Operators: Clone {
     fn download(&self, tensor: Self::Tensor) -> Vec<f32>;
     /// Copies the contents of a tensor, which stays.
     fn read(&self, tensor: &Self::Tensor, into: &mut [f32]);
+    /// Shows part of a tensor, which stays.
+    fn show<R>(
+        &self,
+        tensor: &Self::Tensor,
+        range: Range<usize>,
+        to: impl FnOnce(&[f32]) -> R,
+    ) -> R {
+        let copy = self.download(self.slice(tensor, range));
+        let shown = to(&copy);
+        self.recycle(copy);
+        shown
+    }
     /// A host buffer of unspecified contents, recycled when it can be.
     fn host_buffer(&self, elements: usize) -> Vec<f32>;
     /// Gives a host buffer back for recycling.

@@ -9,11 +9,12 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use collective::{Collective, Kind, chunk_range};
 use serde_json::json;
-use train::control::{Lifeline, Policy, supervise};
-use train::{Identity, handed_listener};
+use train::Identity;
+use train::control::{self, Lifeline, Policy, supervise};
 use transport::{Buffer, Communicator, Group, Limits, Probe, Rendezvous};
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
+use crate::streams::Way;
 use crate::train_command::POLICY;
 
 /// The figures that are taken together where one operation takes less than a look at the clock is good for.
@@ -127,8 +128,9 @@ fn start(args: &CollectivesArgs) -> Result<()> {
         command.args(std::env::args_os().skip(1));
         command
     };
-    let policy = Policy { ranks: args.ranks, silence: Seconds(60.0), ..POLICY };
-    Ok(supervise(policy, None, command)?)
+    let ranks = args.ranks;
+    let policy = Policy { ranks, seats_per_host: ranks, silence: Seconds(60.0), ..POLICY };
+    Ok(supervise(policy, control::Place::default(), command, |_| ())?)
 }
 
 /// This process as one rank.
@@ -137,22 +139,27 @@ fn measure(
     identity: &Identity,
     environment: &dyn Fn(&str) -> Option<String>,
 ) -> Result<()> {
-    let rank = identity.rank;
-    let _lifeline = Lifeline::connect(environment, rank, Arc::new(AtomicBool::new(false)))
+    let lifeline = Lifeline::connect(environment, Arc::new(AtomicBool::new(false)))
         .context("cannot reach the launcher of this rank")?;
+    let met = lifeline.as_ref().map(Lifeline::ready).transpose().context("the launcher is gone")?;
+    let (meeting, listener) = met.unzip();
+    let (rank, address) = match meeting {
+        Some(meeting) => (meeting.rank, meeting.master),
+        None => (identity.rank, identity.master),
+    };
     let rendezvous = Rendezvous {
         rank,
         ranks: identity.ranks,
-        address: identity.master,
+        address,
         identity: format!("{args:?}"),
         secret: identity.secret.clone(),
         timeout: RENDEZVOUS,
-        shared_memory: !args.tcp,
+        shared_memory: true,
     };
-    let listener = handed_listener(environment).filter(|_| rank == Rank(0));
     let failed = |source| train::Error::Communication { rank, source };
-    let transport = rendezvous.meet(listener).map_err(failed)?;
-    let communicator = Communicator::new(Box::new(transport), Limits::default()).map_err(failed)?;
+    let way = if args.tcp { Way::Tcp } else { Way::read(environment)? };
+    let listener = listener.filter(|_| rank == Rank(0));
+    let communicator = way.connect(rendezvous, listener, Limits::default()).map_err(failed)?;
     communicator.keep_to_one_core().map_err(failed)?;
     let world = Group::world(identity.ranks);
     Bench { communicator, world, args }.run().map_err(|error| match error.downcast() {
@@ -225,8 +232,11 @@ impl Bench<'_> {
         let mut times: Vec<_> = (0..times.len()).map(|index| Seconds(slowest(index))).collect();
         times.sort_by(|a, b| a.0.total_cmp(&b.0));
         let gathers = kind == Kind::AllReduce && self.communicator.gathers(&self.world, elements);
-        let (algorithm, rounds) =
-            if gathers { ("gather", 1) } else { ("direct", collective.cost(bytes).rounds) };
+        let (algorithm, rounds) = match () {
+            () if self.communicator.is_native() => ("MPI's", 0),
+            () if gathers => ("gather", 1),
+            () => ("direct", collective.cost(bytes).rounds),
+        };
         Ok(Cell { kind, bytes, algorithm, rounds, times })
     }
 
@@ -278,7 +288,7 @@ impl Bench<'_> {
             }
         }
         println!(
-            "{:<15}{:>9}  {:<10}{:>12}{:>12}{:>11}{:>11}{:>10}{:>13}",
+            "{:<15}{:>9}  {:<10}{:>12} {:>12} {:>12} {:>12}{:>9}{:>13}",
             "", "bytes", "algorithm", "median", "best", "algbw", "busbw", "of limit", "predicted"
         );
     }
@@ -344,7 +354,7 @@ fn line(cell: &Cell, ranks: u32, probe: Option<&Probe>) -> String {
     });
     let predicted = probe.map(|probe| microseconds(predicted(cell, ranks, probe)));
     format!(
-        "{:<15}{:>9}  {:<10}{:>12}{:>12}{:>11}{:>11}{:>10}{:>13}",
+        "{:<15}{:>9}  {:<10}{:>12} {:>12} {:>12} {:>12}{:>9}{:>13}",
         cell.kind.name(),
         format!("{:.0}", cell.bytes),
         cell.algorithm,

@@ -109,15 +109,16 @@ pub(crate) fn snapshot_within<O: Operators>(
     for block in saved_blocks(program, rank) {
         let own = stage.own(block);
         let runs = block_runs(stage.config(), program, rank, (block, own.clone()), true);
-        let state = stage.snapshot(block, own.clone());
-        for (kind, values) in saved_kinds(program, rank).iter().copied().zip(state) {
+        let kinds = saved_kinds(program, rank);
+        stage.show(block, own.clone(), |index, values| {
+            let Some(kind) = kinds.get(index).copied() else { return };
             let first = origin(stage.config(), program, rank, (block, kind));
             for run in &runs {
                 let start = run.part as usize - own.start;
                 let values = &values[start..start + run.elements as usize];
                 shard.push(block, kind, first + run.whole, values);
             }
-        }
+        });
     }
     shard
 }

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use checkpoint::hugging_face::Weights;
-use compute::{Cpu, Optimizer, OuterOptimizer, Precision, Stage};
+use compute::{Cpu, Operators, Optimizer, OuterOptimizer, Precision, Stage};
 use data::{Sampler, Sampling, Source, TokenFile, TokenizerSource};
 use model::{Block, Config, LatentAttention, Llama3Scaling, Rotary};
 use plan::{Batch, Layout, Schedule, Shard, lower, lower_evaluation, lower_outer};
@@ -149,6 +149,14 @@ impl Job {
         }
     }
 
+    fn programs(&self, layout: &Layout) -> Programs {
+        Programs {
+            step: lower(&self.config, layout, &self.batch).unwrap(),
+            evaluation: lower_evaluation(&self.config, layout, &self.batch).unwrap(),
+            outer: lower_outer(&self.config, layout, &self.batch).unwrap(),
+        }
+    }
+
     /// One rank, the whole batch at once: what every other layout is held against.
     fn reference(&self) -> Layout {
         Layout::one_rank(self.batch.global_batch)
@@ -210,11 +218,7 @@ fn run_rank(
     folder: &Path,
     keeping: &Keeping,
 ) -> Result<View, Error> {
-    let programs = Programs {
-        step: lower(&job.config, layout, &job.batch).unwrap(),
-        evaluation: lower_evaluation(&job.config, layout, &job.batch).unwrap(),
-        outer: lower_outer(&job.config, layout, &job.batch).unwrap(),
-    };
+    let programs = job.programs(layout);
     let operators = Cpu::new(1, job.precision);
     let device = Device {
         operators: operators.clone(),
@@ -243,15 +247,15 @@ fn run_rank(
             Event::Step { loss, gradient_norm, .. } => {
                 view.steps.push([loss, gradient_norm]);
                 if view.evaluations.is_empty() {
-                    let (now, most) = operators.live();
-                    view.live = [now.0, most.0, 0];
+                    let live = operators.live().unwrap();
+                    view.live = [live.now.0, live.most.0, 0];
                 }
             }
             Event::Evaluation { loss, .. } => view.evaluations.push(loss),
             _ => {}
         }
     })?;
-    view.live[2] = operators.live().1.0;
+    view.live[2] = operators.live().unwrap().most.0;
     export(&mut worker, &programs.step, &job.config, folder)?;
     for block in programs.step.held_blocks(worker.rank()) {
         let (range, values) = worker.stage().master(block);
@@ -489,9 +493,11 @@ fn the_transport_changes_no_bit() {
     }
 }
 
-/// How far bf16 may be from fp32 in the loss and in the gradient norm of twenty steps, relative. A value is
-/// rounded to one part in 256, but losses are means over many and masters stay fp32.
-const BF16_TOLERANCES: [f64; 2] = [0.01, 0.1];
+/// How far bf16 may be from fp32 in the loss and in the gradient norm of twenty steps, relative: twice what
+/// was measured (0.05 % and 4.9 %, of latent attention 0.04 % and 2.4 %). A value is rounded by up to one
+/// part in 256. The loss is a mean, in which most of that cancels; the norm is the length of a small gradient
+/// that is left of larger ones, and twenty updates by it have led elsewhere.
+const BF16_TOLERANCES: [f64; 2] = [0.001, 0.1];
 
 #[test]
 fn bf16_stays_close_to_fp32() {

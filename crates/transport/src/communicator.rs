@@ -18,7 +18,7 @@ use crate::local::Local;
 use crate::operation::{Action, Group, Operation};
 use crate::progress::{Command, Progress};
 use crate::topology::fitting;
-use crate::{Arena, Error, Flight, Transport, Waker};
+use crate::{Arena, Error, Flight, Native, Transport, Waker};
 
 /// The named limits of every wait and every buffer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -91,6 +91,8 @@ pub struct Communicator {
     parts: BTreeMap<(Collective, u32), Arc<Part>>,
     /// What goes on among ranks of this host.
     local: Option<Local>,
+    /// What the engine below can do by itself.
+    native: Option<Arc<dyn Native>>,
     cores: u32,
 }
 
@@ -118,6 +120,7 @@ impl Communicator {
         let local = transport.arena().map(|arena| {
             Local::new(arena, Arc::clone(&departed), limits.wait, transport.host_name(rank))
         });
+        let native = transport.native();
         let progress = Progress::new(transport, inbox, Arc::clone(&outcomes), limits, departed);
         let thread = std::thread::Builder::new()
             .name(format!("communication of {rank}"))
@@ -140,6 +143,7 @@ impl Communicator {
             thread,
             parts: BTreeMap::new(),
             local,
+            native,
             cores,
         })
     }
@@ -294,6 +298,12 @@ impl Communicator {
         thread::sched_setaffinity(None, &one).map_err(refused)
     }
 
+    /// Whether the engine below carries out by itself what is [run](Communicator::run).
+    #[must_use]
+    pub fn is_native(&self) -> bool {
+        self.native.is_some()
+    }
+
     /// The cores that this process had when it began to communicate.
     pub(crate) fn cores(&self) -> u32 {
         self.cores
@@ -417,6 +427,11 @@ impl Communicator {
         let carries = |local: &&mut Local| local.carries(group, collective);
         if let Some(local) = self.local.as_mut().filter(carries) {
             return local.run(group, collective, elements, is_shared, label);
+        }
+        if let Some(native) = &self.native
+            && native.run(group, &collective.contract(), elements)?
+        {
+            return Ok(());
         }
         let buffer = elements.to_vec();
         let result = self.post_and_wait(group, collective, member, buffer, label)?;

@@ -113,7 +113,7 @@ impl Recorder {
             label: Arc::clone(&operation.label),
             group: operation.key.group,
             sequence: operation.key.sequence,
-            bytes: Bytes(4 * operation.buffer.len() as u64),
+            bytes: operation.bytes(),
             posted_s: self.since(operation.posted),
             started_s: operation.started.map(|at| self.since(at)),
             ended_s: None,

@@ -1,7 +1,8 @@
 //! Moves bytes between ranks and runs collective schedules on them, asynchronously.
 //!
 //! A [`Transport`] is one rank's byte streams to its peers: [`InProcess`] between threads,
-//! [`Interprocess`] between processes, over shared memory within a host and TCP between hosts. A [`Communicator`] owns one and a thread that drives every posted
+//! [`Interprocess`] between processes, over shared memory within a host and TCP between hosts, and,
+//! with the feature `mpi`, `Mpi` over what MPI runs on. A [`Communicator`] owns one and a thread that drives every posted
 //! [`Operation`] over it; the caller posts buffers, computes, and waits for them later.
 //!
 //! From the outside in: `communicator` is the handle, `progress` the loop of its thread, `incoming`
@@ -31,6 +32,8 @@ mod interprocess;
 mod lobby;
 mod local;
 mod message;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod operation;
 mod outgoing;
 mod passes;
@@ -53,11 +56,13 @@ pub use communicator::{Communicator, Completed, Limits, Then, Ticket};
 pub use element::{Combine, Element, Reduction};
 pub use error::Error;
 pub use flight::{Flight, Peer, Record};
-pub use handshake::Secret;
+pub use handshake::{Secret, accept as demand_proof, connect as prove};
 pub use in_process::InProcess;
 pub use interprocess::Interprocess;
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
 pub use operation::{Action, Group, Operation};
 pub use probe::Probe;
 pub use pulse::{Doing, LastHeard};
 pub use rendezvous::Rendezvous;
-pub use stream::{Transport, Waker};
+pub use stream::{Native, Transport, Waker};

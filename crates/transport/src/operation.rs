@@ -58,6 +58,14 @@ pub enum Action {
         /// The receiving rank.
         to: Rank,
     },
+    /// Send elements that stay where they are to a rank of the group, which receives them. The buffer
+    /// has no part in it.
+    Lend {
+        /// The receiving rank.
+        to: Rank,
+        /// What is sent.
+        elements: Arc<Vec<f32>>,
+    },
     /// Fill the whole buffer with what a rank of the group sends.
     Receive {
         /// The sending rank.
@@ -105,7 +113,9 @@ impl Operation {
                     assert!(reduction.exists() && whole, "`{label}`: {reduction:?} of {chunks}");
                 }
             }
-            Action::Send { to: peer } | Action::Receive { from: peer } => {
+            Action::Send { to: peer }
+            | Action::Lend { to: peer, .. }
+            | Action::Receive { from: peer } => {
                 assert!(*peer != own && ranks.contains(peer), "`{label}`: {peer} is no peer");
             }
         }
@@ -129,7 +139,7 @@ pub(crate) struct Active {
 /// Where an operation's steps come from.
 enum Work {
     Collective { ranks: Arc<[Rank]>, part: Arc<Part>, placement: Option<Arc<Placement>> },
-    PointToPoint { peer: Rank, step: Step },
+    PointToPoint { peer: Rank, step: Step, lent: Option<Arc<Vec<f32>>> },
 }
 
 impl Active {
@@ -213,13 +223,25 @@ impl Active {
 
     /// The frame header of a step.
     pub(crate) fn header(&self, index: usize) -> Header {
-        let bytes = 4 * self.range(index).len() as u64;
+        let bytes = 4 * self.chunk(index).len() as u64;
         Header { key: self.key, chunk: self.step(index).chunks().first, bytes }
+    }
+
+    /// The size of what it works on.
+    pub(crate) fn bytes(&self) -> Bytes {
+        Bytes(4 * self.lent().unwrap_or(&self.buffer).len() as u64)
+    }
+
+    fn lent(&self) -> Option<&Vec<f32>> {
+        match &self.work {
+            Work::PointToPoint { lent, .. } => lent.as_deref(),
+            Work::Collective { .. } => None,
+        }
     }
 
     /// The elements of a step's chunks.
     pub(crate) fn chunk(&self, index: usize) -> &[f32] {
-        &self.buffer[self.range(index)]
+        self.lent().map_or_else(|| &self.buffer[self.range(index)], |elements| elements)
     }
 
     /// The elements of a step's chunks, to be written.
@@ -269,11 +291,15 @@ impl Work {
                 Self::Collective { ranks: group.ranks, part, placement: Some(placement) }
             }
             Action::Send { to: peer } => {
-                Self::PointToPoint { peer, step: Step::Send { to: 0, chunks } }
+                Self::PointToPoint { peer, step: Step::Send { to: 0, chunks }, lent: None }
+            }
+            Action::Lend { to: peer, elements } => {
+                let lent = Some(elements);
+                Self::PointToPoint { peer, step: Step::Send { to: 0, chunks }, lent }
             }
             Action::Receive { from: peer } => {
                 let step = Step::Receive { from: 0, chunks, action: copy };
-                Self::PointToPoint { peer, step }
+                Self::PointToPoint { peer, step, lent: None }
             }
         }
     }
@@ -283,6 +309,6 @@ impl Work {
 fn kind_of(action: &Action) -> Kind {
     match action {
         Action::Collective(_) | Action::AllToAll { .. } | Action::Reduce { .. } => Kind::Collective,
-        Action::Send { .. } | Action::Receive { .. } => Kind::PointToPoint,
+        Action::Send { .. } | Action::Lend { .. } | Action::Receive { .. } => Kind::PointToPoint,
     }
 }

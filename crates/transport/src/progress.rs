@@ -257,7 +257,7 @@ impl Progress {
             Action::Collective(_) | Action::AllToAll { .. } | Action::Reduce { .. } => {
                 (Lane::Collective, None)
             }
-            Action::Send { to } => (Lane::To(to), Some(own)),
+            Action::Send { to } | Action::Lend { to, .. } => (Lane::To(to), Some(own)),
             Action::Receive { from } => (Lane::From(from), Some(from)),
         };
         let next = self.sequences.entry((operation.group.id, lane)).or_default();

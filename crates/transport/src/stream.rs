@@ -5,9 +5,10 @@ use std::io::IoSlice;
 use std::sync::Arc;
 use std::time::Duration;
 
+use collective::Contract;
 use units::Rank;
 
-use crate::{Arena, Error};
+use crate::{Arena, Error, Group};
 
 /// One rank's byte streams, one in each direction with every peer, driven by one thread.
 ///
@@ -56,8 +57,25 @@ pub trait Transport: Send {
         None
     }
 
+    /// Collectives of the engine that carries the streams, if it has some.
+    fn native(&self) -> Option<Arc<dyn Native>> {
+        None
+    }
+
     /// A handle with which another thread ends a [`Transport::wait`], the current or else the next.
     fn waker(&self) -> Waker;
+}
+
+/// Collectives that another engine carries out by algorithms of its own, on the calling thread.
+pub trait Native: fmt::Debug + Send + Sync {
+    /// Carries out a group's collective of this contract; whether it can. The order of additions is the
+    /// engine's, and so are its limits of time.
+    ///
+    /// All ranks of the group call this, with as many elements, in the same order.
+    ///
+    /// # Errors
+    /// [`Error::System`] with what the engine says.
+    fn run(&self, group: &Group, contract: &Contract, elements: &mut [f32]) -> Result<bool, Error>;
 }
 
 /// Ends a [`Transport::wait`] from another thread.

@@ -26,6 +26,8 @@ macro_rules! on_every_transport {
         mod shared_memory { $(#[test] fn $test() { super::$test(super::mesh::shared_memory); })* }
         mod disturbed { $(#[test] fn $test() { super::$test(super::mesh::disturbed); })* }
         mod mixed { $(#[test] fn $test() { super::$test(super::mesh::mixed); })* }
+        #[cfg(feature = "mpi")]
+        mod mpi { $(#[test] fn $test() { super::$test(super::mesh::mpi); })* }
     };
 }
 

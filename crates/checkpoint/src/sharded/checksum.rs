@@ -36,9 +36,13 @@ impl FromStr for Checksum {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let value = u128::from_str_radix(text, 16).ok().map(Self);
-        // What does not print as it was written was damaged, if only in the case of a letter.
-        value.filter(|value| value.to_string() == text).ok_or(format!("`{text}` is no checksum"))
+        // What would print otherwise was damaged, if only in the case of a letter.
+        let as_printed = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        let value = u128::from_str_radix(text, 16).ok();
+        value
+            .filter(|_| text.len() == 32 && text.bytes().all(as_printed))
+            .map(Self)
+            .ok_or_else(|| format!("`{text}` is no checksum"))
     }
 }
 

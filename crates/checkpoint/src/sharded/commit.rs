@@ -1,6 +1,6 @@
 //! From the shards of all ranks to a checkpoint, and when old ones go.
 
-use std::io;
+use std::collections::HashSet;
 
 use model::Config;
 use units::Rank;
@@ -57,11 +57,11 @@ pub fn commit(
     config: &Config,
 ) -> Result<bool, Error> {
     let folder = folder_name(progress.step, attempt);
-    let mut files = Vec::new();
-    for rank in (0..ranks).map(Rank) {
-        let Some(file) = read_part(store, &folder, rank)? else { return Ok(false) };
-        files.push(file);
+    if absent(store, &folder, ranks)?.is_some() {
+        return Ok(false);
     }
+    let files =
+        (0..ranks).map(|rank| read_part(store, &folder, Rank(rank))).collect::<Result<_, _>>()?;
     let manifest = Manifest { progress, config: config.clone(), files };
     let name = format!("{folder}/{MANIFEST}");
     manifest.index(&store.place(&name), config)?;
@@ -78,22 +78,23 @@ pub fn commit(
     Ok(true)
 }
 
-/// The first rank that has written no part yet.
-pub(super) fn missing(store: &dyn Store, step: u64, attempt: u64, ranks: u32) -> Option<Rank> {
-    let folder = folder_name(step, attempt);
-    (0..ranks).map(Rank).find(|rank| !matches!(read_part(store, &folder, *rank), Ok(Some(_))))
+/// The first rank that has written no part yet: one look at a folder, for it is asked again and again.
+fn absent(store: &dyn Store, folder: &str, ranks: u32) -> Result<Option<Rank>, Error> {
+    let names = store.list(folder).map_err(Error::store("list", store, folder))?;
+    let names: HashSet<String> = names.into_iter().collect();
+    Ok((0..ranks).map(Rank).find(|rank| !names.contains(&part_name(*rank))))
 }
 
-fn read_part(store: &dyn Store, folder: &str, rank: Rank) -> Result<Option<File>, Error> {
+/// The first rank that has written no part of a checkpoint, as far as can be seen.
+pub(super) fn missing(store: &dyn Store, step: u64, attempt: u64, ranks: u32) -> Option<Rank> {
+    absent(store, &folder_name(step, attempt), ranks).ok().flatten()
+}
+
+fn read_part(store: &dyn Store, folder: &str, rank: Rank) -> Result<File, Error> {
     let name = format!("{folder}/{}", part_name(rank));
-    match store.length(&name) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::store("read", store, &name)(error)),
-        Ok(_) => {}
-    }
     let bytes = load::read_whole(store, &name)?;
     let damaged = |problem| Error::Damaged { place: store.place(&name), problem };
-    unseal(&bytes).map(Some).map_err(damaged)
+    unseal(&bytes).map_err(damaged)
 }
 
 /// Keeps the newest `keep` checkpoints that have a sound manifest and all their files; removes the

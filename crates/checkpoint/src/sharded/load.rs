@@ -135,26 +135,28 @@ impl Checkpoint {
     ) -> Result<(), Error> {
         let pieces = self.index.get(&(block, kind));
         let pieces = pieces.unwrap_or_else(|| panic!("the model has no {block}"));
-        let end = start + values.len() as u64;
-        let first = pieces.partition_point(|(first, ..)| *first <= start).saturating_sub(1);
-        let mut next = start;
-        for (_, file, piece) in &pieces[first..] {
+        let wanted = start..start + values.len() as u64;
+        let mut missing = values.len();
+        for (start, file, piece) in pieces {
             let piece = &self.manifest.files[*file].pieces[*piece];
-            if next >= end {
-                break;
+            if *start >= wanted.end || piece.end() <= Some(wanted.start) {
+                continue;
             }
             let found = self.read_piece(Rank(*file as u32), piece)?;
-            let (from, to) =
-                (next - piece.start, end.min(piece.start + piece.elements) - piece.start);
-            let into = (next - start) as usize..(piece.start + to - start) as usize;
             let (found, _) = found.as_chunks::<4>();
-            let found = &found[from as usize..to as usize];
-            for (value, bytes) in values[into].iter_mut().zip(found) {
-                *value = f32::from_le_bytes(*bytes);
+            for (row, found) in piece.rows().zip(found.chunks_exact(piece.width() as usize)) {
+                let (first, end) = (row.start.max(wanted.start), row.end.min(wanted.end));
+                if first < end {
+                    let found = &found[(first - row.start) as usize..(end - row.start) as usize];
+                    let into = (first - wanted.start) as usize..(end - wanted.start) as usize;
+                    missing -= found.len();
+                    for (value, bytes) in values[into].iter_mut().zip(found) {
+                        *value = f32::from_le_bytes(*bytes);
+                    }
+                }
             }
-            next = piece.start + to;
         }
-        assert!(next >= end, "{block} has no elements {next} to {end}");
+        assert_eq!(missing, 0, "{block} has no elements up to {}", wanted.end);
         Ok(())
     }
 

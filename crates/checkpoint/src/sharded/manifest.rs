@@ -1,19 +1,20 @@
 //! What a checkpoint consists of, and whether that is all of a model.
 
-use std::collections::BTreeMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
 use std::fmt;
 use std::ops::Range;
 
 use model::{Block, Config};
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
+use serde_json::value::{RawValue, to_raw_value};
 use units::Rank;
 
 use super::Checksum;
 use crate::Error;
 
-/// The version of manifests, parts and files.
-const VERSION: u32 = 1;
+/// The version of manifests, parts and files. The first knew no [`Rows`].
+const VERSION: u32 = 2;
 
 /// What the elements of a piece are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -66,7 +67,7 @@ pub struct Progress {
     pub tokens: u64,
 }
 
-/// Adjacent elements of a block's flat buffer, as they lie in a file.
+/// Elements of a block's flat buffer, as they lie in a file: adjacent ones, or rows of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Piece {
@@ -78,13 +79,47 @@ pub struct Piece {
     pub start: u64,
     /// How many.
     pub elements: u64,
+    /// How they are spread over the block, if they are not adjacent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rows: Option<Rows>,
     /// First byte in the file.
     pub offset: u64,
     /// Of the bytes.
     pub checksum: Checksum,
 }
 
+/// Some columns of a matrix: as many adjacent elements of every row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rows {
+    /// How many.
+    pub count: u64,
+    /// From the first element of one to that of the next.
+    pub stride: u64,
+}
+
 impl Piece {
+    /// Adjacent elements.
+    pub(super) fn width(&self) -> u64 {
+        self.rows.map_or(self.elements, |rows| self.elements / rows.count.max(1))
+    }
+
+    /// The adjacent elements of each row, in order.
+    pub(super) fn rows(&self) -> impl Iterator<Item = Range<u64>> + use<> {
+        let Rows { count, stride } = self.rows.unwrap_or(Rows { count: 1, stride: 0 });
+        let (start, width) = (self.start, self.width());
+        (0..count).map(move |row| start + row * stride..start + row * stride + width)
+    }
+
+    /// The end of the last row, if the rows are any at all: alike, apart, and not beyond all numbers.
+    pub(super) fn end(&self) -> Option<u64> {
+        let Rows { count, stride } = self.rows.unwrap_or(Rows { count: 1, stride: self.elements });
+        let alike = count > 0 && self.elements == self.width().checked_mul(count)?;
+        let last = self.start.checked_add(stride.checked_mul(count.checked_sub(1)?)?)?;
+        last.checked_add(self.width())
+            .filter(|_| alike && 0 < self.width() && self.width() <= stride)
+    }
+
     /// The bytes of the file that it takes, if that is a range at all.
     pub(super) fn bytes(&self) -> Option<Range<u64>> {
         let length = self.elements.checked_mul(4)?;
@@ -128,9 +163,8 @@ struct Sealed<'a> {
 
 /// JSON with its checksum.
 pub(super) fn seal(contents: &impl Serialize) -> Vec<u8> {
-    let json = serde_json::to_string(contents).expect("manifests have a JSON form");
-    let checksum = Checksum::of(json.as_bytes());
-    let contents = RawValue::from_string(json).expect("serde_json writes JSON");
+    let contents = to_raw_value(contents).expect("manifests have a JSON form");
+    let checksum = Checksum::of(contents.get().as_bytes());
     let sealed = Sealed { version: VERSION, xxh3_128: checksum, contents: &contents };
     serde_json::to_vec(&sealed).expect("manifests have a JSON form")
 }
@@ -139,8 +173,11 @@ pub(super) fn seal(contents: &impl Serialize) -> Vec<u8> {
 pub(super) fn unseal<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Result<T, String> {
     let malformed = |error: serde_json::Error| format!("it is malformed: {error}");
     let sealed: Sealed<'_> = serde_json::from_slice(bytes).map_err(malformed)?;
-    if sealed.version != VERSION {
-        return Err(format!("it has version {}, this program reads {VERSION}", sealed.version));
+    if !(1..=VERSION).contains(&sealed.version) {
+        return Err(format!(
+            "it has version {}, this program reads 1 to {VERSION}",
+            sealed.version
+        ));
     }
     let json = sealed.contents.get();
     let found = Checksum::of(json.as_bytes());
@@ -221,15 +258,23 @@ impl Manifest {
         pieces: &[(u64, usize, usize)],
     ) -> Result<(), Error> {
         let place = place.to_owned();
+        // Rows of several pieces take turns.
+        let mut rows: BinaryHeap<_> = pieces.iter().copied().map(Reverse).collect();
         let mut next = 0;
-        for (start, file, piece) in pieces {
-            if *start > next {
+        while let Some(Reverse((start, file, which))) = rows.pop().filter(|_| next <= elements) {
+            if start > next {
                 return Err(Error::Gap { place, kind, block, element: next, elements });
             }
-            if *start < next {
-                return Err(Error::Overlap { place, kind, block, element: *start });
+            if start < next {
+                return Err(Error::Overlap { place, kind, block, element: start });
             }
-            next = start.saturating_add(self.files[*file].pieces[*piece].elements);
+            let piece = &self.files[file].pieces[which];
+            next = start.saturating_add(piece.width());
+            if let Some(Rows { stride, .. }) = piece.rows
+                && piece.end() != Some(next)
+            {
+                rows.push(Reverse((start.saturating_add(stride), file, which)));
+            }
         }
         match next {
             next if next < elements => {
@@ -254,7 +299,7 @@ impl File {
     fn check(&self) -> Result<(), String> {
         let mut next = self.header_bytes();
         for piece in &self.pieces {
-            let bytes = piece.bytes().filter(|bytes| bytes.start == next && piece.elements > 0);
+            let bytes = piece.bytes().filter(|bytes| bytes.start == next && piece.end().is_some());
             next = bytes.ok_or("its pieces do not follow each other")?.end;
         }
         match next == self.bytes {

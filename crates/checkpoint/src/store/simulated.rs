@@ -59,9 +59,10 @@ struct State {
     changes: u64,
     root: String,
     files: Vec<File>,
-    /// What has which name, as programs see it and as it is after a crash.
-    live: Names,
-    durable: Names,
+    /// What has which name, as programs see it.
+    names: Names,
+    /// What the names that have changed since their folder was synced stood for before.
+    unsynced: BTreeMap<String, Option<Entry>>,
 }
 
 /// By path, as text: that is compared faster.
@@ -115,8 +116,8 @@ impl SimulatedDisk {
             changes: 0,
             root,
             files: Vec::new(),
-            live: names.clone(),
-            durable: names,
+            names,
+            unsynced: BTreeMap::new(),
         })))
     }
 
@@ -167,7 +168,7 @@ impl SimulatedDisk {
             Entry::Folder => None,
             Entry::File(index) => Some((path.into(), state.files[*index].live.len() as u64)),
         };
-        state.live.iter().filter_map(length).collect()
+        state.names.iter().filter_map(length).collect()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -178,25 +179,31 @@ impl SimulatedDisk {
 impl State {
     /// Each unsynced change of a name happened or did not; what a lost folder held is lost with it.
     fn forget_names(&mut self, dice: &mut Dice) {
-        let paths: Vec<String> = self.live.keys().chain(self.durable.keys()).cloned().collect();
-        for path in paths {
-            let (live, durable) = (self.live.get(&path).copied(), self.durable.get(&path).copied());
-            if live != durable && dice.one_in(2) {
-                match live {
-                    Some(entry) => self.durable.insert(path, entry),
-                    None => self.durable.remove(&path),
-                };
+        for (name, before) in std::mem::take(&mut self.unsynced) {
+            if dice.one_in(2) {
+                self.set(&name, before);
             }
         }
+        self.unsynced.clear();
         let mut kept = Names::new();
-        for (path, entry) in &self.durable {
-            let has_folder = kept.contains_key(folder(path));
-            if *path == self.root || has_folder {
-                kept.insert(path.clone(), *entry);
+        for (name, entry) in std::mem::take(&mut self.names) {
+            if name == self.root || kept.contains_key(folder(&name)) {
+                kept.insert(name, entry);
             }
         }
-        self.durable.clone_from(&kept);
-        self.live = kept;
+        self.names = kept;
+    }
+
+    /// Has a name stand for something else, or for nothing; what it stood for.
+    fn set(&mut self, name: &str, entry: Option<Entry>) -> Option<Entry> {
+        let before = match entry {
+            Some(entry) => self.names.insert(name.to_owned(), entry),
+            None => self.names.remove(name),
+        };
+        if before != entry && !self.unsynced.contains_key(name) {
+            self.unsynced.insert(name.to_owned(), before);
+        }
+        before
     }
 
     /// Counts a change; an error once the host has crashed.
@@ -209,7 +216,7 @@ impl State {
     }
 
     fn file(&mut self, path: &Path) -> io::Result<&mut File> {
-        match self.live.get(name(path)) {
+        match self.names.get(name(path)) {
             Some(Entry::File(index)) => Ok(&mut self.files[*index]),
             _ => Err(io::ErrorKind::NotFound.into()),
         }
@@ -217,12 +224,12 @@ impl State {
 
     /// The file of that name, emptied; a new one if there is none.
     fn create(&mut self, path: &Path) -> io::Result<()> {
-        if self.live.get(folder(name(path))) != Some(&Entry::Folder) {
+        if self.names.get(folder(name(path))) != Some(&Entry::Folder) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        if !self.live.contains_key(name(path)) {
+        if !self.names.contains_key(name(path)) {
             self.files.push(File::default());
-            self.live.insert(name(path).to_owned(), Entry::File(self.files.len() - 1));
+            self.set(name(path), Some(Entry::File(self.files.len() - 1)));
         }
         self.file(path)?.live.clear();
         Ok(())
@@ -234,8 +241,8 @@ impl State {
             Entry::Folder => 0,
             Entry::File(index) => self.files[*index].live.len() as u64,
         };
-        let used = self.live.values().map(length).sum();
-        self.faults.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(used))
+        let used = || self.names.values().map(length).sum();
+        self.faults.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(used()))
     }
 }
 
@@ -263,7 +270,7 @@ impl Disk for SimulatedDisk {
     fn create_folder(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state();
         state.change()?;
-        state.live.insert(name(path).to_owned(), Entry::Folder);
+        state.set(name(path), Some(Entry::Folder));
         Ok(())
     }
 
@@ -297,28 +304,20 @@ impl Disk for SimulatedDisk {
         let mut state = self.state();
         state.change()?;
         let path = name(path);
-        if state.live.get(path) != Some(&Entry::Folder) {
+        if state.names.get(path) != Some(&Entry::Folder) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        if state.faults.lies {
-            return Ok(());
+        if !state.faults.lies {
+            state.unsynced.retain(|name, _| folder(name) != path);
         }
-        let copy = |(name, entry): (&String, &Entry)| (name.clone(), *entry);
-        let names: Vec<_> = inside(&state.live, path).map(copy).collect();
-        let gone = inside(&state.durable, path).filter(|(name, _)| !state.live.contains_key(*name));
-        let gone: Vec<String> = gone.map(|(name, _)| name.clone()).collect();
-        for name in gone {
-            state.durable.remove(&name);
-        }
-        state.durable.extend(names);
         Ok(())
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut state = self.state();
         state.change()?;
-        let entry = state.live.remove(name(from)).ok_or(io::ErrorKind::NotFound)?;
-        state.live.insert(name(to).to_owned(), entry);
+        let entry = state.set(name(from), None).ok_or(io::ErrorKind::NotFound)?;
+        state.set(name(to), Some(entry));
         Ok(())
     }
 
@@ -334,25 +333,25 @@ impl Disk for SimulatedDisk {
 
     fn names(&self, path: &Path) -> io::Result<Vec<String>> {
         let (state, path) = (self.state(), name(path));
-        if state.live.get(path) != Some(&Entry::Folder) {
+        if state.names.get(path) != Some(&Entry::Folder) {
             return Err(io::ErrorKind::NotFound.into());
         }
         let start = prefix(path).len();
-        Ok(inside(&state.live, path).map(|(name, _)| name[start..].to_owned()).collect())
+        Ok(inside(&state.names, path).map(|(name, _)| name[start..].to_owned()).collect())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state();
         state.change()?;
-        state.live.remove(name(path)).map(drop).ok_or(io::ErrorKind::NotFound.into())
+        state.set(name(path), None).map(drop).ok_or(io::ErrorKind::NotFound.into())
     }
 
     fn remove_folder(&self, path: &Path) -> io::Result<()> {
         let mut state = self.state();
         state.change()?;
-        if inside(&state.live, name(path)).next().is_some() {
+        if inside(&state.names, name(path)).next().is_some() {
             return Err(io::ErrorKind::DirectoryNotEmpty.into());
         }
-        state.live.remove(name(path)).map(drop).ok_or(io::ErrorKind::NotFound.into())
+        state.set(name(path), None).map(drop).ok_or(io::ErrorKind::NotFound.into())
     }
 }

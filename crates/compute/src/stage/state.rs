@@ -27,16 +27,23 @@ impl<O: Operators> Stage<O> {
         self.blocks[&block].own.clone()
     }
 
-    /// Copies of the fp32 parameters, first and second moments of some held elements of a block, and
-    /// where groups train apart of their anchor and outer momentum.
-    #[must_use]
-    pub fn snapshot(&self, block: Block, elements: Range<usize>) -> Vec<Vec<f32>> {
+    /// Shows the fp32 parameters, first and second moments of some held elements of a block, and where
+    /// groups train apart their anchor and outer momentum, one after the other.
+    pub fn show(&self, block: Block, elements: Range<usize>, mut to: impl FnMut(usize, &[f32])) {
         let state = &self.blocks[&block];
         let range = elements.start - state.held.start..elements.end - state.held.start;
         let inner = std::iter::once(&state.master).chain(&state.moments);
-        let copy = |tensor| self.operators.slice(tensor, range.clone());
-        let copies = inner.chain(state.outer.iter().flatten()).map(copy);
-        copies.map(|copy| self.operators.download(copy)).collect()
+        for (index, tensor) in inner.chain(state.outer.iter().flatten()).enumerate() {
+            self.operators.show(tensor, range.clone(), |values| to(index, values));
+        }
+    }
+
+    /// Copies of what [`Stage::show`] shows.
+    #[must_use]
+    pub fn snapshot(&self, block: Block, elements: Range<usize>) -> Vec<Vec<f32>> {
+        let mut copies = Vec::new();
+        self.show(block, elements, |_, values| copies.push(values.to_vec()));
+        copies
     }
 
     /// Puts what [`Stage::snapshot`] copies of all held elements of a block in place.

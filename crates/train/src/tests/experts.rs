@@ -6,7 +6,7 @@ use plan::{ContextExchange, Recompute, TensorOverlap};
 use super::*;
 
 /// Mixtral's experts in every layer.
-fn mixtral() -> Job {
+pub fn mixtral() -> Job {
     with_experts(config(false), Experts::new(4, 2, 24))
 }
 

@@ -65,7 +65,14 @@ impl Keeping {
         let (stop, checkpoints) = (Arc::clone(&self.stop), Some(checkpoints));
         let own = self.flip.filter(|(rank, _)| *rank == worker.rank());
         let flips = own.map(|(_, step)| step).into_iter().collect();
-        Ok(Safekeeping { stop, replicas, checkpoints, compare_every_steps: 3, flips })
+        Ok(Safekeeping {
+            stop,
+            replicas,
+            checkpoints,
+            compare_every_steps: 3,
+            flips,
+            ..Safekeeping::default()
+        })
     }
 
     pub fn see(&self, event: &Event, view: &View) {

@@ -91,3 +91,10 @@ pub fn run<T: Send>(
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
+
+/// A mesh of messages by MPI.
+#[cfg(feature = "mpi")]
+pub fn mpi(ranks: u32) -> Vec<Box<dyn Transport>> {
+    let mesh = transport::Mpi::mesh(ranks).unwrap();
+    mesh.into_iter().map(|end| Box::new(end) as Box<dyn Transport>).collect()
+}
