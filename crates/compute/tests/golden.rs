@@ -176,11 +176,17 @@ fn deepseeks_experts_match_transformers() {
     holds(Cpu::new(1, Precision::Fp32), "tiny-glm4-moe");
 }
 
+#[test]
+fn latent_attention_matches_transformers() {
+    holds(Cpu::new(1, Precision::Fp32), "tiny-deepseek-v3");
+}
+
 #[cfg(feature = "burn")]
 #[test]
 fn mixtures_of_experts_on_burn_match_transformers() {
     holds(compute::Burn::flex(), "tiny-mixtral");
     holds(compute::Burn::flex(), "tiny-glm4-moe");
+    holds(compute::Burn::flex(), "tiny-deepseek-v3");
 }
 
 #[cfg(feature = "burn")]

@@ -143,7 +143,9 @@ pub enum ConfigError {
     #[error("`{0}`: such a model is planned and simulated, but cannot be trained or stored yet")]
     Unsupported(&'static str),
     /// Rotary embedding turns pairs.
-    #[error("`head_dim` = {0} is odd; rotary embedding turns pairs of components")]
+    #[error(
+        "`head_dim` (`latent_attention.rope_dim`) = {0} is odd; rotary embedding turns pairs of components"
+    )]
     OddHead(u64),
 }
 
@@ -159,8 +161,8 @@ impl Config {
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(ConfigError::HeadGroups { heads: self.heads, kv_heads: self.kv_heads });
         }
-        if self.positions == Positions::Rotary && !self.head_dim.is_multiple_of(2) {
-            return Err(ConfigError::OddHead(self.head_dim));
+        if self.positions == Positions::Rotary && !self.rotary_dim().is_multiple_of(2) {
+            return Err(ConfigError::OddHead(self.rotary_dim()));
         }
         self.experts.map_or(Ok(()), |experts| experts.check())
     }
@@ -230,6 +232,12 @@ impl Config {
             Some(latent) => (latent.nope_dim + latent.rope_dim, latent.value_dim),
             None => (self.head_dim, self.head_dim),
         }
+    }
+
+    /// Components of a head's queries and keys that are rotated, its last.
+    #[must_use]
+    pub fn rotary_dim(&self) -> u64 {
+        self.latent_attention.map_or(self.head_dim, |latent| latent.rope_dim)
     }
 
     /// Width of all query heads together.

@@ -5,7 +5,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{Architecture, Config, Error, Experts, Llama3Scaling, Rotary, Scoring};
+use crate::{
+    Architecture, Config, Error, Experts, LatentAttention, Llama3Scaling, Rotary, Scoring,
+};
 
 /// Reads the text of a `config.json`. Keys that may be left out have the defaults of transformers.
 ///
@@ -20,18 +22,23 @@ pub fn from_json(text: &str) -> Result<Config, Error> {
     let hidden = json.required("hidden_size")?;
     let heads = json.required("num_attention_heads")?;
     let context = json.or("max_position_embeddings", 2048)?;
+    let latent_attention = latent_attention(&json, architecture)?;
     let config = Config {
         layers: json.required("num_hidden_layers")?,
         hidden,
         heads,
         kv_heads: json.or("num_key_value_heads", heads)?,
-        head_dim: head_dim(&json, hidden, heads)?,
+        head_dim: match latent_attention {
+            Some(latent) => latent.nope_dim,
+            None => head_dim(&json, hidden, heads)?,
+        },
         feed_forward: json.required("intermediate_size")?,
         vocabulary: json.required("vocab_size")?,
         tied_embeddings: json.or("tie_word_embeddings", false)?,
         norm_epsilon: json.or("rms_norm_eps", 1e-6)?,
         rotary: rotary(&json, architecture)?,
         context,
+        latent_attention,
         experts: experts(&json, architecture)?,
         ..Config::default()
     };
@@ -57,7 +64,7 @@ pub fn to_json(config: &Config) -> String {
         hidden_size: config.hidden,
         num_attention_heads: config.heads,
         num_key_value_heads: config.kv_heads,
-        head_dim: config.head_dim,
+        head_dim: config.latent_attention.is_none().then_some(config.head_dim),
         intermediate_size: config.feed_forward,
         vocab_size: config.vocabulary,
         max_position_embeddings: config.context,
@@ -69,6 +76,7 @@ pub fn to_json(config: &Config) -> String {
         eos_token_id: None,
         mixtral: config.experts.filter(|_| architecture == Architecture::Mixtral).map(Into::into),
         glm4_moe: config.experts.filter(|_| architecture == Architecture::Glm4Moe).map(Into::into),
+        deepseek_v3: config.latent_attention.map(|latent| DeepseekV3Json::new(config, latent)),
     };
     let text = serde_json::to_string_pretty(&json);
     text.unwrap_or_else(|error| panic!("numbers and fixed text always serialize: {error}")) + "\n"
@@ -87,7 +95,9 @@ struct ConfigJson {
     hidden_size: u64,
     num_attention_heads: u64,
     num_key_value_heads: u64,
-    head_dim: u64,
+    /// Nothing with latent attention, which has widths of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    head_dim: Option<u64>,
     intermediate_size: u64,
     vocab_size: u64,
     max_position_embeddings: u64,
@@ -102,6 +112,8 @@ struct ConfigJson {
     mixtral: Option<MixtralJson>,
     #[serde(flatten)]
     glm4_moe: Option<Glm4MoeJson>,
+    #[serde(flatten)]
+    deepseek_v3: Option<DeepseekV3Json>,
 }
 
 /// What a Mixtral has besides; its experts have the width `intermediate_size`.
@@ -115,6 +127,29 @@ struct MixtralJson {
 /// What a GLM-4 mixture of experts has besides.
 #[derive(Serialize)]
 struct Glm4MoeJson {
+    #[serde(flatten)]
+    experts: DeepseekExpertsJson,
+    use_qk_norm: bool,
+    partial_rotary_factor: f64,
+}
+
+/// What a DeepSeek-V3 has besides.
+#[derive(Serialize)]
+struct DeepseekV3Json {
+    #[serde(flatten)]
+    experts: DeepseekExpertsJson,
+    q_lora_rank: Option<u64>,
+    kv_lora_rank: u64,
+    qk_nope_head_dim: u64,
+    qk_rope_head_dim: u64,
+    v_head_dim: u64,
+    rope_interleave: bool,
+    num_nextn_predict_layers: u32,
+}
+
+/// DeepSeek-V3's experts.
+#[derive(Serialize)]
+struct DeepseekExpertsJson {
     n_routed_experts: u64,
     num_experts_per_tok: u64,
     moe_intermediate_size: u64,
@@ -124,8 +159,6 @@ struct Glm4MoeJson {
     topk_group: u64,
     routed_scaling_factor: f32,
     norm_topk_prob: bool,
-    use_qk_norm: bool,
-    partial_rotary_factor: f64,
 }
 
 impl From<Experts> for MixtralJson {
@@ -140,6 +173,31 @@ impl From<Experts> for MixtralJson {
 
 impl From<Experts> for Glm4MoeJson {
     fn from(experts: Experts) -> Self {
+        Self { experts: experts.into(), use_qk_norm: false, partial_rotary_factor: 1.0 }
+    }
+}
+
+impl DeepseekV3Json {
+    /// Without experts, all layers are dense, and the keys of experts say nothing.
+    fn new(config: &Config, latent: LatentAttention) -> Self {
+        let width = config.feed_forward;
+        let none = Experts { shared_width: width, ..Experts::new(1, 1, width) };
+        let none = Experts { dense_layers: config.layers, ..none };
+        Self {
+            experts: config.experts.unwrap_or(none).into(),
+            q_lora_rank: latent.query_rank,
+            kv_lora_rank: latent.kv_rank,
+            qk_nope_head_dim: latent.nope_dim,
+            qk_rope_head_dim: latent.rope_dim,
+            v_head_dim: latent.value_dim,
+            rope_interleave: true,
+            num_nextn_predict_layers: 0,
+        }
+    }
+}
+
+impl From<Experts> for DeepseekExpertsJson {
+    fn from(experts: Experts) -> Self {
         Self {
             n_routed_experts: experts.count,
             num_experts_per_tok: experts.per_token,
@@ -150,8 +208,6 @@ impl From<Experts> for Glm4MoeJson {
             topk_group: experts.groups_per_token,
             routed_scaling_factor: experts.scale,
             norm_topk_prob: true,
-            use_qk_norm: false,
-            partial_rotary_factor: 1.0,
         }
     }
 }
@@ -220,7 +276,12 @@ impl Object {
 
 fn architecture(json: &Object) -> Result<Architecture, Error> {
     let name = json.required::<String>("model_type")?;
-    let all = [Architecture::Llama, Architecture::Mixtral, Architecture::Glm4Moe];
+    let all = [
+        Architecture::Llama,
+        Architecture::Mixtral,
+        Architecture::Glm4Moe,
+        Architecture::DeepseekV3,
+    ];
     let found = all.into_iter().find(|architecture| architecture.names()[1] == name);
     json.only("hidden_act", "silu".to_owned())?;
     json.only("attention_bias", false)?;
@@ -245,21 +306,48 @@ fn experts(json: &Object, architecture: Architecture) -> Result<Option<Experts>,
             )))
         }
         Architecture::Glm4Moe => {
-            json.only("norm_topk_prob", true)?;
             json.only("use_qk_norm", false)?;
-            let width = json.required("moe_intermediate_size")?;
-            let (count, visited) = ("n_routed_experts", "num_experts_per_tok");
-            Ok(Some(Experts {
-                shared_width: json.required::<u64>("n_shared_experts")? * width,
-                dense_layers: json.required("first_k_dense_replace")?,
-                scoring: Scoring::Sigmoid,
-                groups: json.or("n_group", 1)?,
-                groups_per_token: json.or("topk_group", 1)?,
-                scale: json.or("routed_scaling_factor", 1.0)?,
-                ..Experts::new(json.required(count)?, json.required(visited)?, width)
-            }))
+            Ok(Some(deepseek_experts(json)?))
+        }
+        Architecture::DeepseekV3 => {
+            json.only("num_nextn_predict_layers", 0)?;
+            let experts = deepseek_experts(json)?;
+            let layers = json.required::<u32>("num_hidden_layers")?;
+            Ok(Some(experts).filter(|experts| experts.dense_layers < layers))
         }
     }
+}
+
+fn deepseek_experts(json: &Object) -> Result<Experts, Error> {
+    json.only("norm_topk_prob", true)?;
+    let width = json.required("moe_intermediate_size")?;
+    let (count, visited) = ("n_routed_experts", "num_experts_per_tok");
+    Ok(Experts {
+        shared_width: json.required::<u64>("n_shared_experts")? * width,
+        dense_layers: json.required("first_k_dense_replace")?,
+        scoring: Scoring::Sigmoid,
+        groups: json.or("n_group", 1)?,
+        groups_per_token: json.or("topk_group", 1)?,
+        scale: json.or("routed_scaling_factor", 1.0)?,
+        ..Experts::new(json.required(count)?, json.required(visited)?, width)
+    })
+}
+
+fn latent_attention(
+    json: &Object,
+    architecture: Architecture,
+) -> Result<Option<LatentAttention>, Error> {
+    if architecture != Architecture::DeepseekV3 {
+        return Ok(None);
+    }
+    json.only("rope_interleave", true)?;
+    Ok(Some(LatentAttention {
+        query_rank: json.optional("q_lora_rank")?,
+        kv_rank: json.required("kv_lora_rank")?,
+        nope_dim: json.required("qk_nope_head_dim")?,
+        rope_dim: json.required("qk_rope_head_dim")?,
+        value_dim: json.required("v_head_dim")?,
+    }))
 }
 
 fn head_dim(json: &Object, hidden: u64, heads: u64) -> Result<u64, Error> {
@@ -391,6 +479,7 @@ mod tests {
         for theirs in [
             include_str!("../../../golden/tiny-mixtral/config.json"),
             include_str!("../../../golden/tiny-glm4-moe/config.json"),
+            include_str!("../../../golden/tiny-deepseek-v3/config.json"),
         ] {
             let config = from_json(theirs).unwrap();
             let experts = config.experts.unwrap();

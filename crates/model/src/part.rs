@@ -155,7 +155,8 @@ impl Config {
 }
 
 fn is_of_heads(parameter: &Parameter) -> bool {
-    matches!(parameter.role, Role::Latent | Role::HeadNorm)
+    let latent = [Role::QueryLatent, Role::QueryLatentNorm, Role::KeyLatent, Role::KeyLatentNorm];
+    latent.contains(&parameter.role) || parameter.role == Role::HeadNorm
 }
 
 /// The runs of one parameter: one for each row of what stands before the last dimension that is cut.

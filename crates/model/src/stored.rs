@@ -15,6 +15,9 @@ pub enum Architecture {
     Mixtral,
     /// `Glm4MoeForCausalLM`: a Llama's attention, and DeepSeek-V3's experts.
     Glm4Moe,
+    /// `DeepseekV3ForCausalLM`: latent attention, and these experts in all layers but the first, or in
+    /// none.
+    DeepseekV3,
 }
 
 impl Architecture {
@@ -24,6 +27,7 @@ impl Architecture {
             Self::Llama => ["LlamaForCausalLM", "llama"],
             Self::Mixtral => ["MixtralForCausalLM", "mixtral"],
             Self::Glm4Moe => ["Glm4MoeForCausalLM", "glm4_moe"],
+            Self::DeepseekV3 => ["DeepseekV3ForCausalLM", "deepseek_v3"],
         }
     }
 }
@@ -43,13 +47,17 @@ impl Config {
             ("query_key_norm", self.query_key_norm),
             ("dropout", self.dropout),
             ("sliding_window", self.sliding_window.is_some()),
-            ("latent_attention", self.latent_attention.is_some()),
             ("prediction_layers", self.prediction_layers > 0),
         ];
         if let Some((key, _)) = differences.into_iter().find(|(_, differs)| *differs) {
             return Err(ConfigError::Unsupported(key));
         }
-        self.experts.map_or(Ok(Architecture::Llama), |experts| experts.architecture())
+        let experts = self.experts.map(|experts| experts.architecture()).transpose()?;
+        match (self.latent_attention, experts) {
+            (None, experts) => Ok(experts.unwrap_or(Architecture::Llama)),
+            (Some(_), None | Some(Architecture::Glm4Moe)) => Ok(Architecture::DeepseekV3),
+            (Some(_), _) => Err(ConfigError::Unsupported("experts.scoring")),
+        }
     }
 
     /// The parameters of `block` as they are stored: those that lie in one buffer here and are

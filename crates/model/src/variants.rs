@@ -177,6 +177,13 @@ pub struct LatentAttention {
     pub value_dim: u64,
 }
 
+impl LatentAttention {
+    /// Added to the mean square under the root of the narrow vectors' norms, whatever the other norms
+    /// have: the default of `DeepseekV3RMSNorm` (transformers 5.23, `modeling_deepseek_v3.py`) and of
+    /// `RMSNorm` in DeepSeek-V3's own `model.py` (2024-12).
+    pub const NORM_EPSILON: f32 = 1e-6;
+}
+
 /// Attention that sees only the last tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

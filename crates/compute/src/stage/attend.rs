@@ -63,8 +63,7 @@ impl<O: Operators> Stage<O> {
         if self.program.exchanges.keys_apart(Segment::Qkv) {
             let dims = &self.program.attention;
             let dkeys = take(&mut self.gradients, work.of(Value::KeyValues(work.layer)));
-            let first = dims.heads * dims.head_dim;
-            self.operators.set_columns(dqkv, dims.qkv_width(), first, &dkeys);
+            self.operators.set_columns(dqkv, dims.qkv_width(), dims.queries_width(), &dkeys);
         }
     }
 

@@ -57,6 +57,22 @@ impl Routing {
         routing
     }
 
+    /// Of tokens of so many ranks that all visit the experts in turn, those of one rank.
+    pub fn even(experts: &Experts, tokens: usize, ranks: usize) -> Self {
+        let (count, copies) = (experts.count as usize, tokens * experts.per_token as usize);
+        let choices = (0..copies as u32).map(|copy| copy % experts.count as u32).collect();
+        let mut routing = Self {
+            choices,
+            shares: vec![1.0 / experts.per_token as f32; copies],
+            sigmoids: vec![0.5; copies],
+            order: (0..copies as u32).collect(),
+            count,
+            of_ranks: vec![],
+        };
+        routing.of_ranks = routing.loads().repeat(ranks);
+        routing
+    }
+
     /// Copies that each expert gets from these tokens.
     pub fn loads(&self) -> Vec<u32> {
         let mut loads = vec![0; self.count];

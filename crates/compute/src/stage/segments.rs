@@ -10,7 +10,9 @@ use program::{Buffer, Piece, Value};
 
 use super::exchanged::{Rows, Work};
 use super::{BlockState, Stage};
-use crate::operators::{ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Window, WindowMut};
+use crate::operators::{
+    ELSEWHERE, Operators, Pairing, ProductDims, Rotation, ScoreDims, Window, WindowMut,
+};
 
 /// What the gradients of a segment's weights are made of.
 pub(super) struct Owed<T> {
@@ -30,7 +32,7 @@ impl<O: Operators> Stage<O> {
                 // Nothing reads the delta a second time; the gate and up products are what is missed.
                 let x = self.input(work);
                 let gate_up = self.product(&x, work);
-                self.save_gate_up(work, gate_up);
+                self.save(work, gate_up);
             }
             Pass::Recompute => self.forward(work),
             Pass::BackwardInput => self.backward_input(work),
@@ -57,7 +59,10 @@ impl<O: Operators> Stage<O> {
             }
             Segment::Qkv => {
                 let x = self.input(work);
-                let qkv = self.product(&x, work);
+                let qkv = match self.config.latent_attention {
+                    Some(latent) => self.expand(&x, work, latent),
+                    None => self.product(&x, work),
+                };
                 self.leave(work, qkv);
                 if work.is_last() {
                     let mut qkv = take(&mut self.values, work.of(Value::Qkv(layer)));
@@ -109,17 +114,18 @@ impl<O: Operators> Stage<O> {
         let gate_up = self.product(&x, work);
         let dims = self.down_dims(work);
         let inner = self.operators.swiglu(&gate_up, dims.k);
-        self.save_gate_up(work, gate_up);
+        self.save(work, gate_up);
         let w = self.window(Block::Layer(work.layer), down(work.segment));
         let delta = self.operators.product(&inner, w, dims);
         self.leave(work, delta);
     }
 
-    fn save_gate_up(&mut self, work: Work, piece: O::Tensor) {
+    /// Keeps a piece of what stands between a segment's two products.
+    pub(super) fn save(&mut self, work: Work, piece: O::Tensor) {
         let key = work.of(work.output());
         let saved = self.saved.remove(&key);
-        let gate_up = self.joined(saved, piece, Rows::Product, work.piece);
-        self.saved.insert(key, gate_up);
+        let saved = self.joined(saved, piece, Rows::Product, work.piece);
+        self.saved.insert(key, saved);
     }
 
     /// The loss, and the gradient of the logits in their place. Where ranks split the vocabulary,
@@ -166,7 +172,8 @@ impl<O: Operators> Stage<O> {
                 self.experts_backward(work);
             }
             Segment::Attend => self.attend_backward(work),
-            Segment::Qkv | Segment::Project | Segment::Logits => self.product_backward(work),
+            Segment::Qkv => self.qkv_backward(work),
+            Segment::Project | Segment::Logits => self.product_backward(work),
             Segment::Embed => {} // words have no gradient
             other => unreachable!("{other} is not carried out"),
         }
@@ -189,15 +196,22 @@ impl<O: Operators> Stage<O> {
         self.gradients.insert((mb, input), dx);
     }
 
-    /// The gradient of the input of a segment that is one product.
-    fn product_backward(&mut self, work: Work) {
-        if work.segment == Segment::Qkv && work.is_first() {
+    fn qkv_backward(&mut self, work: Work) {
+        if work.is_first() {
             let key = work.of(Value::Qkv(work.layer));
             let mut dy = take(&mut self.gradients, key);
             self.join_keys(work, &mut dy);
             self.rotate(&mut dy, true);
             self.gradients.insert(key, dy);
         }
+        match self.config.latent_attention {
+            Some(latent) => self.expand_backward(work, latent),
+            None => self.product_backward(work),
+        }
+    }
+
+    /// The gradient of the input of a segment that is one product.
+    fn product_backward(&mut self, work: Work) {
         let dy = self.output_gradient(work);
         let (block, role, dims) = self.linear(work);
         let w = self.window(block, role);
@@ -252,6 +266,9 @@ impl<O: Operators> Stage<O> {
         if segment == Segment::Experts {
             return self.experts_weights(work, owed);
         }
+        if let (Segment::Qkv, Some(latent)) = (segment, self.config.latent_attention) {
+            return self.expand_weights(work, latent, owed);
+        }
         let Owed { mut output, inner, input } = owed;
         if let Some(dgate_up) = inner {
             let gate_up = take(&mut self.saved, work.of(work.output()));
@@ -264,20 +281,25 @@ impl<O: Operators> Stage<O> {
         if segment == Segment::Route {
             self.routings.remove(&(microbatch, layer)); // the last that needs it
         }
-        let value = Value::of(segment, layer).0[0];
-        let x = match self.program.exchanges.before(segment, layer) {
+        let x = self.take_input(work, input);
+        let (block, role, dims) = self.linear(work);
+        let (operators, dw) = self.gradient(block, role);
+        operators.product_weight_gradient(&output, &x, dims, dw);
+    }
+
+    /// What a segment read, which nothing reads after the gradients of its weights.
+    pub(super) fn take_input(&mut self, work: Work, kept: Option<O::Tensor>) -> O::Tensor {
+        let value = Value::of(work.segment, work.layer).0[0];
+        match self.program.exchanges.before(work.segment, work.layer) {
             Some(_) => {
                 let gathered = self.input(work);
-                if segment != Segment::SharedExperts {
+                if work.segment != Segment::SharedExperts {
                     self.values.remove(&work.of(value));
                 }
                 gathered
             }
-            None => input.unwrap_or_else(|| take(&mut self.values, work.of(value))),
-        };
-        let (block, role, dims) = self.linear(work);
-        let (operators, dw) = self.gradient(block, role);
-        operators.product_weight_gradient(&output, &x, dims, dw);
+            None => kept.unwrap_or_else(|| take(&mut self.values, work.of(value))),
+        }
     }
 
     fn embedding_backward(&mut self, work: Work) {
@@ -297,7 +319,7 @@ impl<O: Operators> Stage<O> {
     // The size of this rank's part.
 
     /// Rows of a piece of what enters products.
-    fn rows(&self, piece: Piece) -> usize {
+    pub(super) fn rows(&self, piece: Piece) -> usize {
         self.program.shape.product_tokens() as usize / usize::from(piece.of)
     }
 
@@ -340,7 +362,7 @@ impl<O: Operators> Stage<O> {
         let block = Block::Layer(work.layer);
         let (block, role, k, n) = match work.segment {
             Segment::Qkv => (block, Role::Query, hidden, dims.qkv_width()),
-            Segment::Project => (block, Role::Output, dims.heads * dims.head_dim, hidden),
+            Segment::Project => (block, Role::Output, dims.output_width(), hidden),
             Segment::FeedForward => {
                 (block, Role::Gate, hidden, 2 * self.feed_forward_width(work.segment))
             }
@@ -359,11 +381,15 @@ impl<O: Operators> Stage<O> {
 
     fn rotate(&self, qkv: &mut O::Tensor, inverse: bool) {
         let [cos, sin] = &self.rotation;
-        let rotation = Rotation { cos, sin };
+        let pairing = match self.config.latent_attention {
+            Some(_) => Pairing::Neighbours,
+            None => Pairing::Halves,
+        };
+        let rotation = Rotation { cos, sin, pairing };
         self.operators.rotary(qkv, rotation, &self.program.attention, inverse);
     }
 
-    fn weights(&self, block: Block) -> &O::Tensor {
+    pub(super) fn weights(&self, block: Block) -> &O::Tensor {
         let gathered = self.blocks.get(&block).and_then(|state| state.gathered.as_ref());
         gathered.expect("the program gathers a block before it is used")
     }

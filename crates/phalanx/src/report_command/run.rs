@@ -259,17 +259,36 @@ impl Run {
         page::scaling(&curves, &said)
     }
 
+    /// Of each rank, what was planned above what was measured.
     fn memory(&self) -> Section {
-        let peaks = self.summary["resident_bytes_peak_by_rank"].as_array();
-        let peaks = peaks.into_iter().flatten().filter_map(Value::as_u64).map(Bytes);
-        let held =
-            |(rank, bytes)| Held { by: format!("rank {rank}"), items: vec![("process", bytes)] };
-        let held: Vec<Held> = (0..).zip(peaks).map(held).collect();
+        let by_rank = |key: &str| -> Vec<Bytes> {
+            let ranks = self.summary[key].as_array().into_iter().flatten();
+            ranks.filter_map(Value::as_u64).map(Bytes).collect()
+        };
+        let (planned, counted) =
+            (by_rank("memory_bytes_peak_by_rank_planned"), by_rank("memory_bytes_peak_by_rank"));
+        let mut held: Vec<Held> = Vec::new();
+        for (rank, resident) in by_rank("resident_bytes_peak_by_rank").into_iter().enumerate() {
+            let mut put = |of: &str, tensors: Option<&Bytes>, all: Bytes| {
+                let tensors = tensors.copied().unwrap_or_default();
+                let items = vec![
+                    ("tensors and transfers", tensors),
+                    ("rest of the process", Bytes(all.0.saturating_sub(tensors.0))),
+                ];
+                held.push(Held { by: format!("rank {rank}, {of}"), items });
+            };
+            if let Some(planned) = planned.get(rank) {
+                put("planned", Some(planned), *planned);
+            }
+            put("measured", counted.get(rank), resident);
+        }
         if held.is_empty() {
             return Section::absent("Memory", "Counted when the run ends, where the system tells.");
         }
-        let said = "The most that each rank's process held, measured by the operating system: program, \
-                    text and buffers included.";
+        let said = "The most that each rank held: tensors and the buffers of transfers, planned from the \
+                    program's list before anything was computed and counted while it was; and its \
+                    process, as the operating system tells, with program, text, shared memory and what \
+                    measuring the machine took.";
         page::memory(said, &held, None)
     }
 

@@ -75,11 +75,12 @@ impl<'a> Footprint<'a> {
         let layer = |layer: u32| config.parameters(Block::Layer(layer));
         let attention = |role: Role| {
             use Role::{
-                AttentionNorm, FeedForwardNorm, HeadNorm, Key, Latent, Output, Query, Value,
+                AttentionNorm, FeedForwardNorm, HeadNorm, Key, KeyLatent, KeyLatentNorm, Output,
+                Query, QueryLatent, QueryLatentNorm, Value,
             };
-            let roles =
-                [AttentionNorm, FeedForwardNorm, HeadNorm, Key, Latent, Output, Query, Value];
-            roles.contains(&role)
+            let norms = [AttentionNorm, FeedForwardNorm, HeadNorm, KeyLatentNorm, QueryLatentNorm];
+            let products = [Key, KeyLatent, Output, Query, QueryLatent, Value];
+            norms.contains(&role) || products.contains(&role)
         };
         let (sparse, dense): (Vec<u32>, Vec<u32>) =
             (0..config.layers).partition(|layer| config.experts_of(*layer).is_some());

@@ -84,6 +84,23 @@ fn with_pipeline_and_data() {
     hold(&job(false), cells(2, 2));
 }
 
+/// Documents that do not see each other, in every cell of half the grid.
+#[test]
+fn with_latent_attention() {
+    let job = Job { config: latent_config(), ..job(true) };
+    for (pipeline, data) in [(1, 1), (2, 1), (2, 2)] {
+        hold(&job, cells(pipeline, data));
+    }
+}
+
+#[test]
+fn with_latent_attention_and_queries_projected_at_once() {
+    let mut config = latent_config();
+    config.latent_attention =
+        config.latent_attention.map(|latent| LatentAttention { query_rank: None, ..latent });
+    hold(&Job { config, ..job(true) }, cells(1, 2));
+}
+
 #[test]
 fn the_grid_is_of_several_dozen_cells() {
     let count: usize =
