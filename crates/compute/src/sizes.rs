@@ -189,7 +189,7 @@ impl Operators for Sizes {
     fn attention(&self, _: &Size, _: Sight<'_, Size>, dims: &AttentionDims) -> (Size, Size) {
         let queries = dims.sequences * dims.length * dims.heads;
         let log_sums = self.made(queries);
-        (self.made(queries * dims.head_dim), log_sums)
+        (self.made(queries * dims.value_dim), log_sums)
     }
 
     fn attention_join(

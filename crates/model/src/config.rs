@@ -131,7 +131,7 @@ pub enum ConfigError {
     },
     /// Groups that experts do not divide into, or more of them chosen than there are.
     #[error(
-        "`experts.groups` = {groups} with `experts.groups_per_token` = {per_token}: groups must divide `experts.count`, hold two experts at least and together as many as a token visits, and need scoring = \"sigmoid\""
+        "`experts.groups` = {groups} with `experts.groups_per_token` = {per_token}: groups must divide `experts.count`, hold two experts at least and together as many as a token visits, and need scoring = \"sigmoid\" or \"softmax-of-all\""
     )]
     ExpertGroups {
         /// Groups there are.
@@ -270,7 +270,7 @@ impl Experts {
             && groups_per_token <= groups
             && per_token <= groups_per_token * each
             && each >= 2
-            && scoring == Scoring::Sigmoid;
+            && scoring != Scoring::Softmax;
         if groups > 1 && !fits {
             return Err(ConfigError::ExpertGroups { groups, per_token: groups_per_token });
         }

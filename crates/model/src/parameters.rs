@@ -51,8 +51,10 @@ pub enum Role {
     Head,
     /// Position embedding, `[positions, hidden]`.
     Positions,
-    /// Scales of the norms of each head's queries, and of its keys, `[head_dim]`.
-    HeadNorm,
+    /// Scale of the norm of each head's queries, `[head_dim]`.
+    QueryNorm,
+    /// Scale of the norm of each head's keys, `[head_dim]`.
+    KeyNorm,
     /// Product into latent attention's narrow query vector, `[query_rank, hidden]`.
     QueryLatent,
     /// Scale of that vector's norm, `[query_rank]`.
@@ -322,8 +324,10 @@ impl Config {
         entries.extend(matrix(Role::Key, "self_attn.k_proj", key, Split::KvHeads, biases));
         entries.extend(matrix(Role::Value, "self_attn.v_proj", key, Split::KvHeads, biases));
         if self.query_key_norm {
-            for name in ["self_attn.q_norm", "self_attn.k_norm"] {
-                entries.extend(self.norm_entries(Role::HeadNorm, name, self.head_dim));
+            for (role, name) in
+                [(Role::QueryNorm, "self_attn.q_norm"), (Role::KeyNorm, "self_attn.k_norm")]
+            {
+                entries.extend(self.norm_entries(role, name, self.head_dim));
             }
         }
         entries

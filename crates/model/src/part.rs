@@ -155,8 +155,9 @@ impl Config {
 }
 
 fn is_of_heads(parameter: &Parameter) -> bool {
-    let latent = [Role::QueryLatent, Role::QueryLatentNorm, Role::KeyLatent, Role::KeyLatentNorm];
-    latent.contains(&parameter.role) || parameter.role == Role::HeadNorm
+    use Role::{KeyLatent, KeyLatentNorm, KeyNorm, QueryLatent, QueryLatentNorm, QueryNorm};
+    let shared = [KeyLatent, KeyLatentNorm, KeyNorm, QueryLatent, QueryLatentNorm, QueryNorm];
+    shared.contains(&parameter.role)
 }
 
 /// The runs of one parameter: one for each row of what stands before the last dimension that is cut.

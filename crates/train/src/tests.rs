@@ -493,16 +493,33 @@ fn the_transport_changes_no_bit() {
     }
 }
 
+/// How far bf16 may be from fp32 in the loss and in the gradient norm of twenty steps, relative: twice what
+/// was measured (0.05 % and 4.9 %, of latent attention 0.04 % and 2.4 %). A value is rounded by up to one
+/// part in 256. The loss is a mean, in which most of that cancels; the norm is the length of a small gradient
+/// that is left of larger ones, and twenty updates by it have led elsewhere.
+const BF16_TOLERANCES: [f64; 2] = [0.001, 0.1];
+
 #[test]
 fn bf16_stays_close_to_fp32() {
-    let job = Job::new(false);
-    let low = Job { precision: Precision::Bf16, ..job.clone() };
-    for layout in [job.reference(), layout(2, 2, 2, Shard::Parameters)] {
-        let (fp32, bf16) = (train(&job, &layout), train(&low, &layout));
-        assert!(fp32.steps != bf16.steps, "bf16 rounds");
-        for ([exact, _], [rounded, _]) in fp32.steps.iter().zip(&bf16.steps) {
-            assert!((rounded / exact - 1.0).abs() < 0.02, "{layout:?}: {rounded}, not {exact}");
+    let llama = Job::new(false);
+    let latent = Job { config: latent_config(), ..llama.clone() };
+    for (job, layout) in [
+        (&llama, llama.reference()),
+        (&llama, layout(2, 2, 2, Shard::Parameters)),
+        (&latent, latent.reference()),
+    ] {
+        let low = Job { precision: Precision::Bf16, ..job.clone() };
+        let (fp32, bf16) = (train(job, &layout), train(&low, &layout));
+        let mut worst = [0.0_f64; 2];
+        for (exact, rounded) in fp32.steps.iter().zip(&bf16.steps) {
+            for (worst, (exact, rounded)) in worst.iter_mut().zip(exact.iter().zip(rounded)) {
+                *worst = worst.max((rounded / exact - 1.0).abs());
+            }
         }
+        println!("{layout:?}: loss and gradient norm within {worst:?}");
+        assert!(worst.iter().all(|worst| *worst > 0.0), "bf16 rounds");
+        let within = worst.iter().zip(BF16_TOLERANCES).all(|(worst, most)| *worst <= most);
+        assert!(within, "{layout:?}: {worst:?}");
     }
 }
 

@@ -60,7 +60,7 @@ impl<O: Operators> Stage<O> {
         let w = self.window(block, Role::Router);
         let scores = self.operators.product(x, w, self.router_dims());
         let biases = match experts.scoring {
-            Scoring::Softmax => vec![],
+            Scoring::Softmax | Scoring::SoftmaxOfAll => vec![],
             Scoring::Sigmoid => {
                 let Window { flat, start } = self.window(block, Role::RouterBias);
                 let biases = self.operators.slice(flat, start..start + experts.count as usize);

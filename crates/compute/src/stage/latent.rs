@@ -7,8 +7,8 @@ use program::Value;
 
 use super::Stage;
 use super::exchanged::{Rows, Work};
-use super::segments::Owed;
-use crate::operators::{Operators, ProductDims, Window};
+use super::segments::{Owed, take};
+use crate::operators::{Operators, ProductDims};
 
 /// A product of low rank: down to a narrow vector, its norm, and up to this rank's heads.
 #[derive(Clone, Copy)]
@@ -135,12 +135,8 @@ impl<O: Operators> Stage<O> {
         let values = operators.columns(&both, each, nope..each);
         operators.set_columns(&mut qkv, to, queries + keys, &values);
         let mut keys = operators.zeros(operators.elements(&qkv) / to * keys);
-        operators.set_columns(
-            &mut keys,
-            dims.head_dim,
-            0,
-            &operators.columns(&both, each, 0..nope),
-        );
+        let without = operators.columns(&both, each, 0..nope);
+        operators.set_columns(&mut keys, dims.head_dim, 0, &without);
         for head in 0..dims.heads {
             let first = head * dims.head_dim + nope;
             operators.set_columns(&mut keys, dims.heads * dims.head_dim, first, rotated);
@@ -181,9 +177,12 @@ impl<O: Operators> Stage<O> {
         let narrow = self.piece(&self.saved[&work.of(work.output())], Rows::Product, work.piece);
         let dqkv = self.output_gradient(work);
         let [dheads, drotated] = self.shared_keys_backward(&dqkv, latent);
-        let mut dnarrow = self.operators.zeros(r * narrow_width);
+        // The gradients of the weights are found without the norms' scales, which may be gone by then:
+        // they are made of the gradients of the narrow vectors and, beside them, these normed.
         let first = narrow_width - latent.rope_dim as usize;
-        self.operators.set_columns(&mut dnarrow, narrow_width, first, &drotated);
+        let inner_width = narrow_width + first;
+        let mut inner = self.operators.zeros(r * inner_width);
+        self.operators.set_columns(&mut inner, inner_width, first, &drotated);
         let mut dx = match latent.query_rank {
             Some(_) => self.operators.zeros(r * hidden),
             None => {
@@ -197,33 +196,21 @@ impl<O: Operators> Stage<O> {
             let dup = self.operators.columns(&dheads, heads_width, dup);
             let w = self.window(block, low.up);
             let dnormed = self.operators.product_input_gradient(&dup, w, low.up(r));
-            let [vector, _, inverse] = self.normed(&narrow, narrow_width, low, block);
+            let [vector, normed, inverse] = self.normed(&narrow, narrow_width, low, block);
             let dvector = self.norm_gradient(&dnormed, (&vector, &inverse), (block, low.norm));
-            self.operators.set_columns(&mut dnarrow, narrow_width, low.first, &dvector);
+            self.operators.set_columns(&mut inner, inner_width, low.first, &dvector);
+            self.operators.set_columns(&mut inner, inner_width, narrow_width + low.first, &normed);
             let ddown = low.first..low.first + low.rank + low.beside;
-            let ddown = self.operators.columns(&dnarrow, narrow_width, ddown);
+            let ddown = self.operators.columns(&inner, inner_width, ddown);
             let (w, dims) = (self.window(block, low.down), low.down(r, hidden));
             let more = self.operators.product_input_gradient(&ddown, w, dims);
             self.operators.add(&mut dx, &more);
         }
-        self.owe(work, dheads, Some(dnarrow));
+        if work.is_last() {
+            take(&mut self.saved, work.of(work.output()));
+        }
+        self.owe(work, dheads, Some(inner));
         self.leave_gradient(work, Value::AttentionNormed(work.layer), dx);
-    }
-
-    /// The gradient of a norm's input; adds to that of its scale.
-    fn norm_gradient(
-        &mut self,
-        dy: &O::Tensor,
-        saved: (&O::Tensor, &O::Tensor),
-        (block, role): (Block, Role),
-    ) -> O::Tensor {
-        let mut dx = self.operators.zeros(self.operators.elements(dy));
-        let width = self.operators.elements(dy) / self.operators.elements(saved.1);
-        let scale_of = self.weights(block).clone();
-        let (operators, dscale) = self.gradient(block, role);
-        let scale = Window { flat: &scale_of, start: dscale.start };
-        operators.rms_norm_backward(dy, saved, scale, width, &mut dx, dscale);
-        dx
     }
 
     /// The gradients of the weights of all products.
@@ -236,8 +223,8 @@ impl<O: Operators> Stage<O> {
         let (block, r) = (Block::Layer(work.layer), self.rows(work.piece));
         let hidden = self.config.hidden as usize;
         let (products, [narrow_width, heads_width]) = self.low_ranks(latent);
-        let narrow = super::segments::take(&mut self.saved, work.of(work.output()));
-        let dnarrow = owed.inner.expect("latent attention has two products");
+        let inner_width = 2 * narrow_width - latent.rope_dim as usize;
+        let inner = owed.inner.expect("latent attention has two products");
         let x = self.take_input(work, owed.input);
         if latent.query_rank.is_none() {
             let dims = self.whole_queries(r);
@@ -248,11 +235,12 @@ impl<O: Operators> Stage<O> {
         for low in products {
             let dup = low.heads..low.heads + low.width;
             let dup = self.operators.columns(&owed.output, heads_width, dup);
-            let [_, normed, _] = self.normed(&narrow, narrow_width, low, block);
+            let normed = narrow_width + low.first..narrow_width + low.first + low.rank;
+            let normed = self.operators.columns(&inner, inner_width, normed);
             let (operators, dw) = self.gradient(block, low.up);
             operators.product_weight_gradient(&dup, &normed, low.up(r), dw);
             let ddown = low.first..low.first + low.rank + low.beside;
-            let ddown = operators.columns(&dnarrow, narrow_width, ddown);
+            let ddown = operators.columns(&inner, inner_width, ddown);
             let (operators, dw) = self.gradient(block, low.down);
             operators.product_weight_gradient(&ddown, &x, low.down(r, hidden), dw);
         }

@@ -5,6 +5,8 @@
 //! output, leaves that of its input, and frees both passes' values behind it. The gradients of
 //! weights are found from what is `owed`, at once or in a pass of their own.
 
+use std::ops::Range;
+
 use model::{Block, Parameter, Pass, Role, Segment};
 use program::{Buffer, Piece, Value};
 
@@ -66,11 +68,14 @@ impl<O: Operators> Stage<O> {
                 self.leave(work, qkv);
                 if work.is_last() {
                     let mut qkv = take(&mut self.values, work.of(Value::Qkv(layer)));
+                    if self.config.query_key_norm {
+                        self.norm_heads(&mut qkv, work);
+                    }
                     self.rotate(&mut qkv, false);
                     self.values.insert(work.of(Value::Qkv(layer)), qkv);
                 }
             }
-            Segment::Attend => self.attend(work),
+            Segment::Attend | Segment::AttendWindow => self.attend(work),
             Segment::Project | Segment::Logits => {
                 let x = self.input(work);
                 let y = self.product(&x, work);
@@ -171,7 +176,7 @@ impl<O: Operators> Stage<O> {
             Segment::Route | Segment::Dispatch | Segment::Experts | Segment::Combine => {
                 self.experts_backward(work);
             }
-            Segment::Attend => self.attend_backward(work),
+            Segment::Attend | Segment::AttendWindow => self.attend_backward(work),
             Segment::Qkv => self.qkv_backward(work),
             Segment::Project | Segment::Logits => self.product_backward(work),
             Segment::Embed => {} // words have no gradient
@@ -202,12 +207,68 @@ impl<O: Operators> Stage<O> {
             let mut dy = take(&mut self.gradients, key);
             self.join_keys(work, &mut dy);
             self.rotate(&mut dy, true);
+            if self.config.query_key_norm {
+                self.norm_heads_backward(&mut dy, work);
+            }
             self.gradients.insert(key, dy);
         }
         match self.config.latent_attention {
             Some(latent) => self.expand_backward(work, latent),
             None => self.product_backward(work),
         }
+    }
+
+    /// Where the queries and the keys lie in a row of queries, keys and values, and whose norms they
+    /// have.
+    fn normed_heads(&self) -> [(Role, Range<usize>); 2] {
+        let dims = &self.program.attention;
+        let (queries, keys) = (dims.queries_width(), dims.kv_heads * dims.head_dim);
+        [(Role::QueryNorm, 0..queries), (Role::KeyNorm, queries..queries + keys)]
+    }
+
+    /// Norms the queries and keys of every head, and keeps what they were.
+    fn norm_heads(&mut self, qkv: &mut O::Tensor, work: Work) {
+        let (dims, block) = (self.program.attention, Block::Layer(work.layer));
+        let both = 0..dims.qkv_width() - dims.kv_heads * dims.value_dim;
+        let before = self.operators.columns(qkv, dims.qkv_width(), both);
+        self.saved.insert(work.of(work.output()), before);
+        for (role, columns) in self.normed_heads() {
+            let heads = self.operators.columns(qkv, dims.qkv_width(), columns.clone());
+            let (scale, epsilon) = (self.window(block, role), self.config.norm_epsilon);
+            let (normed, _) = self.operators.rms_norm(&heads, scale, dims.head_dim, epsilon);
+            self.operators.set_columns(qkv, dims.qkv_width(), columns.start, &normed);
+        }
+    }
+
+    fn norm_heads_backward(&mut self, dqkv: &mut O::Tensor, work: Work) {
+        let (dims, block) = (self.program.attention, Block::Layer(work.layer));
+        let (width, epsilon) = (dims.qkv_width(), self.config.norm_epsilon);
+        let before = take(&mut self.saved, work.of(work.output()));
+        let both = width - dims.kv_heads * dims.value_dim;
+        for (role, columns) in self.normed_heads() {
+            let heads = self.operators.columns(&before, both, columns.clone());
+            let scale = self.window(block, role);
+            let (_, inverse) = self.operators.rms_norm(&heads, scale, dims.head_dim, epsilon);
+            let dnormed = self.operators.columns(dqkv, width, columns.clone());
+            let dheads = self.norm_gradient(&dnormed, (&heads, &inverse), (block, role));
+            self.operators.set_columns(dqkv, width, columns.start, &dheads);
+        }
+    }
+
+    /// The gradient of a norm's input; adds to that of its scale.
+    pub(super) fn norm_gradient(
+        &mut self,
+        dy: &O::Tensor,
+        saved: (&O::Tensor, &O::Tensor),
+        (block, role): (Block, Role),
+    ) -> O::Tensor {
+        let mut dx = self.operators.zeros(self.operators.elements(dy));
+        let width = self.operators.elements(dy) / self.operators.elements(saved.1);
+        let scale_of = self.weights(block).clone();
+        let (operators, dscale) = self.gradient(block, role);
+        let scale = Window { flat: &scale_of, start: dscale.start };
+        operators.rms_norm_backward(dy, saved, scale, width, &mut dx, dscale);
+        dx
     }
 
     /// The gradient of the input of a segment that is one product.

@@ -26,6 +26,26 @@ fn deepseek() -> Job {
     with_experts(latent_config(), experts)
 }
 
+/// DeepSeek-V2's: out of groups, by softmax among all.
+fn deepseek_v2() -> Job {
+    let experts = Experts {
+        shared_width: 32,
+        dense_layers: 1,
+        scoring: Scoring::SoftmaxOfAll,
+        groups: 4,
+        groups_per_token: 2,
+        scale: 2.0,
+        ..Experts::new(8, 2, 16)
+    };
+    with_experts(latent_config(), experts)
+}
+
+/// Qwen3's: in every other layer, whose attention norms queries and keys.
+fn qwen() -> Job {
+    let config = Config { query_key_norm: true, ..config(false) };
+    with_experts(config, Experts { every: 2, ..Experts::new(4, 2, 24) })
+}
+
 fn with_experts(config: Config, experts: Experts) -> Job {
     let config = Config { experts: Some(experts), feed_forward: 24, ..config };
     assert_eq!(config.check(), Ok(()));
@@ -48,10 +68,12 @@ fn a_mixture_of_experts_learns_and_balances_its_loads() {
     }
     let trained = train(&deepseek(), &deepseek().reference());
     let config = &deepseek().config;
-    let layer = Block::Layer(1);
-    let bias = config.parameters(layer).into_iter().find(|p| p.role == model::Role::RouterBias);
-    let (_, values) = trained.parameters.iter().find(|(block, _)| *block == layer).unwrap();
-    let moved = &values[bias.unwrap().range()];
+    let biases = |(block, values): &(Block, Vec<f32>)| {
+        let bias =
+            config.parameters(*block).into_iter().find(|p| p.role == model::Role::RouterBias);
+        bias.map_or(vec![], |bias| values[bias.range()].to_vec())
+    };
+    let moved: Vec<f32> = trained.parameters.iter().flat_map(biases).collect();
     assert!(moved.iter().any(|bias| *bias > 0.0) && moved.iter().any(|bias| *bias < 0.0));
     let steps = moved.iter().map(|bias| bias / 1e-2);
     assert!(steps.clone().all(|steps| (steps - steps.round()).abs() < 1e-3), "{moved:?}");
@@ -132,6 +154,14 @@ fn with_other_axes() -> Vec<Layout> {
             ..with(mesh(1, 1, 4, 2), 4, Shard::Parameters)
         },
     ]
+}
+
+#[test]
+fn other_ways_to_route_change_nothing_either() {
+    for job in [deepseek_v2(), qwen()] {
+        let layouts = with_other_axes().into_iter().skip(4);
+        trains_the_same(&job, layouts.chain([spread(2, layout(2, 2, 2, Shard::Optimizer))]));
+    }
 }
 
 #[test]
