@@ -72,8 +72,7 @@ fn a_browser_is_shown_the_page() {
     let shown = place.shell(&format!(
         "mkfifo shown; chmod +x browser; BROWSER=./browser phalanx report {RUN} --open > told; cat shown"
     ));
-    assert!(shown.trim().ends_with("runs/job-001/report.html"), "{shown}");
-    assert!(Path::new(shown.trim()).is_absolute() && Path::new(shown.trim()).exists(), "{shown}");
+    assert_eq!(shown.trim(), "DIR/runs/job-001/report.html");
 }
 
 #[test]
