@@ -187,9 +187,11 @@ impl<'a, O: Operators> Session<'a, O> {
                 thousands(self.batches.held_out()),
             );
             let ranks = (0..self.job.cluster.accelerators).map(Rank);
-            if let Some(most) =
-                ranks.filter_map(|rank| planned(&self.job, &self.programs, rank)).max()
-            {
+            let counts = self.device.operators.live().is_some();
+            let planned = ranks
+                .filter(|_| counts)
+                .filter_map(|rank| planned(&self.job, &self.programs, rank));
+            if let Some(most) = planned.max() {
                 println!(
                     "memory         {most} planned on the fullest rank, for tensors and transfers"
                 );
