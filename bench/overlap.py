@@ -23,8 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 ADDRESSES = ["10.77.0.1", "10.77.0.2"]
 SPACES = ["overlap0", "overlap1"]
 PORT = "29713"
-MODEL = {"layers": 8, "hidden": 512, "heads": 8, "kv-heads": 4, "feed-forward": 1536,
-         "vocabulary": 4096}
+MODEL = {"layers": 48, "hidden": 128, "heads": 2, "kv-heads": 1, "feed-forward": 512,
+         "vocabulary": 1024}
 # Bytes that each of two ranks sends in a step, for each parameter of four bytes: half of the buffer
 # for every gather and every reduction to shares.
 SENT = {
@@ -144,8 +144,9 @@ def measure(system, way):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default="python3")
+    parser.add_argument("--only", default="", help="a system or a way of sharding")
     parser.add_argument("--binary", default=ROOT / "target/release/phalanx", type=pathlib.Path)
-    for name, default in (("steps", 8), ("rounds", 1), ("sequence", 256), ("batch", 2)):
+    for name, default in (("steps", 8), ("rounds", 1), ("sequence", 512), ("batch", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -153,9 +154,10 @@ def main():
         join()
         try:
             for way in SENT:
-                found = {system.name: [] for system in systems}
+                chosen = [system for system in systems if a.only in f"{system.name}, {way}"]
+                found = {system.name: [] for system in chosen}
                 for _ in range(a.rounds):
-                    for system in systems:
+                    for system in chosen:
                         found[system.name].append(measure(system, way))
                 for name, rounds in found.items():
                     alone, together, exposed = (statistics.median(r) for r in zip(*rounds))

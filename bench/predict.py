@@ -68,12 +68,12 @@ def main():
             size = statistics.median(abs(error) for error in errors)
             within.append(size <= 15)
             last = runs[-1]
-            waits = last["exposed_communication_s"], last["pipeline_bubble_s"]
-            print(f"{name:28} predicted {1e3 * last['predicted_step_time_s']:7.1f} ms, "
-                  f"measured {1e3 * last['step_time_s']:7.1f} ms (exposed {1e3 * waits[0]:.1f}, "
-                  f"bubble {1e3 * waits[1]:.1f}) in the last run; errors "
-                  + ", ".join(f"{error:+.1f} %" for error in errors) + f"; median size {size:.1f} %",
-                  flush=True)
+            def beside(key):
+                return f"{1e3 * last['predicted_' + key]:.1f}/{1e3 * last[key]:.1f} ms"
+            print(f"{name:28} predicted/measured step {beside('step_time_s')}, exposed "
+                  f"{beside('exposed_communication_s')}, bubble {beside('pipeline_bubble_s')} in the last "
+                  f"run; errors " + ", ".join(f"{error:+.1f} %" for error in errors)
+                  + f"; median size {size:.1f} %", flush=True)
     print(f"{sum(within)} of {len(within)} layouts within 15 %")
 
 

@@ -1,21 +1,33 @@
 """Records what Hugging Face transformers computes for tiny models, for the parity tests.
 
-Writes, beside this file, `tiny-llama/`, `tiny-llama-tied/`, `tiny-mixtral/`, `tiny-glm4-moe/`
-(README.md says what is in them) and `rotary.json`. The same versions on the same kind of processor write the same files.
+Writes, beside this file, `tiny-llama/`, `tiny-llama-tied/`, `tiny-mixtral/`, `tiny-glm4-moe/`,
+`tiny-deepseek-v3/` (README.md says what is in them) and `rotary.json`; given names of folders, those
+alone. The same versions on the same kind of processor write the same files.
 """
 
 import json
 import pathlib
+import sys
 
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -74,36 +86,55 @@ def tiny_mixtral():
     return filled(MixtralForCausalLM(config), SEED)
 
 
+# DeepSeek-V3's experts: three of eight, out of two of four groups, and a shared one; the first layer
+# is dense.
+DEEPSEEK_EXPERTS = dict(
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.5,
+    norm_topk_prob=True,
+    attention_bias=False,
+    tie_word_embeddings=False,
+    experts_implementation="eager",
+)
+
+
 def tiny_glm4_moe():
-    """DeepSeek-V3's experts: three of eight, out of two of four groups, and a shared one; the first
-    layer is dense."""
+    """A Llama's attention and DeepSeek-V3's experts."""
     config = Glm4MoeConfig(
         **COMMON,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        n_group=4,
-        topk_group=2,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        routed_scaling_factor=2.5,
-        norm_topk_prob=True,
+        **DEEPSEEK_EXPERTS,
         use_qk_norm=False,
-        attention_bias=False,
-        tie_word_embeddings=False,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 1.0,
         },
-        experts_implementation="eager",
     )
-    model = filled(Glm4MoeForCausalLM(config), SEED)
-    generator = torch.Generator().manual_seed(SEED + 2)
-    for bias in biases(model).values():
-        bias.copy_(0.05 * torch.randn(bias.shape, generator=generator))
-    return model
+    return biased(filled(Glm4MoeForCausalLM(config), SEED))
+
+
+def tiny_deepseek_v3():
+    """Latent attention whose widths all differ, and DeepSeek-V3's experts."""
+    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
+    config = DeepseekV3Config(
+        **{**common, "num_key_value_heads": 4},
+        **DEEPSEEK_EXPERTS,
+        q_lora_rank=24,
+        kv_lora_rank=20,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        num_mtp_layers=0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return biased(filled(DeepseekV3ForCausalLM(config), SEED))
 
 
 def filled(model, seed):
@@ -114,6 +145,83 @@ def filled(model, seed):
         for _, parameter in sorted(model.named_parameters()):
             noise = 0.1 * torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise if parameter.dim() > 1 else 1.0 + noise)
+    return model
+
+
+def tiny_deepseek_v2():
+    """Latent attention with queries projected at once, and softmax over all experts: three of eight,
+    out of two of four groups, and two shared ones."""
+    common = {key: value for key, value in COMMON.items() if key != "head_dim"}
+    config = DeepseekV2Config(
+        **{**common, "num_key_value_heads": 4},
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.0,
+        norm_topk_prob=False,
+        q_lora_rank=None,
+        kv_lora_rank=20,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        experts_implementation="eager",
+    )
+    return filled(DeepseekV2ForCausalLM(config), SEED)
+
+
+def tiny_mistral():
+    """A window of five tokens."""
+    config = MistralConfig(
+        **COMMON,
+        intermediate_size=96,
+        sliding_window=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return filled(MistralForCausalLM(config), SEED)
+
+
+def tiny_qwen3():
+    """Normed queries and keys, and a window of five tokens in every other layer."""
+    config = Qwen3Config(
+        **COMMON,
+        intermediate_size=96,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return filled(Qwen3ForCausalLM(config), SEED)
+
+
+def tiny_qwen3_moe():
+    """Normed queries and keys, and two of five experts in every other layer."""
+    config = Qwen3MoeConfig(
+        **COMMON,
+        intermediate_size=96,
+        moe_intermediate_size=48,
+        num_experts=5,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        experts_implementation="eager",
+    )
+    return filled(Qwen3MoeForCausalLM(config), SEED)
+
+
+def biased(model):
+    """Experts' biases that count in the choice."""
+    generator = torch.Generator().manual_seed(SEED + 2)
+    for bias in biases(model).values():
+        bias.copy_(0.05 * torch.randn(bias.shape, generator=generator))
     return model
 
 
@@ -237,13 +345,24 @@ def record_rotary(path):
     path.write_text(json.dumps(contents, indent=1) + "\n")
 
 
+MODELS = {
+    "tiny-llama": lambda: tiny_llama(tied=False),
+    "tiny-llama-tied": lambda: tiny_llama(tied=True),
+    "tiny-mixtral": tiny_mixtral,
+    "tiny-glm4-moe": tiny_glm4_moe,
+    "tiny-deepseek-v3": tiny_deepseek_v3,
+    "tiny-deepseek-v2": tiny_deepseek_v2,
+    "tiny-mistral": tiny_mistral,
+    "tiny-qwen3": tiny_qwen3,
+    "tiny-qwen3-moe": tiny_qwen3_moe,
+}
+
+
 def main():
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
-    record(HERE / "tiny-llama", tiny_llama(tied=False))
-    record(HERE / "tiny-llama-tied", tiny_llama(tied=True))
-    record(HERE / "tiny-mixtral", tiny_mixtral())
-    record(HERE / "tiny-glm4-moe", tiny_glm4_moe())
+    for name in sys.argv[1:] or MODELS:
+        record(HERE / name, MODELS[name]())
     record_rotary(HERE / "rotary.json")
 
 

@@ -8,8 +8,8 @@ use std::ops::Range;
 use burn_tensor::{Device, IndexingUpdateOp, Int, Tensor, TensorData, activation};
 
 use crate::operators::{
-    AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, Window,
-    WindowMut,
+    AdamW, AttentionDims, ELSEWHERE, Operators, Pairing, ProductDims, Rotation, ScoreDims, Sight,
+    Window, WindowMut,
 };
 
 /// Operators on a device of Burn's.
@@ -317,17 +317,35 @@ impl Operators for Burn {
         inverse: bool,
     ) {
         let AttentionDims { sequences, length, heads, kv_heads, head_dim, .. } = *dims;
-        let half = head_dim / 2;
-        let cos = rotation.cos.clone().reshape([1, length, 1, half]);
-        let sin = rotation.sin.clone().reshape([1, length, 1, half]);
+        let pairs = rotation.cos.dims()[0] / length;
+        // The two of a pair lie along the last dimension but one, or along the last.
+        let (along, shape) = match rotation.pairing {
+            Pairing::Halves => (3, [sequences, length, heads + kv_heads, 2, pairs]),
+            Pairing::Neighbours => (4, [sequences, length, heads + kv_heads, pairs, 2]),
+        };
+        let angles = match rotation.pairing {
+            Pairing::Halves => [1, length, 1, 1, pairs],
+            Pairing::Neighbours => [1, length, 1, pairs, 1],
+        };
+        let cos = rotation.cos.clone().reshape(angles);
+        let sin = rotation.sin.clone().reshape(angles);
         let sin = if inverse { -sin } else { sin };
         qkv.inplace(|qkv| {
-            let qkv = qkv.reshape([sequences, length, heads + 2 * kv_heads, head_dim]);
-            let [turning, values] = split(qkv, 2, heads + kv_heads);
-            let [low, high] = split(turning, 3, half);
-            let turned_low = low.clone() * cos.clone() - high.clone() * sin.clone();
-            let turned_high = high * cos + low * sin;
-            let turned = Tensor::cat(vec![turned_low, turned_high], 3);
+            let rows = qkv.reshape([sequences, length, dims.qkv_width()]);
+            let [heads_of, values] = split(rows, 2, (heads + kv_heads) * head_dim);
+            let heads_of = heads_of.reshape([sequences, length, heads + kv_heads, head_dim]);
+            let still = head_dim - 2 * pairs;
+            let turning = heads_of.clone().narrow(3, still, 2 * pairs);
+            let [a, b] = split(turning.reshape(shape), along, 1);
+            let turned_a = a.clone() * cos.clone() - b.clone() * sin.clone();
+            let turned_b = b * cos + a * sin;
+            let turned = Tensor::cat(vec![turned_a, turned_b], along);
+            let turned = turned.reshape([sequences, length, heads + kv_heads, 2 * pairs]);
+            let turned = heads_of.slice_assign(
+                [0..sequences, 0..length, 0..heads + kv_heads, still..head_dim],
+                turned,
+            );
+            let turned = turned.reshape([sequences, length, (heads + kv_heads) * head_dim]);
             flat(Tensor::cat(vec![turned, values], 2))
         });
     }

@@ -6,8 +6,8 @@ mod reference;
 use std::ops::Range;
 
 use crate::operators::{
-    AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, Window,
-    WindowMut,
+    AdamW, AttentionDims, ELSEWHERE, Operators, Pairing, ProductDims, Rotation, ScoreDims, Sight,
+    Window, WindowMut,
 };
 use crate::random;
 use crate::{Cpu, Precision};
@@ -376,26 +376,29 @@ fn rms_norm_gradients<O: Operators>(suite: &Suite<O>) {
     }
 }
 
-/// One token, odd lengths, groups of 1, 2 and 4 queries to a key, more than one block of queries.
+/// One token, odd lengths, groups of 1, 2 and 4 queries to a key, values narrower than keys,
+/// more than one block of queries.
 fn attention_shapes() -> impl Iterator<Item = AttentionDims> {
     [
-        (1, 1, 1, 1, 2),
-        (2, 3, 1, 1, 4),
-        (2, 5, 2, 1, 2),
-        (1, 7, 4, 2, 6),
-        (1, 17, 4, 1, 2),
-        (1, 65, 2, 2, 4),
-        (2, 70, 2, 1, 2),
-        (1, 131, 1, 1, 2),
+        (1, 1, 1, 1, (2, 2)),
+        (2, 3, 1, 1, (4, 4)),
+        (2, 5, 2, 1, (2, 2)),
+        (1, 7, 4, 2, (6, 6)),
+        (1, 17, 4, 1, (2, 2)),
+        (1, 65, 2, 2, (4, 4)),
+        (2, 9, 2, 2, (6, 4)),
+        (2, 70, 2, 1, (2, 2)),
+        (1, 131, 1, 1, (2, 2)),
     ]
     .into_iter()
-    .map(|(sequences, length, heads, kv_heads, head_dim)| AttentionDims {
+    .map(|(sequences, length, heads, kv_heads, (head_dim, value_dim))| AttentionDims {
         sequences,
         length,
         keys: length,
         heads,
         kv_heads,
         head_dim,
+        value_dim,
     })
 }
 
@@ -403,9 +406,19 @@ fn qkv_of(dims: &AttentionDims) -> Vec<f64> {
     normals("qkv", dims.sequences * dims.length * dims.qkv_width())
 }
 
+/// Ways to rotate heads: whole, or the last components alone, of which a pair needs two.
+fn rotations() -> impl Iterator<Item = (AttentionDims, usize, Pairing)> {
+    attention_shapes().flat_map(|dims| {
+        [Pairing::Halves, Pairing::Neighbours].into_iter().flat_map(move |pairing| {
+            let whole = dims.head_dim / 2;
+            [1, whole].map(|pairs| (dims, pairs, pairing))
+        })
+    })
+}
+
 /// Cosines and sines of arbitrary angles.
-fn turns(dims: &AttentionDims) -> [Vec<f64>; 2] {
-    let angles = normals("angles", dims.length * dims.head_dim / 2);
+fn turns(dims: &AttentionDims, pairs: usize) -> [Vec<f64>; 2] {
+    let angles = normals("angles", dims.length * pairs);
     let rounded = |f: fn(f64) -> f64| angles.iter().map(|a| f64::from(f(*a) as f32)).collect();
     [rounded(f64::cos), rounded(f64::sin)]
 }
@@ -413,32 +426,31 @@ fn turns(dims: &AttentionDims) -> [Vec<f64>; 2] {
 fn rotate<O: Operators>(
     suite: &Suite<O>,
     qkv: &mut O::Tensor,
-    dims: &AttentionDims,
+    (dims, pairs, pairing): (AttentionDims, usize, Pairing),
     inverse: bool,
 ) {
-    let [cos, sin] = &turns(dims).map(|table| suite.tensor(&table));
-    let rotation = Rotation { cos, sin };
-    suite.operators.rotary(qkv, rotation, dims, inverse);
+    let [cos, sin] = &turns(&dims, pairs).map(|table| suite.tensor(&table));
+    suite.operators.rotary(qkv, Rotation { cos, sin, pairing }, &dims, inverse);
 }
 
 fn rotary<O: Operators>(suite: &Suite<O>) {
-    for dims in attention_shapes() {
-        let (qkv, [cos, sin]) = (qkv_of(&dims), turns(&dims));
+    for (dims, pairs, pairing) in rotations() {
+        let (qkv, turns) = (qkv_of(&dims), turns(&dims, pairs));
         let mut rotated = suite.tensor(&qkv);
-        rotate(suite, &mut rotated, &dims, false);
-        let expected = reference::rotary(&qkv, &cos, &sin, &dims);
-        suite.check(&format!("{dims:?}"), &rotated, &expected);
+        rotate(suite, &mut rotated, (dims, pairs, pairing), false);
+        let expected = reference::rotary(&qkv, &turns, pairing, &dims);
+        suite.check(&format!("{dims:?}, {pairs} {pairing:?}"), &rotated, &expected);
     }
 }
 
 fn rotary_undone<O: Operators>(suite: &Suite<O>) {
-    for dims in attention_shapes() {
-        let qkv = qkv_of(&dims);
+    for way in rotations() {
+        let qkv = qkv_of(&way.0);
         let mut rotated = suite.tensor(&qkv);
-        rotate(suite, &mut rotated, &dims, false);
-        rotate(suite, &mut rotated, &dims, true);
+        rotate(suite, &mut rotated, way, false);
+        rotate(suite, &mut rotated, way, true);
         let twice = 2.0 * suite.tolerance; // rounded on the way there and on the way back
-        close(&format!("{dims:?}"), &suite.values(&rotated), &qkv, twice);
+        close(&format!("{way:?}"), &suite.values(&rotated), &qkv, twice);
     }
 }
 
@@ -466,7 +478,7 @@ fn attention<O: Operators>(suite: &Suite<O>) {
 fn attention_is_causal<O: Operators>(suite: &Suite<O>) {
     for dims in attention_shapes() {
         let dims = AttentionDims { sequences: 1, ..dims };
-        let width = dims.heads * dims.head_dim;
+        let width = dims.output_width();
         let mut qkv = qkv_of(&dims);
         let (before, _) = causal(suite, &suite.tensor(&qkv), &dims);
         let changed = dims.length / 2;
@@ -493,7 +505,7 @@ fn attention_survives_large_scores<O: Operators>(suite: &Suite<O>) {
 fn attention_gradient<O: Operators>(suite: &Suite<O>) {
     for dims in attention_shapes() {
         let (qkv, seen) = (qkv_of(&dims), dims.causal());
-        let dy = normals("dy", dims.sequences * dims.length * dims.heads * dims.head_dim);
+        let dy = normals("dy", dims.sequences * dims.length * dims.output_width());
         let (qkv_on, dy_on) = (suite.tensor(&qkv), suite.tensor(&dy));
         let (y, log_sums) = causal(suite, &qkv_on, &dims);
         let (saved, sight) = ((&y, &log_sums), Sight { keys: None, seen: &seen });
@@ -539,7 +551,7 @@ fn attention_over_keys_apart<O: Operators>(suite: &Suite<O>) {
 fn gradients_of_keys_apart<O: Operators>(suite: &Suite<O>) {
     for (dims, seen) in attention_to_keys_apart() {
         let (qkv, keys) = (qkv_of(&dims), keys_of(&dims));
-        let dy = normals("dy", dims.sequences * dims.length * dims.heads * dims.head_dim);
+        let dy = normals("dy", dims.sequences * dims.length * dims.output_width());
         let (qkv_on, keys_on) = (suite.tensor(&qkv), suite.tensor(&keys));
         let sight = Sight { keys: Some(&keys_on), seen: &seen };
         let (y, log_sums) = suite.operators.attention(&qkv_on, sight, &dims);

@@ -10,15 +10,18 @@ mod burn;
 mod cpu;
 mod operators;
 mod random;
+mod sizes;
 mod stage;
+mod tensor;
 
 #[cfg(feature = "burn")]
 pub use burn::Burn;
 pub use cpu::Cpu;
 pub use operators::{
-    AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, UNSEEN,
-    Window, WindowMut,
+    AdamW, AttentionDims, ELSEWHERE, Live, Operators, Pairing, ProductDims, Rotation, ScoreDims,
+    Sight, UNSEEN, Window, WindowMut,
 };
+pub use sizes::Sizes;
 pub use stage::{Microbatch, Optimizer, OuterOptimizer, Precision, Stage, StageSpec};
 
 #[cfg(test)]

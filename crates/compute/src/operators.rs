@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use units::Bytes;
+
 /// A matrix or vector inside a block's flat buffer.
 #[derive(Debug, Clone, Copy)]
 pub struct Window<'a, T> {
@@ -39,8 +41,8 @@ pub struct ProductDims {
     pub n: usize,
 }
 
-/// Grouped-query attention of the queries in `qkv` of `[sequences * length, (heads + 2 kv_heads) *
-/// head_dim]`.
+/// Grouped-query attention of the queries in `qkv` of `[sequences * length, (heads + kv_heads) *
+/// head_dim + kv_heads * value_dim]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttentionDims {
     /// Sequences.
@@ -53,14 +55,16 @@ pub struct AttentionDims {
     pub heads: usize,
     /// Key and value heads.
     pub kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head's queries and keys.
     pub head_dim: usize,
+    /// Width of a head's values.
+    pub value_dim: usize,
 }
 
 /// What the queries of an attention look at.
 #[derive(Debug)]
 pub struct Sight<'a, T> {
-    /// Keys and values, `[sequences * keys, 2 kv_heads * head_dim]`; none where they stand beside
+    /// Keys and values, `[sequences * keys, kv_heads * (head_dim + value_dim)]`; none where they stand beside
     /// the queries, in `qkv`.
     pub keys: Option<&'a T>,
     /// The keys of its sequence that each query may see, `[sequences * length]`.
@@ -79,13 +83,25 @@ impl AttentionDims {
     /// Width of a row of queries, keys and values.
     #[must_use]
     pub fn qkv_width(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.queries_width() + self.keys_width()
+    }
+
+    /// Width of a row of queries.
+    #[must_use]
+    pub fn queries_width(&self) -> usize {
+        self.heads * self.head_dim
     }
 
     /// Width of a row of keys and values that stand apart.
     #[must_use]
     pub fn keys_width(&self) -> usize {
-        2 * self.kv_heads * self.head_dim
+        self.kv_heads * (self.head_dim + self.value_dim)
+    }
+
+    /// Width of a row of weighted values.
+    #[must_use]
+    pub fn output_width(&self) -> usize {
+        self.heads * self.value_dim
     }
 
     /// Every query sees the keys beside it and before: what there is without other ranks and
@@ -118,13 +134,25 @@ pub struct ScoreDims {
     pub words: usize,
 }
 
-/// Cosines and sines of every position and pair, `[length, head_dim / 2]` each.
+/// Cosines and sines of every position and pair, `[length, pairs]` each. What is rotated are the
+/// last components of a head, two to a pair: all of them, or those that latent attention keeps apart.
 #[derive(Debug, Clone, Copy)]
 pub struct Rotation<'a, T> {
     /// Cosines.
     pub cos: &'a T,
     /// Sines; negated for the inverse rotation.
     pub sin: &'a T,
+    /// Which components are a pair.
+    pub pairing: Pairing,
+}
+
+/// Which of the components that are rotated are a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pairing {
+    /// One of the first half with one of the second: Hugging Face's way for a Llama.
+    Halves,
+    /// Neighbours: `DeepSeek`'s way.
+    Neighbours,
 }
 
 /// One `AdamW` update (Loshchilov & Hutter 2019, alg. 2), as `torch.optim.AdamW` computes it.
@@ -163,12 +191,35 @@ impl AdamW {
     }
 }
 
+/// Bytes in a device's tensors and in the host buffers that transfers move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Live {
+    /// Now.
+    pub now: Bytes,
+    /// At the peak.
+    pub most: Bytes,
+}
+
 /// The operators of a device. All arithmetic is fp32 unless the device was made for a lower
 /// precision, in which case it rounds what it writes (reductions and optimizer state stay fp32).
 pub trait Operators: Clone {
     /// A flat tensor on the device; cloning it is cheap and shares the contents until one side
     /// is written.
     type Tensor: Clone;
+
+    /// What the device and its clones hold: an exact count, on devices that keep one.
+    fn live(&self) -> Option<Live> {
+        None
+    }
+    /// Has a device that counts find its peak anew from now on.
+    fn forget_peak(&self) {}
+    /// Tells a device that counts how many elements of host buffers are with transfers now.
+    fn set_under_way(&self, _elements: usize) {}
+    /// Whether tensors have contents. Where they do not, and are only counted, experts are taken to
+    /// get even loads.
+    fn has_contents(&self) -> bool {
+        true
+    }
 
     /// A tensor of zeros.
     fn zeros(&self, elements: usize) -> Self::Tensor;
@@ -285,7 +336,7 @@ pub trait Operators: Clone {
         dscale: WindowMut<'_, Self::Tensor>,
     );
 
-    /// Rotates queries and keys in place, by halves as Hugging Face lays them out.
+    /// Rotates queries and keys in place.
     fn rotary(
         &self,
         qkv: &mut Self::Tensor,
@@ -293,7 +344,7 @@ pub trait Operators: Clone {
         dims: &AttentionDims,
         inverse: bool,
     );
-    /// Weighted values `[r, heads * head_dim]`, and the log-sum-exp of every query's scores,
+    /// Weighted values `[r, heads * value_dim]`, and the log-sum-exp of every query's scores,
     /// `[sequences, heads, length]`. Where a query sees no key, that is [`UNSEEN`] or less, and its
     /// weighted values are finite.
     fn attention(

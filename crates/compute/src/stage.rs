@@ -3,6 +3,7 @@
 mod attend;
 mod exchanged;
 mod experts;
+mod latent;
 mod memory;
 mod routing;
 mod segments;
@@ -169,6 +170,7 @@ impl StageSpec {
     pub fn new(config: &Config, program: &Program, rank: Rank, blocks: Vec<Block>) -> Self {
         let shape = program.shape;
         let (heads, kv_heads) = config.rank_heads(&shape);
+        let (head_dim, value_dim) = config.head_dims();
         Self {
             rank,
             exchanges: program.exchanges(),
@@ -182,7 +184,8 @@ impl StageSpec {
                 keys: (shape.sequence / shape.context) as usize,
                 heads: heads as usize,
                 kv_heads: kv_heads as usize,
-                head_dim: config.head_dim as usize,
+                head_dim: head_dim as usize,
+                value_dim: value_dim as usize,
             },
             blocks,
         }
@@ -546,9 +549,9 @@ impl<T> BlockState<T> {
     }
 }
 
-/// Cosines and sines of every position, `[positions, head_dim / 2]`.
+/// Cosines and sines of every position, `[positions, rotary_dim / 2]`.
 fn rotation<O: Operators>(operators: &O, config: &Config, positions: &[u32]) -> [O::Tensor; 2] {
-    let frequencies = config.rotary.frequencies(config.head_dim);
+    let frequencies = config.rotary.frequencies(config.rotary_dim());
     let table = |f: fn(f32) -> f32| {
         let angles = positions.iter().flat_map(|position| {
             frequencies.iter().map(move |frequency| f(*position as f32 * frequency))

@@ -176,11 +176,26 @@ fn deepseeks_experts_match_transformers() {
     holds(Cpu::new(1, Precision::Fp32), "tiny-glm4-moe");
 }
 
+#[test]
+fn latent_attention_matches_transformers() {
+    holds(Cpu::new(1, Precision::Fp32), "tiny-deepseek-v3");
+    holds(Cpu::new(1, Precision::Fp32), "tiny-deepseek-v2");
+}
+
+#[test]
+fn windows_and_norms_of_heads_match_transformers() {
+    holds(Cpu::new(1, Precision::Fp32), "tiny-mistral");
+    holds(Cpu::new(1, Precision::Fp32), "tiny-qwen3");
+    holds(Cpu::new(1, Precision::Fp32), "tiny-qwen3-moe");
+}
+
 #[cfg(feature = "burn")]
 #[test]
 fn mixtures_of_experts_on_burn_match_transformers() {
     holds(compute::Burn::flex(), "tiny-mixtral");
     holds(compute::Burn::flex(), "tiny-glm4-moe");
+    holds(compute::Burn::flex(), "tiny-deepseek-v3");
+    holds(compute::Burn::flex(), "tiny-qwen3");
 }
 
 #[cfg(feature = "burn")]

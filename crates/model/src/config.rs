@@ -131,7 +131,7 @@ pub enum ConfigError {
     },
     /// Groups that experts do not divide into, or more of them chosen than there are.
     #[error(
-        "`experts.groups` = {groups} with `experts.groups_per_token` = {per_token}: groups must divide `experts.count`, hold two experts at least and together as many as a token visits, and need scoring = \"sigmoid\""
+        "`experts.groups` = {groups} with `experts.groups_per_token` = {per_token}: groups must divide `experts.count`, hold two experts at least and together as many as a token visits, and need scoring = \"sigmoid\" or \"softmax-of-all\""
     )]
     ExpertGroups {
         /// Groups there are.
@@ -143,7 +143,9 @@ pub enum ConfigError {
     #[error("`{0}`: such a model is planned and simulated, but cannot be trained or stored yet")]
     Unsupported(&'static str),
     /// Rotary embedding turns pairs.
-    #[error("`head_dim` = {0} is odd; rotary embedding turns pairs of components")]
+    #[error(
+        "`head_dim` (`latent_attention.rope_dim`) = {0} is odd; rotary embedding turns pairs of components"
+    )]
     OddHead(u64),
 }
 
@@ -159,8 +161,8 @@ impl Config {
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(ConfigError::HeadGroups { heads: self.heads, kv_heads: self.kv_heads });
         }
-        if self.positions == Positions::Rotary && !self.head_dim.is_multiple_of(2) {
-            return Err(ConfigError::OddHead(self.head_dim));
+        if self.positions == Positions::Rotary && !self.rotary_dim().is_multiple_of(2) {
+            return Err(ConfigError::OddHead(self.rotary_dim()));
         }
         self.experts.map_or(Ok(()), |experts| experts.check())
     }
@@ -232,6 +234,12 @@ impl Config {
         }
     }
 
+    /// Components of a head's queries and keys that are rotated, its last.
+    #[must_use]
+    pub fn rotary_dim(&self) -> u64 {
+        self.latent_attention.map_or(self.head_dim, |latent| latent.rope_dim)
+    }
+
     /// Width of all query heads together.
     #[must_use]
     pub fn query_width(&self) -> u64 {
@@ -262,7 +270,7 @@ impl Experts {
             && groups_per_token <= groups
             && per_token <= groups_per_token * each
             && each >= 2
-            && scoring == Scoring::Sigmoid;
+            && scoring != Scoring::Softmax;
         if groups > 1 && !fits {
             return Err(ConfigError::ExpertGroups { groups, per_token: groups_per_token });
         }

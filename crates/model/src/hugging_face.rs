@@ -1,11 +1,14 @@
 //! A model's dimensions as Hugging Face transformers writes them: `config.json` of each
 //! [`Architecture`].
 
+mod besides;
+
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::{Architecture, Config, Error, Experts, Llama3Scaling, Rotary, Scoring};
+use crate::{Architecture, Config, Error, Llama3Scaling, Rotary};
+use besides::Besides;
 
 /// Reads the text of a `config.json`. Keys that may be left out have the defaults of transformers.
 ///
@@ -20,7 +23,7 @@ pub fn from_json(text: &str) -> Result<Config, Error> {
     let hidden = json.required("hidden_size")?;
     let heads = json.required("num_attention_heads")?;
     let context = json.or("max_position_embeddings", 2048)?;
-    let config = Config {
+    let mut config = Config {
         layers: json.required("num_hidden_layers")?,
         hidden,
         heads,
@@ -32,9 +35,9 @@ pub fn from_json(text: &str) -> Result<Config, Error> {
         norm_epsilon: json.or("rms_norm_eps", 1e-6)?,
         rotary: rotary(&json, architecture)?,
         context,
-        experts: experts(&json, architecture)?,
         ..Config::default()
     };
+    besides::read(&json, architecture, &mut config)?;
     config.check()?;
     Ok(config)
 }
@@ -57,7 +60,7 @@ pub fn to_json(config: &Config) -> String {
         hidden_size: config.hidden,
         num_attention_heads: config.heads,
         num_key_value_heads: config.kv_heads,
-        head_dim: config.head_dim,
+        head_dim: config.latent_attention.is_none().then_some(config.head_dim),
         intermediate_size: config.feed_forward,
         vocab_size: config.vocabulary,
         max_position_embeddings: config.context,
@@ -67,8 +70,7 @@ pub fn to_json(config: &Config) -> String {
         rope_scaling: config.rotary.scaling.map(RopeScaling::from),
         bos_token_id: None,
         eos_token_id: None,
-        mixtral: config.experts.filter(|_| architecture == Architecture::Mixtral).map(Into::into),
-        glm4_moe: config.experts.filter(|_| architecture == Architecture::Glm4Moe).map(Into::into),
+        besides: Besides::new(config, architecture),
     };
     let text = serde_json::to_string_pretty(&json);
     text.unwrap_or_else(|error| panic!("numbers and fixed text always serialize: {error}")) + "\n"
@@ -87,7 +89,9 @@ struct ConfigJson {
     hidden_size: u64,
     num_attention_heads: u64,
     num_key_value_heads: u64,
-    head_dim: u64,
+    /// Nothing with latent attention, which has widths of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    head_dim: Option<u64>,
     intermediate_size: u64,
     vocab_size: u64,
     max_position_embeddings: u64,
@@ -99,61 +103,7 @@ struct ConfigJson {
     bos_token_id: Option<u64>,
     eos_token_id: Option<u64>,
     #[serde(flatten)]
-    mixtral: Option<MixtralJson>,
-    #[serde(flatten)]
-    glm4_moe: Option<Glm4MoeJson>,
-}
-
-/// What a Mixtral has besides; its experts have the width `intermediate_size`.
-#[derive(Serialize)]
-struct MixtralJson {
-    num_local_experts: u64,
-    num_experts_per_tok: u64,
-    sliding_window: Option<u64>,
-}
-
-/// What a GLM-4 mixture of experts has besides.
-#[derive(Serialize)]
-struct Glm4MoeJson {
-    n_routed_experts: u64,
-    num_experts_per_tok: u64,
-    moe_intermediate_size: u64,
-    n_shared_experts: u64,
-    first_k_dense_replace: u32,
-    n_group: u64,
-    topk_group: u64,
-    routed_scaling_factor: f32,
-    norm_topk_prob: bool,
-    use_qk_norm: bool,
-    partial_rotary_factor: f64,
-}
-
-impl From<Experts> for MixtralJson {
-    fn from(experts: Experts) -> Self {
-        Self {
-            num_local_experts: experts.count,
-            num_experts_per_tok: experts.per_token,
-            sliding_window: None,
-        }
-    }
-}
-
-impl From<Experts> for Glm4MoeJson {
-    fn from(experts: Experts) -> Self {
-        Self {
-            n_routed_experts: experts.count,
-            num_experts_per_tok: experts.per_token,
-            moe_intermediate_size: experts.width,
-            n_shared_experts: experts.shared_width / experts.width,
-            first_k_dense_replace: experts.dense_layers,
-            n_group: experts.groups,
-            topk_group: experts.groups_per_token,
-            routed_scaling_factor: experts.scale,
-            norm_topk_prob: true,
-            use_qk_norm: false,
-            partial_rotary_factor: 1.0,
-        }
-    }
+    besides: Besides,
 }
 
 #[derive(Serialize)]
@@ -220,7 +170,7 @@ impl Object {
 
 fn architecture(json: &Object) -> Result<Architecture, Error> {
     let name = json.required::<String>("model_type")?;
-    let all = [Architecture::Llama, Architecture::Mixtral, Architecture::Glm4Moe];
+    let all = Architecture::ALL;
     let found = all.into_iter().find(|architecture| architecture.names()[1] == name);
     json.only("hidden_act", "silu".to_owned())?;
     json.only("attention_bias", false)?;
@@ -229,37 +179,6 @@ fn architecture(json: &Object) -> Result<Architecture, Error> {
         let known: Vec<_> = all.iter().map(|architecture| architecture.names()[1]).collect();
         json.error("model_type", format!("is {name:?}; only {} are read", known.join(", ")))
     })
-}
-
-fn experts(json: &Object, architecture: Architecture) -> Result<Option<Experts>, Error> {
-    match architecture {
-        Architecture::Llama => Ok(None),
-        Architecture::Mixtral => {
-            if json.optional::<u64>("sliding_window")?.is_some() {
-                return Err(json.error("sliding_window", "is not carried out"));
-            }
-            Ok(Some(Experts::new(
-                json.or("num_local_experts", 8)?,
-                json.or("num_experts_per_tok", 2)?,
-                json.required("intermediate_size")?,
-            )))
-        }
-        Architecture::Glm4Moe => {
-            json.only("norm_topk_prob", true)?;
-            json.only("use_qk_norm", false)?;
-            let width = json.required("moe_intermediate_size")?;
-            let (count, visited) = ("n_routed_experts", "num_experts_per_tok");
-            Ok(Some(Experts {
-                shared_width: json.required::<u64>("n_shared_experts")? * width,
-                dense_layers: json.required("first_k_dense_replace")?,
-                scoring: Scoring::Sigmoid,
-                groups: json.or("n_group", 1)?,
-                groups_per_token: json.or("topk_group", 1)?,
-                scale: json.or("routed_scaling_factor", 1.0)?,
-                ..Experts::new(json.required(count)?, json.required(visited)?, width)
-            }))
-        }
-    }
 }
 
 fn head_dim(json: &Object, hidden: u64, heads: u64) -> Result<u64, Error> {
@@ -319,7 +238,7 @@ fn scaling(rope: &Object) -> Result<Option<Llama3Scaling>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalogue;
+    use crate::{SlidingWindow, catalogue};
 
     const GOLDEN: &str = include_str!("../../../golden/tiny-llama/config.json");
 
@@ -387,14 +306,17 @@ mod tests {
     }
 
     #[test]
-    fn mixtures_of_experts_are_read_and_written_as_transformers_does() {
+    fn architectures_are_read_and_written_as_transformers_does() {
         for theirs in [
             include_str!("../../../golden/tiny-mixtral/config.json"),
             include_str!("../../../golden/tiny-glm4-moe/config.json"),
+            include_str!("../../../golden/tiny-deepseek-v2/config.json"),
+            include_str!("../../../golden/tiny-deepseek-v3/config.json"),
+            include_str!("../../../golden/tiny-mistral/config.json"),
+            include_str!("../../../golden/tiny-qwen3/config.json"),
+            include_str!("../../../golden/tiny-qwen3-moe/config.json"),
         ] {
             let config = from_json(theirs).unwrap();
-            let experts = config.experts.unwrap();
-            assert_eq!(experts.dense_layers > 0, experts.scoring == Scoring::Sigmoid);
             let mut ours: Map<String, Value> = serde_json::from_str(&to_json(&config)).unwrap();
             assert_eq!(from_json(&Value::Object(ours.clone()).to_string()), Ok(config));
             let theirs: Map<String, Value> = serde_json::from_str(theirs).unwrap();
@@ -407,10 +329,28 @@ mod tests {
                 .filter(|(key, value)| theirs.get(*key).unwrap_or(&Value::Null) != *value)
                 .map(|(key, _)| key.as_str())
                 .collect();
-            // Biases, which these architectures have no key for.
-            let allowed = ["attention_bias", "mlp_bias"];
+            // Biases, which not all have a key for, and the name that experts had before version 5.
+            let allowed = ["attention_bias", "mlp_bias", "num_experts"];
             assert!(missing.iter().all(|key| allowed.contains(key)), "{missing:?}");
         }
+    }
+
+    #[test]
+    fn layers_that_see_a_window_are_listed_or_counted() {
+        let window = |changes: Value| {
+            let mut json = serde_json::json!({
+                "model_type": "qwen3", "use_sliding_window": true, "sliding_window": 4,
+            });
+            json.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            from_json(&golden_with(&json)).unwrap().sliding_window
+        };
+        let (sliding, full) = ("sliding_attention", "full_attention");
+        let every = |full_every| Some(SlidingWindow { length: 4, full_every });
+        assert_eq!(window(serde_json::json!({"layer_types": [sliding, full]})), every(Some(2)));
+        assert_eq!(window(serde_json::json!({"layer_types": [sliding, sliding]})), every(None));
+        assert_eq!(window(serde_json::json!({"layer_types": [full, full]})), None);
+        assert_eq!(window(serde_json::json!({"max_window_layers": 0})), every(None));
+        assert_eq!(window(serde_json::json!({})), None);
     }
 
     #[test]
@@ -448,7 +388,18 @@ mod tests {
             (serde_json::json!({"attention_bias": true}), "`attention_bias` is true"),
             (serde_json::json!({"mlp_bias": true}), "`mlp_bias` is true"),
             (serde_json::json!({"hidden_act": "gelu"}), "`hidden_act` is \"gelu\""),
-            (serde_json::json!({"model_type": "qwen3"}), "`model_type` is \"qwen3\""),
+            (serde_json::json!({"model_type": "gemma3"}), "`model_type` is \"gemma3\""),
+            (
+                serde_json::json!({"model_type": "deepseek_v2", "norm_topk_prob": true}),
+                "`kv_lora_rank` is missing",
+            ),
+            (
+                serde_json::json!({
+                    "model_type": "qwen3", "use_sliding_window": true, "sliding_window": 4,
+                    "layer_types": ["full_attention", "sliding_attention"],
+                }),
+                "`layer_types` is supported where every",
+            ),
             (serde_json::json!({"model_type": null}), "`model_type` is missing"),
             (
                 serde_json::json!({"rope_parameters": {"rope_type": "yarn"}}),

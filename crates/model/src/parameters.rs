@@ -28,7 +28,8 @@ pub enum Role {
     Embedding,
     /// Scale of the norm before attention, `[hidden]`.
     AttentionNorm,
-    /// Query, key and value projections; three parameters, adjacent, `[qkv_width, hidden]`.
+    /// Query, key and value projections; three parameters, adjacent, `[qkv_width, hidden]`. Of latent
+    /// attention, those out of its narrow vectors; that of keys has the values' in it, head by head.
     Query,
     /// See [`Role::Query`].
     Key,
@@ -50,10 +51,19 @@ pub enum Role {
     Head,
     /// Position embedding, `[positions, hidden]`.
     Positions,
-    /// Scales of the norms of each head's queries, and of its keys, `[head_dim]`.
-    HeadNorm,
-    /// Products into latent attention's narrow vectors, and the norms of these.
-    Latent,
+    /// Scale of the norm of each head's queries, `[head_dim]`.
+    QueryNorm,
+    /// Scale of the norm of each head's keys, `[head_dim]`.
+    KeyNorm,
+    /// Product into latent attention's narrow query vector, `[query_rank, hidden]`.
+    QueryLatent,
+    /// Scale of that vector's norm, `[query_rank]`.
+    QueryLatentNorm,
+    /// Product into latent attention's narrow key and value vector and the rotated part of keys,
+    /// `[kv_rank + rope_dim, hidden]`.
+    KeyLatent,
+    /// Scale of the narrow key and value vector's norm, `[kv_rank]`.
+    KeyLatentNorm,
     /// Scores of the experts, `[experts, hidden]`.
     Router,
     /// What is added to sigmoid scores before the choice, `[experts]`: no gradient moves it, but the
@@ -314,8 +324,10 @@ impl Config {
         entries.extend(matrix(Role::Key, "self_attn.k_proj", key, Split::KvHeads, biases));
         entries.extend(matrix(Role::Value, "self_attn.v_proj", key, Split::KvHeads, biases));
         if self.query_key_norm {
-            for name in ["self_attn.q_norm", "self_attn.k_norm"] {
-                entries.extend(self.norm_entries(Role::HeadNorm, name, self.head_dim));
+            for (role, name) in
+                [(Role::QueryNorm, "self_attn.q_norm"), (Role::KeyNorm, "self_attn.k_norm")]
+            {
+                entries.extend(self.norm_entries(role, name, self.head_dim));
             }
         }
         entries
@@ -329,8 +341,10 @@ impl Config {
             None => matrix(Role::Query, "self_attn.q_proj", [query, hidden], Split::Rows, biases),
             Some(rank) => {
                 let (down, up) = ("self_attn.q_a_proj", "self_attn.q_b_proj");
-                let mut entries = matrix(Role::Latent, down, [rank, hidden], Split::Whole, biases);
-                entries.extend(self.norm_entries(Role::Latent, "self_attn.q_a_layernorm", rank));
+                let shape = [rank, hidden];
+                let mut entries = matrix(Role::QueryLatent, down, shape, Split::Whole, biases);
+                let norm = "self_attn.q_a_layernorm";
+                entries.extend(self.norm_entries(Role::QueryLatentNorm, norm, rank));
                 entries.extend(matrix(Role::Query, up, [query, rank], Split::Rows, biases));
                 entries
             }
@@ -338,8 +352,9 @@ impl Config {
         let (down, up) = ("self_attn.kv_a_proj_with_mqa", "self_attn.kv_b_proj");
         let narrow = [kv_rank + rope_dim, hidden];
         let wide = [self.heads * (nope_dim + value_dim), kv_rank];
-        entries.extend(matrix(Role::Latent, down, narrow, Split::Whole, biases));
-        entries.extend(self.norm_entries(Role::Latent, "self_attn.kv_a_layernorm", kv_rank));
+        entries.extend(matrix(Role::KeyLatent, down, narrow, Split::Whole, biases));
+        let norm = "self_attn.kv_a_layernorm";
+        entries.extend(self.norm_entries(Role::KeyLatentNorm, norm, kv_rank));
         entries.extend(matrix(Role::Key, up, wide, Split::Rows, biases));
         entries
     }

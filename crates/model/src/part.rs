@@ -155,7 +155,9 @@ impl Config {
 }
 
 fn is_of_heads(parameter: &Parameter) -> bool {
-    matches!(parameter.role, Role::Latent | Role::HeadNorm)
+    use Role::{KeyLatent, KeyLatentNorm, KeyNorm, QueryLatent, QueryLatentNorm, QueryNorm};
+    let shared = [KeyLatent, KeyLatentNorm, KeyNorm, QueryLatent, QueryLatentNorm, QueryNorm];
+    shared.contains(&parameter.role)
 }
 
 /// The runs of one parameter: one for each row of what stands before the last dimension that is cut.

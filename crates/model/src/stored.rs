@@ -11,19 +11,48 @@ use crate::{
 pub enum Architecture {
     /// `LlamaForCausalLM`.
     Llama,
+    /// `MistralForCausalLM`: attention sees a window.
+    Mistral,
+    /// `Qwen3ForCausalLM`: queries and keys are normed; attention of some layers may see a window.
+    Qwen3,
     /// `MixtralForCausalLM`: experts in every layer, chosen and weighted by softmax.
     Mixtral,
-    /// `Glm4MoeForCausalLM`: a Llama's attention, and DeepSeek-V3's experts.
+    /// `Qwen3MoeForCausalLM`: queries and keys are normed; such experts in some layers.
+    Qwen3Moe,
+    /// `Glm4MoeForCausalLM`: a Llama's attention, with or without these norms, and DeepSeek-V3's
+    /// experts.
     Glm4Moe,
+    /// `DeepseekV2ForCausalLM`: latent attention, and experts weighted by softmax among all.
+    DeepseekV2,
+    /// `DeepseekV3ForCausalLM`: latent attention, and experts weighted by sigmoids, in all layers but
+    /// the first or in none.
+    DeepseekV3,
 }
 
 impl Architecture {
+    /// Every architecture.
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Llama,
+        Self::Mistral,
+        Self::Qwen3,
+        Self::Mixtral,
+        Self::Qwen3Moe,
+        Self::Glm4Moe,
+        Self::DeepseekV2,
+        Self::DeepseekV3,
+    ];
+
     /// Its class, and its name in `config.json`.
     pub(crate) fn names(self) -> [&'static str; 2] {
         match self {
             Self::Llama => ["LlamaForCausalLM", "llama"],
+            Self::Mistral => ["MistralForCausalLM", "mistral"],
+            Self::Qwen3 => ["Qwen3ForCausalLM", "qwen3"],
             Self::Mixtral => ["MixtralForCausalLM", "mixtral"],
+            Self::Qwen3Moe => ["Qwen3MoeForCausalLM", "qwen3_moe"],
             Self::Glm4Moe => ["Glm4MoeForCausalLM", "glm4_moe"],
+            Self::DeepseekV2 => ["DeepseekV2ForCausalLM", "deepseek_v2"],
+            Self::DeepseekV3 => ["DeepseekV3ForCausalLM", "deepseek_v3"],
         }
     }
 }
@@ -40,16 +69,28 @@ impl Config {
             ("norm", self.norm != Norm::Rms),
             ("positions", self.positions != Positions::Rotary),
             ("biases", self.biases),
-            ("query_key_norm", self.query_key_norm),
             ("dropout", self.dropout),
-            ("sliding_window", self.sliding_window.is_some()),
-            ("latent_attention", self.latent_attention.is_some()),
             ("prediction_layers", self.prediction_layers > 0),
         ];
         if let Some((key, _)) = differences.into_iter().find(|(_, differs)| *differs) {
             return Err(ConfigError::Unsupported(key));
         }
-        self.experts.map_or(Ok(Architecture::Llama), |experts| experts.architecture())
+        let architecture = match (self.latent_attention, self.experts) {
+            (None, None) if self.query_key_norm => Architecture::Qwen3,
+            (None, None) if self.sliding_window.is_some() => Architecture::Mistral,
+            (None, None) => Architecture::Llama,
+            (Some(_), None) => Architecture::DeepseekV3,
+            (latent, Some(experts)) => match (latent, experts.scoring) {
+                (None, Scoring::Softmax) if self.query_key_norm => Architecture::Qwen3Moe,
+                (None, Scoring::Softmax) => Architecture::Mixtral,
+                (None, Scoring::Sigmoid) => Architecture::Glm4Moe,
+                (Some(_), Scoring::SoftmaxOfAll) => Architecture::DeepseekV2,
+                (Some(_), Scoring::Sigmoid) => Architecture::DeepseekV3,
+                _ => return Err(ConfigError::Unsupported("experts.scoring")),
+            },
+        };
+        let refused = architecture.lacks(self);
+        refused.map_or(Ok(architecture), |key| Err(ConfigError::Unsupported(key)))
     }
 
     /// The parameters of `block` as they are stored: those that lie in one buffer here and are
@@ -74,21 +115,38 @@ impl Config {
     }
 }
 
-impl Experts {
-    fn architecture(&self) -> Result<Architecture, ConfigError> {
-        let refused = |key| Err(ConfigError::Unsupported(key));
-        match self.scoring {
-            _ if self.every != 1 => refused("experts.every"),
-            Scoring::Softmax if self.shared_width > 0 => refused("experts.shared_width"),
-            Scoring::Softmax if self.dense_layers > 0 => refused("experts.dense_layers"),
-            Scoring::Softmax => Ok(Architecture::Mixtral),
-            Scoring::Sigmoid
-                if self.shared_width == 0 || !self.shared_width.is_multiple_of(self.width) =>
-            {
-                refused("experts.shared_width")
-            }
-            Scoring::Sigmoid => Ok(Architecture::Glm4Moe),
-        }
+impl Architecture {
+    /// The key of a model that is something else than the architecture has.
+    fn lacks(self, config: &Config) -> Option<&'static str> {
+        use Architecture::{
+            DeepseekV2, DeepseekV3, Glm4Moe, Llama, Mistral, Mixtral, Qwen3, Qwen3Moe,
+        };
+        let windows = [Mistral, Qwen3, Mixtral, Qwen3Moe].contains(&self);
+        let alternates = config.sliding_window.is_some_and(|window| window.full_every.is_some());
+        let normed = [Qwen3, Qwen3Moe, Glm4Moe].contains(&self);
+        let of_experts =
+            config.experts.map(|Experts { width, shared_width, every, dense_layers, .. }| {
+                let shared = match self {
+                    Glm4Moe | DeepseekV2 | DeepseekV3 => {
+                        shared_width > 0 && shared_width.is_multiple_of(width)
+                    }
+                    Llama | Mistral | Qwen3 | Mixtral | Qwen3Moe => shared_width == 0,
+                };
+                // Those of every so many layers are counted from the first.
+                let counted = self == Qwen3Moe && u64::from(dense_layers) % u64::from(every) == 0;
+                [
+                    ("experts.shared_width", !shared),
+                    ("experts.dense_layers", self == Mixtral && dense_layers > 0),
+                    ("experts.every", every > 1 && !counted),
+                ]
+            });
+        let of_attention = [
+            ("sliding_window", config.sliding_window.is_some() && !windows),
+            ("sliding_window.full_every", alternates && self != Qwen3),
+            ("query_key_norm", config.query_key_norm && !normed),
+        ];
+        let keys = of_attention.into_iter().chain(of_experts.into_iter().flatten());
+        keys.into_iter().find(|(_, differs)| *differs).map(|(key, _)| key)
     }
 }
 
@@ -119,6 +177,31 @@ fn experts_of(all: &Parameter, block: Block, mixtral: bool) -> Vec<Parameter> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{LatentAttention, SlidingWindow};
+
+    #[test]
+    fn the_key_that_no_architecture_has_is_named() {
+        let refused = |config: Config| match config.architecture() {
+            Err(ConfigError::Unsupported(key)) => key,
+            other => panic!("{other:?}"),
+        };
+        let with = |experts| Config { experts: Some(experts), ..Config::default() };
+        let mixtral = Experts::new(4, 2, 8);
+        assert_eq!(refused(Config { dropout: true, ..Config::default() }), "dropout");
+        assert_eq!(refused(with(Experts { shared_width: 8, ..mixtral })), "experts.shared_width");
+        assert_eq!(refused(with(Experts { dense_layers: 1, ..mixtral })), "experts.dense_layers");
+        assert_eq!(refused(with(Experts { every: 2, ..mixtral })), "experts.every");
+        let scoring = Scoring::SoftmaxOfAll;
+        assert_eq!(refused(with(Experts { scoring, ..mixtral })), "experts.scoring");
+        let window = Some(SlidingWindow { length: 4, full_every: Some(2) });
+        let config = Config { sliding_window: window, ..Config::default() };
+        assert_eq!(refused(config.clone()), "sliding_window.full_every");
+        let qwen = Config { query_key_norm: true, ..config };
+        assert_eq!(qwen.architecture(), Ok(Architecture::Qwen3));
+        let every = Experts { dense_layers: 2, every: 2, ..mixtral };
+        let qwen = Config { query_key_norm: true, ..with(every) };
+        assert_eq!(qwen.architecture(), Ok(Architecture::Qwen3Moe));
+    }
 
     #[test]
     fn what_is_stored_is_the_block_once() {
@@ -128,8 +211,22 @@ mod tests {
             dense_layers: 1,
             ..Experts::new(6, 2, 4)
         };
-        for experts in [None, Some(Experts::new(3, 2, 5)), Some(sigmoid)] {
+        let latent = LatentAttention {
+            query_rank: Some(3),
+            kv_rank: 5,
+            nope_dim: 2,
+            rope_dim: 2,
+            value_dim: 6,
+        };
+        for (experts, latent_attention) in [
+            (None, None),
+            (None, Some(latent)),
+            (Some(Experts::new(3, 2, 5)), None),
+            (Some(sigmoid), None),
+            (Some(sigmoid), Some(latent)),
+        ] {
             let config = Config {
+                latent_attention,
                 layers: 2,
                 hidden: 8,
                 heads: 2,

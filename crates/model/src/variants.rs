@@ -62,6 +62,9 @@ pub enum Scoring {
     /// arXiv:2401.04088, section 2.1).
     #[default]
     Softmax,
+    /// As softmax, but among all experts, so that the weights of a token add up to less than one
+    /// (DeepSeek-V2: arXiv:2405.04434, section 2.2.1).
+    SoftmaxOfAll,
     /// The highest sigmoids are chosen, each after a bias that keeps the loads of the experts even,
     /// and weighted by their share of the sum without it (DeepSeek-V3: arXiv:2412.19437, section
     /// 2.1.2).
@@ -90,14 +93,15 @@ pub struct Experts {
     /// How scores become choices and weights.
     #[serde(default, skip_serializing_if = "is_default")]
     pub scoring: Scoring,
-    /// With sigmoids: the groups that experts are chosen from.
+    /// The groups that experts are chosen from; softmax among the chosen has one.
     #[serde(default = "one_wide", skip_serializing_if = "is_one")]
     pub groups: u64,
-    /// How many of the groups a token's experts are chosen from, those with the highest sums of
-    /// two scores (DeepSeek-V3's node-limited routing).
+    /// How many of the groups a token's experts are chosen from: with sigmoids those with the highest
+    /// sums of two scores (DeepSeek-V3's node-limited routing), else those with the highest score
+    /// (DeepSeek-V2's device-limited routing).
     #[serde(default = "one_wide", skip_serializing_if = "is_one")]
     pub groups_per_token: u64,
-    /// With sigmoids: what weights are multiplied by.
+    /// What weights are multiplied by; nothing with softmax among the chosen.
     #[serde(default = "unscaled", skip_serializing_if = "is_unscaled")]
     pub scale: f32,
     /// With sigmoids: how far a bias moves in a step, down when its expert's load is above the mean
@@ -175,6 +179,13 @@ pub struct LatentAttention {
     pub rope_dim: u64,
     /// Width of a head's value.
     pub value_dim: u64,
+}
+
+impl LatentAttention {
+    /// Added to the mean square under the root of the narrow vectors' norms, whatever the other norms
+    /// have: the default of `DeepseekV3RMSNorm` (transformers 5.23, `modeling_deepseek_v3.py`) and of
+    /// `RMSNorm` in DeepSeek-V3's own `model.py` (2024-12).
+    pub const NORM_EPSILON: f32 = 1e-6;
 }
 
 /// Attention that sees only the last tokens.

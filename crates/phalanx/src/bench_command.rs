@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
 use collective::{Collective, Kind, chunk_range};
 use serde_json::json;
-use train::control::{Lifeline, Policy, supervise};
-use train::{Identity, handed_listener};
+use train::Identity;
+use train::control::{self, Lifeline, Policy, supervise};
 use transport::{Buffer, Communicator, Group, Limits, Probe, Rendezvous};
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
@@ -128,8 +128,9 @@ fn start(args: &CollectivesArgs) -> Result<()> {
         command.args(std::env::args_os().skip(1));
         command
     };
-    let policy = Policy { ranks: args.ranks, silence: Seconds(60.0), ..POLICY };
-    Ok(supervise(policy, None, command)?)
+    let ranks = args.ranks;
+    let policy = Policy { ranks, seats_per_host: ranks, silence: Seconds(60.0), ..POLICY };
+    Ok(supervise(policy, control::Place::default(), command, |_| ())?)
 }
 
 /// This process as one rank.
@@ -138,21 +139,26 @@ fn measure(
     identity: &Identity,
     environment: &dyn Fn(&str) -> Option<String>,
 ) -> Result<()> {
-    let rank = identity.rank;
-    let _lifeline = Lifeline::connect(environment, rank, Arc::new(AtomicBool::new(false)))
+    let lifeline = Lifeline::connect(environment, Arc::new(AtomicBool::new(false)))
         .context("cannot reach the launcher of this rank")?;
+    let met = lifeline.as_ref().map(Lifeline::ready).transpose().context("the launcher is gone")?;
+    let (meeting, listener) = met.unzip();
+    let (rank, address) = match meeting {
+        Some(meeting) => (meeting.rank, meeting.master),
+        None => (identity.rank, identity.master),
+    };
     let rendezvous = Rendezvous {
         rank,
         ranks: identity.ranks,
-        address: identity.master,
+        address,
         identity: format!("{args:?}"),
         secret: identity.secret.clone(),
         timeout: RENDEZVOUS,
         shared_memory: true,
     };
-    let listener = handed_listener(environment).filter(|_| rank == Rank(0));
     let failed = |source| train::Error::Communication { rank, source };
     let way = if args.tcp { Way::Tcp } else { Way::read(environment)? };
+    let listener = listener.filter(|_| rank == Rank(0));
     let communicator = way.connect(rendezvous, listener, Limits::default()).map_err(failed)?;
     communicator.keep_to_one_core().map_err(failed)?;
     let world = Group::world(identity.ranks);

@@ -34,7 +34,7 @@ pub struct ClusterSection {
     /// Accelerators that share a host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub per_node: Option<u32>,
-    /// Accelerators of a scale-up domain, or the dimensions of a torus.
+    /// Accelerators of a scale-up domain, a number; or the dimensions of a torus, a list.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub per_domain: Option<PerDomain>,
     /// Gbit/s that the fabric gives to an accelerator in each direction.

@@ -1,5 +1,6 @@
 //! The figures at the end of a run: throughput, prediction, scaling efficiency.
 
+use program::Breakdown;
 use report::Summary;
 use serde::Serialize;
 use train::Outcome;
@@ -19,7 +20,9 @@ pub struct Figures {
     tokens_per_s_per_accelerator: f64,
     model_flops_utilization: Option<f64>,
     exposed_communication_s: Seconds,
+    predicted_exposed_communication_s: Option<Seconds>,
     pipeline_bubble_s: Seconds,
+    predicted_pipeline_bubble_s: Option<Seconds>,
     held_out_loss: f64,
     scaling_efficiency: Option<f64>,
     scaling_efficiency_bound: Option<f64>,
@@ -38,6 +41,9 @@ impl Figures {
         let ranks = f64::from(program.mesh.ranks());
         let tokens_per_s = program.global_tokens() as f64 / outcome.step_time.0;
         let machine = session.machine.as_ref();
+        let mean = predicted.map(|summary| &summary.mean);
+        let (exposed, bubble) =
+            (mean.map(Breakdown::exposed_communication), mean.map(|mean| mean.bubble));
         let predicted = predicted.map(|summary| summary.step_time);
         let alone = |machine: &Machine| machine.baseline_tokens as f64 / machine.baseline_step_s.0;
         Self {
@@ -48,7 +54,9 @@ impl Figures {
             tokens_per_s_per_accelerator: tokens_per_s / ranks,
             model_flops_utilization: session.model_flops_utilization(tokens_per_s),
             exposed_communication_s: measured.mean.exposed_communication(),
+            predicted_exposed_communication_s: exposed,
             pipeline_bubble_s: measured.mean.bubble,
+            predicted_pipeline_bubble_s: bubble,
             held_out_loss: outcome.held_out_loss,
             scaling_efficiency: machine.map(|machine| tokens_per_s / ranks / alone(machine)),
             scaling_efficiency_bound: machine.map(Machine::core_share),

@@ -21,16 +21,16 @@ use crate::launch_command::LaunchSection;
 use crate::planner;
 use crate::scale::section::{GoodputSection, IslandsSection, ScaleSection, Scenario};
 
-/// A job file as written.
-#[derive(Debug, Clone, Deserialize)]
+/// A job file as written. Sections of which every default is written back are serialized.
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct File {
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     model: ModelSection,
     #[serde(default)]
     cluster: ClusterSection,
     training: Training,
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     layout: PartialLayout,
     #[serde(default)]
     data: Data,
@@ -40,15 +40,17 @@ pub struct File {
     recovery: RecoverySection,
     #[serde(default)]
     run: RunSection,
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     launch: LaunchSection,
     #[serde(default)]
     metrics: MetricsSection,
-    #[serde(default)]
+    #[serde(default, skip_serializing)]
     scale: ScaleSection,
     #[serde(default)]
     goodput: GoodputSection,
+    #[serde(skip_serializing)]
     islands: Option<IslandsSection>,
+    #[serde(skip_serializing)]
     scenario: Option<Scenario>,
 }
 
@@ -72,6 +74,7 @@ struct ModelSection {
     vocabulary: Option<u64>,
     tied_embeddings: Option<bool>,
     norm_epsilon: Option<f32>,
+    /// Base of the rotary embedding's wavelengths.
     rotary_theta: Option<f64>,
     activation: Option<Activation>,
     norm: Option<Norm>,
@@ -251,12 +254,29 @@ impl Default for CheckpointSection {
     }
 }
 
+/// What a run does when it is short of ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenShort {
+    /// Waits until it has all of them again.
+    #[default]
+    Wait,
+    /// Goes on with fewer, until there are more again.
+    Shrink,
+}
+
 /// What happens when a local rank is lost.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RecoverySection {
-    /// How many losses in a row, with no step done in between, are made good; 0 ends the run.
+    /// How many losses of a rank in a row, with no step done in between, are made good; 0 ends the run.
     pub restarts: u32,
+    /// What is done while a lost rank is not replaced.
+    pub when_short: WhenShort,
+    /// How long its replacement is waited for before the others go on with fewer, if they are to.
+    pub replace_within_s: Seconds,
+    /// Processes that wait to take the place of one that is lost, besides the ranks.
+    pub spare_ranks: u32,
     /// Steps between copies of each rank's state in the memory of another; 0 copies nothing, and a
     /// loss goes back to the last checkpoint.
     pub replicate_every_steps: u64,
@@ -273,6 +293,9 @@ impl Default for RecoverySection {
     fn default() -> Self {
         Self {
             restarts: 3,
+            when_short: WhenShort::default(),
+            replace_within_s: Seconds(30.0),
+            spare_ranks: 0,
             replicate_every_steps: 1,
             silence_s: Seconds(10.0),
             compare_every_steps: 10,

@@ -11,10 +11,12 @@ mod dashboards;
 mod described;
 mod device;
 mod doctor;
+mod elastic;
 mod faults_command;
 mod figures;
 mod flight_record;
 mod foreign;
+mod held;
 mod job;
 mod launch_command;
 mod ledger;
@@ -65,15 +67,8 @@ enum Command {
     Train {
         #[command(flatten)]
         job: JobArgs,
-        /// Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
-        #[arg(long, value_name = "RUN")]
-        resume: Option<PathBuf>,
-        /// Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
-        #[arg(long, value_name = "SPEC")]
-        chaos: Option<String>,
-        /// Start nothing yet: take over when the launcher that [recovery] register names is lost
-        #[arg(long)]
-        standby: bool,
+        #[command(flatten)]
+        options: train_command::TrainOptions,
         /// Answer Prometheus on this port of this machine: [metrics] port
         #[arg(long, value_name = "PORT")]
         metrics: Option<u16>,
@@ -194,6 +189,9 @@ struct SimulateOptions {
     /// Write a Chakra trace for every rank
     #[arg(long, requires = "chakra")]
     chakra_every_rank: bool,
+    /// Play weeks of such steps under failures too, with the code that recovers runs: [goodput] says how often
+    #[arg(long)]
+    faults: bool,
 }
 
 /// What every message on standard error begins with.
@@ -232,9 +230,9 @@ pub fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Catalogue { name, json } => catalogue_command::show(name.as_deref(), json),
-        Command::Train { mut job, resume, chaos, standby, metrics } => {
+        Command::Train { mut job, options, metrics } => {
             job.set.extend(metrics.map(|port| format!("metrics.port={port}")));
-            train_command::train(&job, resume.as_deref(), chaos.as_deref(), standby)
+            train_command::train(&job, &options)
         }
         Command::Import(args) => foreign::import(&args),
         Command::Export { job, trainer } => foreign::export(&job, &trainer),
@@ -246,7 +244,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Score(args) => score::score(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Schema => {
-            output::print_text(&(serde_json::to_string_pretty(&schema::schema())? + "\n"))
+            output::print_text(&(serde_json::to_string_pretty(&schema::schema()?)? + "\n"))
         }
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -306,6 +304,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             | Train::Diverged { .. }
             | Train::Spiked { .. }
             | Train::Drifted { .. }
+            | Train::Host { .. }
             | Train::Superseded { .. },
         ) => FAILED,
         _ => BAD_INPUT,

@@ -38,6 +38,7 @@ impl Machine {
         let segments = measured.segments.iter();
         let profile = Profile {
             cores: cores(),
+            others: others(measured.core_share, ranks * threads),
             ranks_per_host: ranks,
             threads_per_rank: threads,
             segments: segments
@@ -95,6 +96,15 @@ impl Machine {
 /// Cores of this host.
 pub fn cores() -> u32 {
     std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32)
+}
+
+/// Threads of other programs on this host, where `threads` of ours that computed at once got such a
+/// share of a core each. With several threads a rank, one's share says that of all.
+fn others(share: f64, threads: u32) -> f64 {
+    // What interrupts take is no program.
+    const UNDISTURBED: f64 = 0.97;
+    let all = f64::from(cores()) / share;
+    if share > UNDISTURBED { 0.0 } else { (all - f64::from(threads)).max(0.0) }
 }
 
 /// One rank has no link; any figures do for a program without transfers.

@@ -311,8 +311,12 @@ pub fn describe(job: &Job, program: &Program) -> String {
 /// The layout in half a sentence.
 pub fn describe_layout(job: &Job, program: &Program) -> String {
     let shard = format!("{:?}", job.layout.shard).to_lowercase();
+    let apart = match job.layout.local_steps {
+        0 => String::new(),
+        steps => format!(", {} groups apart for {steps} steps", job.layout.mesh.replicas),
+    };
     format!(
-        "{}, shard {shard}, {} microbatch(es) of {} x {} tokens a rank, {} tokens a step",
+        "{}, shard {shard}{apart}, {} microbatch(es) of {} x {} tokens a rank, {} tokens a step",
         job.layout.mesh,
         program.microbatches,
         program.shape.sequences,

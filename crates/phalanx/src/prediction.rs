@@ -101,6 +101,11 @@ impl Prediction {
         }
     }
 
+    /// What a step takes.
+    pub fn step_time(&self) -> Seconds {
+        self.step_time_s
+    }
+
     /// With an outer update that takes so long after every so many steps.
     #[must_use]
     pub fn with_outer_update(self, time: Seconds, every_steps: u32) -> Self {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Instant, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use checkpoint::hugging_face::Weights;
 use checkpoint::sharded::{Kind, Progress};
 use compute::{Operators, Stage};
@@ -28,8 +28,10 @@ use units::{Bytes, Rank, Seconds};
 use crate::chaos::Chaos;
 use crate::checkpointing;
 use crate::dashboards::Dashboards;
+use crate::elastic;
 use crate::figures::Figures;
 use crate::flight_record;
+use crate::held::{Held, Ranks, planned};
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::mllog::{self, OwnLog, Samples};
@@ -40,8 +42,8 @@ use crate::watch::Watch;
 
 /// How a rank meets the others, at first and again.
 pub struct Life<'a> {
-    /// The ranks it has met already.
-    pub met: Option<Communicator>,
+    /// The ranks it has met already, and when it was told to, unless nothing was done before.
+    pub met: Option<(Option<Meeting>, Communicator)>,
     /// To the coordinator of the run, if there is one.
     pub lifeline: Option<Lifeline>,
     /// Meets whoever is there when the coordinator says so; also what it said.
@@ -64,8 +66,8 @@ struct Kept {
     folder: Option<RunFolder>,
     /// Also rank 0's, once there is a folder.
     dashboards: Option<Dashboards>,
-    /// The most memory that each rank's process held, where the system tells.
-    resident: Vec<Bytes>,
+    /// What each rank held.
+    held: Vec<Held>,
     /// The run's folder; empty until it is made.
     path: PathBuf,
     safekeeping: Safekeeping,
@@ -83,10 +85,11 @@ struct Kept {
 
 impl Kept {
     fn new(life: &Life<'_>, job: &Job, rank: Rank) -> Self {
+        let called = life.lifeline.as_ref().map(Lifeline::called).unwrap_or_default();
         let every = job.recovery.replicate_every_steps;
-        // Of one host there are only local ranks, so the next rank is as good as any other.
         let replicas = life.lifeline.as_ref().filter(|_| job.recovery.restarts > 0 && every > 0);
-        let replicas = replicas.map(|_| Replicas::new(every, 1));
+        // On the next host, if there is one.
+        let replicas = replicas.map(|lifeline| Replicas::new(every, lifeline.ranks_per_host()));
         let stop = Arc::clone(&life.stop);
         let compare_every_steps = job.recovery.compare_every_steps;
         let (ranks, steps) = (job.cluster.accelerators, job.training.steps);
@@ -95,12 +98,12 @@ impl Kept {
             life.chaos.filter(|_| life.lifeline.as_ref().is_none_or(|it| !it.is_replacement()));
         let flips = flips.map(|chaos| chaos.flips(rank, ranks, steps)).unwrap_or_default();
         let safekeeping =
-            Safekeeping { stop, replicas, checkpoints: None, compare_every_steps, flips };
+            Safekeeping { stop, called, replicas, checkpoints: None, compare_every_steps, flips };
         let (trusted, drifts) = (u64::MAX, 0);
         Self {
             folder: None,
             dashboards: None,
-            resident: Vec::new(),
+            held: Vec::new(),
             path: PathBuf::new(),
             safekeeping,
             lost: Instant::now(),
@@ -115,14 +118,18 @@ impl Kept {
 
 /// One rank's way from the job to the summary.
 pub struct Session<'a, O> {
-    /// The job.
-    pub job: &'a Job,
+    /// The job, over as many ranks as there are at present.
+    pub job: Job,
     /// What it lowers to.
     pub programs: Programs,
     /// This machine, once measured.
     pub machine: Option<Machine>,
     /// Whether this rank talks to the user.
     pub speaks: bool,
+    /// Whether rank 0 does.
+    talks: bool,
+    /// The job as it was asked for.
+    whole: &'a Job,
     rank: Rank,
     started: SystemTime,
     batches: &'a Batches,
@@ -130,27 +137,47 @@ pub struct Session<'a, O> {
 }
 
 impl<'a, O: Operators> Session<'a, O> {
-    /// Ready to measure and train; `speaks` on the rank that talks to the user.
+    /// Ready to measure and train; rank 0 `talks` to the user, or not.
     pub fn new(
         operators: O,
-        job: &'a Job,
+        whole: &'a Job,
         rank: Rank,
         batches: &'a Batches,
-        speaks: bool,
+        talks: bool,
     ) -> Result<Self> {
-        let step = lowered(job)?;
-        let evaluation = evaluation_program(job)?;
-        let device = Device { operators, config: job.model.clone(), optimizer: job.optimizer() };
-        let outer = lower_outer(&job.model, &job.layout, &job.batch())?;
-        let programs = Programs { step, evaluation, outer };
-        let started = SystemTime::now();
-        Ok(Self { job, speaks, rank, started, batches, programs, device, machine: None })
+        let device =
+            Device { operators, config: whole.model.clone(), optimizer: whole.optimizer() };
+        Ok(Self {
+            job: whole.clone(),
+            programs: programs(whole)?,
+            machine: None,
+            speaks: false,
+            talks,
+            whole,
+            rank,
+            started: SystemTime::now(),
+            batches,
+            device,
+        })
+    }
+
+    /// Becomes the rank that it is among those that have met, which may be fewer or more than before.
+    pub fn take_place(&mut self, communicator: &Communicator) -> Result<()> {
+        self.rank = communicator.rank();
+        self.speaks = self.talks && self.rank == Rank(0);
+        let ranks = communicator.ranks();
+        if ranks != self.job.cluster.accelerators {
+            self.job = elastic::over(self.whole, ranks)
+                .with_context(|| format!("the job has no layout over {ranks} ranks"))?;
+            self.programs = programs(&self.job)?;
+        }
+        Ok(())
     }
 
     /// Says what is trained on what.
     pub fn introduce(&self, bytes: Bytes, documents: u64, sampler: &Sampler) {
         if self.speaks {
-            print!("{}", describe(self.job, &self.programs.step));
+            print!("{}", describe(&self.job, &self.programs.step));
             println!(
                 "data           {} of text in {} documents, {} tokens; {} windows to train on, {} held out",
                 bytes,
@@ -159,6 +186,14 @@ impl<'a, O: Operators> Session<'a, O> {
                 thousands(sampler.windows_per_epoch()),
                 thousands(self.batches.held_out()),
             );
+            let ranks = (0..self.job.cluster.accelerators).map(Rank);
+            if let Some(most) =
+                ranks.filter_map(|rank| planned(&self.job, &self.programs, rank)).max()
+            {
+                println!(
+                    "memory         {most} planned on the fullest rank, for tensors and transfers"
+                );
+            }
         }
     }
 
@@ -176,11 +211,15 @@ impl<'a, O: Operators> Session<'a, O> {
         let machine = Machine::new(&measured, &self.job.model, step.0.shape, ranks, threads);
         if self.speaks {
             println!(
-                "machine        {} core(s); products reach {} on one rank; a link moves {} after {}",
+                "machine        {} core(s); products reach {} on one rank; a link moves {} after {}{}",
                 machine.profile.cores,
                 machine.peak_flops_per_s,
                 machine.profile.link.bandwidth,
                 machine.profile.link.latency,
+                match machine.profile.others {
+                    0.0 => String::new(),
+                    others => format!("; other programs keep {others:.1} threads busy"),
+                },
             );
         }
         self.machine = Some(machine);
@@ -225,10 +264,12 @@ impl<'a, O: Operators> Session<'a, O> {
         resume: Option<&Path>,
     ) -> Result<()> {
         let predicted = self.predict()?;
-        let mut kept = Kept::new(life, self.job, self.rank);
+        let measured = self.job.cluster.accelerators;
+        let first = life.lifeline.as_ref().map_or(self.rank, |lifeline| Rank(lifeline.seat().0));
+        let mut kept = Kept::new(life, self.whole, first);
         loop {
             let (meeting, communicator) = match (life.met.take(), &life.lifeline) {
-                (Some(met), _) => (None, met),
+                (Some(met), _) => met,
                 (None, Some(lifeline)) => {
                     let met = (life.meet_again)(lifeline)
                         .context("the launcher of this rank is gone, or has given up")?;
@@ -254,7 +295,10 @@ impl<'a, O: Operators> Session<'a, O> {
                 Ok((outcome, losses)) => {
                     if let Some(folder) = &kept.folder {
                         tokenizer.save(&kept.path.join("model/tokenizer.json"))?;
-                        self.finish(folder, &outcome, predicted.as_ref(), losses, &kept.resident)?;
+                        // What was predicted is a step of as many ranks as there were.
+                        let same = self.job.cluster.accelerators == measured;
+                        let predicted = predicted.filter(|_| same);
+                        self.finish(folder, &outcome, predicted.as_ref(), losses, &kept.held)?;
                     }
                     return Ok(());
                 }
@@ -273,11 +317,13 @@ impl<'a, O: Operators> Session<'a, O> {
     ) -> Result<(Outcome, [f64; 2])> {
         // Its thread must not save what this generation saves.
         kept.safekeeping.checkpoints = None;
+        self.take_place(&communicator)?;
         let mut worker = self.worker(communicator, resume.is_some() || meeting.is_some())?;
         let mut start = self.start();
         if let Some(run) = resume.filter(|_| meeting.is_none()) {
             start = self.resume(&mut worker, run)?;
         }
+        self.check_data(&mut worker)?;
         let attempt = self.agree_on_folder(&mut worker, kept)?;
         let mut happened = vec![];
         let number = meeting.as_ref().map_or(0, |meeting| meeting.generation);
@@ -287,10 +333,17 @@ impl<'a, O: Operators> Session<'a, O> {
             start = Progress { step, position: step * self.job.training.global_batch, ..start };
             let time_s = Seconds(kept.lost.elapsed().as_secs_f64());
             let steps_redone = furthest.saturating_sub(step.max(kept.left_out));
-            let seen = kept.seen.clone();
-            let event =
-                Event::Recovered { step, generation, time_s, source, steps_redone, losses, seen };
-            happened.push(event);
+            let (seen, ranks) = (kept.seen.clone(), self.job.cluster.accelerators);
+            happened.push(Event::Recovered {
+                step,
+                ranks,
+                generation,
+                time_s,
+                source,
+                steps_redone,
+                losses,
+                seen,
+            });
             if kept.left_out > step {
                 start.step = kept.left_out;
                 happened.push(Event::RolledBack { step: kept.left_out, to: step });
@@ -299,7 +352,7 @@ impl<'a, O: Operators> Session<'a, O> {
         let always: Arc<dyn Fn() -> bool + Send + Sync> = Arc::new(|| true);
         let is_ours = life.lifeline.as_ref().map_or(always, Lifeline::permission);
         let checkpoints =
-            checkpointing::checkpoints(self.job, self.rank, &kept.path, attempt, start, is_ours)?;
+            checkpointing::checkpoints(&self.job, self.rank, &kept.path, attempt, start, is_ours)?;
         kept.safekeeping.checkpoints = Some(checkpoints);
         let trained = self.run(&mut worker, kept, life, start.step, &happened);
         if let Err(error) = &trained
@@ -312,7 +365,7 @@ impl<'a, O: Operators> Session<'a, O> {
         let trained = trained?;
         let model_folder = kept.path.join("model");
         train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;
-        kept.resident = self.resident_peaks(&mut worker)?;
+        kept.held = self.held(&mut worker)?;
         Ok(trained)
     }
 
@@ -325,12 +378,14 @@ impl<'a, O: Operators> Session<'a, O> {
         resume: Option<&Path>,
     ) -> Result<(u64, StateSource)> {
         if let Some(replicas) = &mut kept.safekeeping.replicas
-            && let Some(step) = replicas.recover(worker, &self.programs.step)?
+            && let Some(step) = replicas.recover(worker, &self.programs.step, &|ranks| {
+                lowered(&elastic::over(self.whole, ranks)?).ok()
+            })?
         {
             return Ok((step, StateSource::Memory));
         }
         for run in std::iter::once(&*kept.path).chain(resume) {
-            let store = checkpointing::store(self.job, run)?;
+            let store = checkpointing::store(&self.job, run)?;
             match train::resume(worker, &self.programs.step, &store, &self.job.model, kept.trusted)
             {
                 Ok(resumed) => return Ok((resumed.progress.step, StateSource::Checkpoint)),
@@ -384,8 +439,8 @@ impl<'a, O: Operators> Session<'a, O> {
             return Ok(None);
         }
         let folder = RunFolder::create(&self.job.run.folder, &self.job.name)?;
-        checkpointing::claim(self.job, folder.path())?;
-        folder.write("job.toml", &self.job.resolved())?;
+        checkpointing::claim(&self.job, folder.path())?;
+        folder.write("job.toml", &self.whole.resolved())?;
         folder.write("program.txt", &self.programs.step.to_string())?;
         if let Some(machine) = &self.machine {
             folder.write_json("machine.json", machine)?;
@@ -401,10 +456,10 @@ impl<'a, O: Operators> Session<'a, O> {
 
     /// Fills the ranks with the newest checkpoint of an earlier run.
     fn resume(&self, worker: &mut Worker<O>, run: &Path) -> Result<Progress> {
-        let store = checkpointing::store_of(self.job, run)?;
+        let store = checkpointing::store_of(&self.job, run)?;
         let Resumed { progress, rejected } =
             train::resume(worker, &self.programs.step, &store, &self.job.model, u64::MAX)?;
-        checkpointing::check(progress, self.job, self.batches.fingerprint(), run)?;
+        checkpointing::check(progress, &self.job, self.batches.fingerprint(), run)?;
         if self.speaks {
             for reason in rejected {
                 println!("passed over     {reason}");
@@ -425,7 +480,10 @@ impl<'a, O: Operators> Session<'a, O> {
             let own = kept.folder.as_ref().map(|folder| folder.path().to_owned());
             kept.path = own.unwrap_or_default();
             (attempt, path) = self.first_folder(worker, attempt, kept)?;
-        } else if self.rank == Rank(0) && kept.folder.is_none() {
+        } else if self.rank != Rank(0) {
+            // It was rank 0 once, perhaps.
+            (kept.folder, kept.dashboards) = (None, None);
+        } else if kept.folder.is_none() {
             kept.folder = Some(RunFolder::reopen(&path)?);
         }
         kept.path = path;
@@ -433,11 +491,23 @@ impl<'a, O: Operators> Session<'a, O> {
         Ok(attempt)
     }
 
-    /// What every rank's process held at most.
-    fn resident_peaks(&self, worker: &mut Worker<O>) -> Result<Vec<Bytes>> {
-        let own = resident_peak().map_or(String::new(), |bytes| bytes.0.to_string());
-        let all = self.gather(worker, &own)?;
-        Ok(all.iter().filter_map(|text| text.parse().ok()).map(Bytes).collect())
+    /// All ranks must read the same tokens.
+    fn check_data(&self, worker: &mut Worker<O>) -> Result<()> {
+        let all = self.gather(worker, &self.batches.fingerprint().to_string())?;
+        if let Some(rank) = all.iter().position(|other| *other != all[0]) {
+            let (rank, path) = (Rank(rank as u32), self.batches.path().to_owned());
+            bail!(train::Error::OtherData { rank, path });
+        }
+        Ok(())
+    }
+
+    /// What every rank held at its peak.
+    fn held(&self, worker: &mut Worker<O>) -> Result<Vec<Held>> {
+        let own = Held::of(&self.job, &self.device, &self.programs, self.rank);
+        let all = self.gather(worker, &serde_json::to_string(&own)?)?;
+        let all: serde_json::Result<_> =
+            all.iter().map(|json| serde_json::from_str(json)).collect();
+        all.context("a rank speaks another language")
     }
 
     /// What every rank says, in their order.
@@ -486,6 +556,7 @@ impl<'a, O: Operators> Session<'a, O> {
     /// A worker with the parameters that the job starts from, or room for those of a checkpoint.
     fn worker(&mut self, communicator: Communicator, resuming: bool) -> Result<Worker<O>> {
         let (device, program) = (self.device.clone(), &self.programs.step);
+        device.operators.forget_peak();
         let model = &self.job.model;
         match &self.job.weights {
             _ if resuming => {
@@ -534,9 +605,11 @@ impl<'a, O: Operators> Session<'a, O> {
             {
                 lifeline.done(step);
                 let at = (step, training.steps);
-                let ranks = self.job.cluster.accelerators;
+                let ranks = self.whole.cluster.accelerators;
                 if let Some(chaos) = life.chaos {
-                    chaos.strike(self.rank, ranks, lifeline.incarnation(), at);
+                    // Whatever rank it is by now.
+                    let first = Rank(lifeline.seat().0);
+                    chaos.strike(first, ranks, lifeline.incarnation(), at);
                 }
             }
             let record = watch.see(event);
@@ -561,7 +634,7 @@ impl<'a, O: Operators> Session<'a, O> {
     fn open_log(&self, folder: &RunFolder, first_step: u64) -> Result<OwnLog> {
         let evaluation = self.programs.evaluation.global_batch();
         let samples = Samples { train: self.batches.windows_per_epoch(), evaluation };
-        OwnLog::open(folder.path(), self.job, samples, first_step, self.started)
+        OwnLog::open(folder.path(), &self.job, samples, first_step, self.started)
     }
 
     /// Writes the traces and the summary, and prints it.
@@ -571,7 +644,7 @@ impl<'a, O: Operators> Session<'a, O> {
         outcome: &Outcome,
         predicted: Option<&program::Trace>,
         [first_loss, loss]: [f64; 2],
-        resident: &[Bytes],
+        held: &[Held],
     ) -> Result<()> {
         let program = &self.programs.step;
         let measured = Summary::new(program, &outcome.trace);
@@ -587,7 +660,12 @@ impl<'a, O: Operators> Session<'a, O> {
             fields.insert("first_loss".into(), json!(first_loss));
             fields.insert("loss".into(), json!(loss));
             fields.insert("survived".into(), json!(ledger));
-            fields.insert("resident_bytes_peak_by_rank".into(), json!(resident));
+            let by_rank = |bytes: fn(&Held) -> Option<Bytes>| {
+                json!(held.iter().map(bytes).collect::<Vec<_>>())
+            };
+            fields.insert("memory_bytes_peak_by_rank_planned".into(), by_rank(|held| held.planned));
+            fields.insert("memory_bytes_peak_by_rank".into(), by_rank(|held| held.counted));
+            fields.insert("resident_bytes_peak_by_rank".into(), by_rank(|held| held.resident));
             fields.insert("run_folder".into(), json!(folder.path()));
         }
         folder.write_json("summary.json", &summary)?;
@@ -606,7 +684,7 @@ impl<'a, O: Operators> Session<'a, O> {
             outcome.held_out_loss,
             words.ln()
         );
-        print!("{figures}");
+        print!("{figures}{}", Ranks(held));
         if ledger.recoveries > 0 {
             println!("{ledger}");
         }
@@ -622,6 +700,9 @@ impl Kept {
             self.drifts += 1;
             self.trusted = *trusted;
             return self.drifts <= DRIFTS;
+        }
+        if let Some(train::Error::Called { .. }) = error.downcast_ref() {
+            return true;
         }
         if let Some(train::Error::Spiked { step, .. }) = error.downcast_ref() {
             (self.roll_backs, self.left_out) = (self.roll_backs + 1, *step);
@@ -643,14 +724,6 @@ fn is_loss(error: &anyhow::Error) -> bool {
     }
 }
 
-/// The most memory that this process has held, as Linux tells (VmHWM).
-fn resident_peak() -> Option<Bytes> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
-    Some(Bytes(1024 * kibibytes))
-}
-
 /// After a stop, how to go on.
 fn how_to_go_on(error: anyhow::Error, run: &Path) -> anyhow::Error {
     match error.downcast::<train::Error>() {
@@ -661,6 +734,15 @@ fn how_to_go_on(error: anyhow::Error, run: &Path) -> anyhow::Error {
         Ok(error) => error.into(),
         Err(error) => error,
     }
+}
+
+/// What a job lowers to.
+fn programs(job: &Job) -> Result<Programs> {
+    Ok(Programs {
+        step: lowered(job)?,
+        evaluation: evaluation_program(job)?,
+        outer: lower_outer(&job.model, &job.layout, &job.batch())?,
+    })
 }
 
 /// The evaluation's program: as many held-out sequences as asked for, in whole microbatches.

@@ -6,11 +6,13 @@ use anyhow::{Context, Result, bail};
 use plan::lower_outer;
 use program::{Program, Trace};
 use report::{Communicators, Summary, chakra, perfetto};
+use serde::Serialize;
 use serde_json::Value;
 use sim::{World, simulate as run};
 use units::Rank;
 
 use crate::described::Described;
+use crate::faults_command;
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::plan_command::{describe, lowered};
@@ -21,12 +23,24 @@ use crate::{JobArgs, SimulateOptions};
 /// Prints where the time of a step goes, and whether it fits.
 pub fn simulate(args: &JobArgs, options: &SimulateOptions) -> Result<()> {
     let (job, program, prediction) = predicted(args, options, train_command::measure_only)?;
+    let faults = options.faults.then(|| faults_command::of_job(&job, prediction.step_time()));
+    let faults = faults.transpose()?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&prediction)?);
+        println!("{}", serde_json::to_string_pretty(&Answer { prediction: &prediction, faults })?);
     } else {
         print!("{}{prediction}", describe(&job, &program));
+        faults.iter().for_each(|faults| print!("\n{faults}"));
     }
     prediction.fits()
+}
+
+/// What is predicted, and what comes of it under failures, where that was asked for.
+#[derive(Serialize)]
+struct Answer<'a> {
+    #[serde(flatten)]
+    prediction: &'a Prediction,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    faults: Option<faults_command::Told>,
 }
 
 /// The object of `--json`. This process cannot be every rank of a measurement.

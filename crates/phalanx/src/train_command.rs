@@ -1,24 +1,27 @@
 //! `phalanx train`: starts local ranks, or is one rank of a job.
 
-use std::path::Path;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
 #[cfg(feature = "burn")]
 use compute::Burn;
 use compute::{Cpu, Operators};
 use data::{Prepared, Sampler, Sampling, Source, TokenizerSource};
-use train::control::{Lifeline, Meeting, Policy, Standing, stand_by, supervise};
-use train::{Batches, Identity, Launcher, handed_listener};
+use train::control::{self, Lifeline, Meeting, Place, Policy, Standing, stand_by, supervise};
+use train::{Batches, Identity, Launcher};
 use transport::{Communicator, Group, InProcess, Limits, Rendezvous, Secret};
 use units::{Rank, Seconds};
 
 use crate::chaos::Chaos;
 use crate::checkpointing;
 use crate::device::DeviceName;
+use crate::elastic;
 use crate::job::Job;
 use crate::measured::Machine;
 use crate::output::Progress;
@@ -33,6 +36,9 @@ const RENDEZVOUS_ANEW: Duration = Duration::from_secs(10);
 /// When a local rank is taken for dead, and how patiently it is started anew.
 pub const POLICY: Policy = Policy {
     ranks: 0,
+    fewer: Vec::new(),
+    patience: Seconds(f64::INFINITY),
+    seats_per_host: 0,
     restarts: 0,
     silence: Seconds(10.0),
     start: Seconds(60.0),
@@ -44,34 +50,37 @@ pub const POLICY: Policy = Policy {
 const MEASURE_ONLY: &str = "PHALANX_MEASURE_ONLY";
 
 /// What a run begins with besides its job.
-#[derive(Default)]
-struct Begin<'a> {
-    /// The run to go on from.
-    resume: Option<&'a Path>,
-    /// Faults to inject, and how they were written.
-    chaos: Option<Chaos>,
-    spec: Option<&'a str>,
-    /// Only take over when whoever coordinates the run is lost.
+#[derive(Debug, Default, Args)]
+pub struct TrainOptions {
+    /// Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
+    #[arg(long, value_name = "RUN")]
+    resume: Option<PathBuf>,
+    /// Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
+    #[arg(long, value_name = "SPEC")]
+    chaos: Option<String>,
+    /// Start nothing yet: take over when the launcher that [recovery] register names is lost
+    #[arg(long, conflicts_with_all = ["listen", "join"])]
     standby: bool,
+    /// Coordinate ranks of several hosts, which reach this one here: [launch] `ranks_per_host` of each that joins
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Start ranks on this host for the launcher that listens there; more hosts than needed are spare
+    #[arg(long, value_name = "HOST:PORT", conflicts_with = "listen")]
+    join: Option<String>,
 }
 
 fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// Trains the job: as one rank when a launcher says so, else with all ranks on this host.
-pub fn train(
-    args: &JobArgs,
-    resume: Option<&Path>,
-    chaos: Option<&str>,
-    standby: bool,
-) -> Result<()> {
+/// Trains the job: as one rank when a launcher says so, else with the ranks of this host and those that
+/// join.
+pub fn train(args: &JobArgs, options: &TrainOptions) -> Result<()> {
     let identity = Identity::read(&environment)?;
     let job = checked(args)?;
-    let begin = Begin { resume, chaos: chaos.map(str::parse).transpose()?, spec: chaos, standby };
     match identity {
-        Some(identity) => rank(args, &job, &identity, &begin),
-        None => start(args, &job, &begin, None),
+        Some(identity) => rank(args, &job, &identity, options),
+        None => start(args, &job, options, None),
     }
 }
 
@@ -79,7 +88,7 @@ pub fn train(
 pub fn measure_only(args: &JobArgs, job: &Job) -> Result<Machine> {
     let folder = std::env::temp_dir();
     let file = folder.join(format!("phalanx-machine-{}.json", std::process::id()));
-    let outcome = start(args, job, &Begin::default(), Some(&file));
+    let outcome = start(args, job, &TrainOptions::default(), Some(&file));
     let machine =
         outcome.and_then(|()| Machine::read(&file, &job.model, job.layout.shape(&job.batch())));
     drop(std::fs::remove_file(&file));
@@ -96,12 +105,21 @@ fn checked(args: &JobArgs) -> Result<Job> {
     Ok(job)
 }
 
-/// Prepares the data and starts every rank of the job on this host.
-fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Path>) -> Result<()> {
+/// Prepares the data and starts the ranks of the job on this host.
+fn start(
+    args: &JobArgs,
+    job: &Job,
+    options: &TrainOptions,
+    measure_only: Option<&Path>,
+) -> Result<()> {
+    let TrainOptions { resume, chaos, standby, listen, join } = options;
+    chaos.as_deref().map(str::parse::<Chaos>).transpose()?;
     prepare(job, args.json || measure_only.is_some())?;
     let ranks = job.cluster.accelerators;
-    if ranks == 1 && measure_only.is_none() && !begin.standby {
-        return rank(args, job, &alone()?, begin);
+    let several = listen.is_some() || join.is_some();
+    let only = ranks == 1 && job.recovery.spare_ranks == 0 && !several && !standby;
+    if only && measure_only.is_none() {
+        return rank(args, job, &alone()?, options);
     }
     let program = std::env::current_exe().context("cannot find this program again")?;
     let command = || {
@@ -109,22 +127,38 @@ fn start(args: &JobArgs, job: &Job, begin: &Begin<'_>, measure_only: Option<&Pat
         command.arg("train").arg(&args.job);
         command.args(args.set.iter().flat_map(|setting| ["--set", setting]));
         command.args(args.json.then_some("--json"));
-        command.args(begin.resume.iter().flat_map(|run| [Path::new("--resume"), run]));
-        command.args(begin.spec.iter().flat_map(|spec| ["--chaos", spec]));
+        command.args(resume.iter().flat_map(|run| [Path::new("--resume"), run]));
+        command.args(chaos.iter().flat_map(|spec| ["--chaos", spec]));
         command.envs(measure_only.map(|file| (MEASURE_ONLY, file)));
         command.env("RAYON_NUM_THREADS", job.cluster.threads_per_rank.to_string());
         command
     };
-    let restarts = if measure_only.is_some() { 0 } else { job.recovery.restarts };
-    let silence = job.recovery.silence_s;
-    let policy = Policy { ranks, restarts, silence, ..POLICY };
+    let policy = match measure_only {
+        Some(_) => Policy { ranks, seats_per_host: ranks, ..POLICY },
+        None => elastic::policy(job, several),
+    };
     let register = job.recovery.register.as_deref().filter(|_| measure_only.is_none());
-    let done = match register {
-        Some(register) if begin.standby => stand_by(policy, register, command, tell_standing),
-        None if begin.standby => bail!(
+    let secret = || train::secret(&environment);
+    let done = match (register, join, listen) {
+        (_, Some(place), _) => {
+            let address = place.to_socket_addrs().ok().and_then(|mut found| found.next());
+            let address = address.with_context(|| format!("--join: `{place}` has no address"))?;
+            control::join(address, &secret()?, (ranks, policy.seats_per_host), command)
+        }
+        (Some(register), ..) if *standby => stand_by(policy, register, command, tell_standing),
+        _ if *standby => bail!(
             "--standby needs [recovery] register, where it is written who coordinates the run: a folder, or etcd://HOST:PORT/NAME"
         ),
-        register => supervise(policy, register, command),
+        (Some(_), _, Some(_)) => {
+            bail!("[recovery] register is for runs of one host as yet; leave it out, or --listen")
+        }
+        (_, _, listen) => {
+            let secret = listen.is_some().then(secret).transpose()?;
+            let place = Place { register, listen: listen.zip(secret.as_ref()) };
+            supervise(policy, place, command, |address| {
+                println!("listening      hosts join with --join {address}");
+            })
+        }
     };
     Ok(done.map_err(in_our_words)?)
 }
@@ -194,34 +228,28 @@ fn prepare(job: &Job, quiet: bool) -> Result<(Prepared, Sampler)> {
 }
 
 /// This process as one rank, on the device that the job names.
-fn rank(args: &JobArgs, job: &Job, identity: &Identity, begin: &Begin<'_>) -> Result<()> {
-    let ranks = job.cluster.accelerators;
-    ensure!(
-        identity.ranks == ranks,
-        "[cluster] accelerators = {ranks}, but the launcher started {} rank(s); make them equal",
-        identity.ranks
-    );
+fn rank(args: &JobArgs, job: &Job, identity: &Identity, options: &TrainOptions) -> Result<()> {
     match job.cluster.device {
         DeviceName::Cpu => {
             let threads = job.cluster.threads_per_rank as usize;
-            rank_on(Cpu::new(threads, job.local_precision()?), args, job, identity, begin)
+            rank_on(Cpu::new(threads, job.local_precision()?), args, job, identity, options)
         }
         #[cfg(feature = "burn")]
-        DeviceName::BurnFlex => rank_on(Burn::flex(), args, job, identity, begin),
+        DeviceName::BurnFlex => rank_on(Burn::flex(), args, job, identity, options),
         #[cfg(feature = "burn-cuda")]
         DeviceName::Cuda => {
-            rank_on(Burn::cuda(identity.local_rank as usize), args, job, identity, begin)
+            rank_on(Burn::cuda(identity.local_rank as usize), args, job, identity, options)
         }
         #[cfg(feature = "burn-rocm")]
         DeviceName::Rocm => {
-            rank_on(Burn::rocm(identity.local_rank as usize), args, job, identity, begin)
+            rank_on(Burn::rocm(identity.local_rank as usize), args, job, identity, options)
         }
         #[cfg(feature = "burn-vulkan")]
         DeviceName::Vulkan => {
-            rank_on(Burn::vulkan(identity.local_rank as usize), args, job, identity, begin)
+            rank_on(Burn::vulkan(identity.local_rank as usize), args, job, identity, options)
         }
         #[cfg(feature = "burn-metal")]
-        DeviceName::Metal => rank_on(Burn::metal(), args, job, identity, begin),
+        DeviceName::Metal => rank_on(Burn::metal(), args, job, identity, options),
         #[allow(unreachable_patterns, reason = "a build may have every device")]
         _ => unreachable!("the job was checked to name a device of this build"),
     }
@@ -232,21 +260,23 @@ fn rank_on<O: Operators>(
     args: &JobArgs,
     job: &Job,
     identity: &Identity,
-    begin: &Begin<'_>,
+    options: &TrainOptions,
 ) -> Result<()> {
-    let Begin { resume, chaos, .. } = begin;
-    let (rank, resume) = (identity.rank, *resume);
+    let resume = options.resume.as_deref();
+    let chaos: Option<Chaos> = options.chaos.as_deref().map(str::parse).transpose()?;
     let stop = Arc::new(AtomicBool::new(false));
     // Before anything that takes time: who is asked to stop while it prepares does so after a step.
     checkpointing::stop_on_signals(&stop)?;
-    let lifeline = Lifeline::connect(&environment, rank, Arc::clone(&stop))
+    let lifeline = Lifeline::connect(&environment, Arc::clone(&stop))
         .context("cannot reach the launcher of this rank")?;
     let way = Way::read(&environment)?;
-    let replaces = lifeline.as_ref().is_some_and(Lifeline::is_replacement);
-    let mut met = if replaces { None } else { Some(meet(job, identity, resume, way)?) };
+    let mut met = match &lifeline {
+        Some(_) => None,
+        None => Some(meet(job, identity, resume, way)?),
+    };
     let (prepared, sampler) = match &mut met {
-        Some(communicator) => prepare_together(job, identity, communicator)?,
-        // The others have done so before.
+        Some(communicator) => prepare_in_turn(job, identity, communicator)?,
+        // The launcher has done so before.
         None => prepare(job, true)?,
     };
     let Prepared { tokens, tokenizer, documents, bytes, .. } = prepared;
@@ -255,18 +285,26 @@ fn rank_on<O: Operators>(
         batches = batches.masking(tokenizer.end_of_text());
     }
     let measure_only = environment(MEASURE_ONLY);
-    let speaks = rank == Rank(0) && !args.json && measure_only.is_none();
-    let mut session = Session::new(operators, job, rank, &batches, speaks)?;
-    if let Some(communicator) = &mut met {
+    let talks = !args.json && measure_only.is_none();
+    let mut session = Session::new(operators, job, identity.rank, &batches, talks)?;
+    let meet_again = |lifeline: &Lifeline| meet_again(job, identity, resume, lifeline, way);
+    let (mut meeting, mut communicator) = match (met, &lifeline) {
+        (Some(met), _) => (None, met),
+        (None, Some(lifeline)) => meet_again(lifeline).map(|met| (Some(met.0), met.1))?,
+        (None, None) => unreachable!("without a lifeline ranks have met"),
+    };
+    if meeting.as_ref().is_none_or(Meeting::is_first) {
+        meeting = None;
+        session.take_place(&communicator)?;
         session.introduce(bytes, documents, &sampler);
         if job.run.measure || measure_only.is_some() {
-            session.measure(communicator)?;
+            session.measure(&mut communicator)?;
         }
     }
     if let Some(path) = measure_only {
         return session.save_machine(Path::new(&path));
     }
-    let meet_again = |lifeline: &Lifeline| meet_again(job, identity, resume, lifeline, way);
+    let met = Some((meeting, communicator));
     let mut life = Life { met, lifeline, meet_again: &meet_again, stop, chaos: chaos.as_ref() };
     let outcome = session.train(&mut life, &tokenizer, resume);
     if let Some(lifeline) = &life.lifeline {
@@ -281,13 +319,17 @@ fn rank_on<O: Operators>(
 fn meet(job: &Job, identity: &Identity, resume: Option<&Path>, way: Way) -> Result<Communicator> {
     let rank = identity.rank;
     let failed = |source| train::Error::Communication { rank, source };
-    if identity.ranks == 1 {
+    let ranks = job.cluster.accelerators;
+    ensure!(
+        identity.ranks == ranks,
+        "[cluster] accelerators = {ranks}, but the launcher started {} rank(s); make them equal",
+        identity.ranks
+    );
+    if ranks == 1 {
         let alone = Box::new(InProcess::mesh(1).remove(0));
         return Ok(Communicator::new(alone, limits(job)).map_err(failed)?);
     }
-    let listener = handed_listener(&environment).filter(|_| rank == Rank(0));
-    let rendezvous = rendezvous(job, identity, resume);
-    Ok(way.connect(rendezvous, listener, limits(job)).map_err(failed)?)
+    Ok(way.connect(rendezvous(job, identity, resume), None, limits(job)).map_err(failed)?)
 }
 
 /// A peer may be silent for as long as a rank to the launcher.
@@ -319,35 +361,29 @@ fn meet_again(
 ) -> std::io::Result<(Meeting, Communicator)> {
     loop {
         let (meeting, listener) = lifeline.ready()?;
-        let there = Identity { master: meeting.master, ..identity.clone() };
+        let Meeting { rank, ranks, master, .. } = meeting;
+        let there = Identity { rank, ranks, master, ..identity.clone() };
         let mut rendezvous = rendezvous(job, &there, resume);
         rendezvous.identity += &format!("generation = {}\n", meeting.generation);
-        rendezvous.timeout = RENDEZVOUS_ANEW;
-        let listener = Some(listener).filter(|_| identity.rank == Rank(0));
+        if !meeting.is_first() {
+            rendezvous.timeout = RENDEZVOUS_ANEW;
+        }
+        let listener = Some(listener).filter(|_| rank == Rank(0));
         if let Ok(met) = way.connect(rendezvous, listener, limits(job)) {
             return Ok((meeting, met));
         }
     }
 }
 
-/// The first rank of each host prepares the data, then the others find it ready; all check that
-/// they read the same tokens.
-fn prepare_together(
+/// The first rank of each host prepares the data, then the others find it ready.
+fn prepare_in_turn(
     job: &Job,
     identity: &Identity,
     communicator: &mut Communicator,
 ) -> Result<(Prepared, Sampler)> {
     let rank = identity.rank;
-    let failed = |source| train::Error::Communication { rank, source };
-    let world = Group::world(identity.ranks);
     let first = (identity.local_rank == 0).then(|| prepare(job, true)).transpose()?;
-    communicator.barrier(&world).map_err(failed)?;
-    let (prepared, sampler) = first.map_or_else(|| prepare(job, true), Ok)?;
-    let fingerprint = prepared.tokens.fingerprint().to_le_bytes();
-    let all = communicator.all_gather_bytes(&world, &fingerprint).map_err(failed)?;
-    if let Some(rank) = all.iter().position(|other| *other != all[0]) {
-        let (rank, path) = (Rank(rank as u32), prepared.tokens.path().to_owned());
-        bail!(train::Error::OtherData { rank, path });
-    }
-    Ok((prepared, sampler))
+    let all = communicator.barrier(&Group::world(identity.ranks));
+    all.map_err(|source| train::Error::Communication { rank, source })?;
+    first.map_or_else(|| prepare(job, true), Ok)
 }

@@ -62,15 +62,16 @@ impl<'a, O> Watch<'a, O> {
             Event::NotSaved { step, ref reason } => {
                 self.progress.say(&format!("step {step:>5}  NO CHECKPOINT: {reason}"));
             }
-            Event::Recovered { step, time_s, source, ref losses, ref seen, .. } => {
+            Event::Recovered { step, ranks, time_s, source, ref losses, ref seen, .. } => {
                 let source = serde_json::to_value(source).expect("a name has a JSON form");
                 let source = source.as_str().unwrap_or_default();
                 let causes: Vec<String> =
                     losses.iter().map(|loss| format!("{} {}", loss.rank, loss.cause)).collect();
                 // What all ranks leave has no other cause than what each saw.
                 let why = if causes.is_empty() { seen.clone() } else { causes.join("; ") };
-                self.progress
-                    .say(&format!("step {step:>5}  recovered from {source} in {time_s}: {why}"));
+                self.progress.say(&format!(
+                    "step {step:>5}  recovered from {source} in {time_s}, {ranks} rank(s): {why}"
+                ));
             }
             Event::Redone { step, ref ranks, right } => {
                 let names: Vec<String> = ranks.iter().map(ToString::to_string).collect();

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{SocketAddr, TcpListener};
+use std::ops::Range;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -101,20 +102,23 @@ impl Communicator {
         Ok(Self { open, parts: Mutex::default(), spare: Arc::default() })
     }
 
-    /// Posts operations, which are done when all are.
+    /// Posts operations, which are done when all are. Long ones are posted slice by slice, so that some
+    /// are filled and emptied while others are under way.
     fn post(&self, py: Python<'_>, operations: Vec<Asked>) -> PyResult<Batch> {
-        let shared = Arc::new(Shared::new(operations.len()));
+        operations.iter().try_for_each(|asked| asked.reduction().map(drop))?;
+        let slices: Vec<Asked> = operations.iter().flat_map(Asked::slices).collect();
+        let shared = Arc::new(Shared::new(slices.len()));
         let tickets = py.detach(|| -> PyResult<_> {
-            let posted = operations.into_iter().map(|asked| self.prepared(asked));
-            let posted: Vec<_> = posted.collect::<PyResult<_>>()?;
-            let mut open = lock(&self.open);
-            let communicator =
-                open.as_mut().ok_or_else(|| Error::new_err("the process group was destroyed"))?;
-            let post = |(operation, drain): (Operation, Vec<Piece>)| {
+            let post = |asked| {
+                let (operation, drain) = self.prepared(asked)?;
+                let mut open = lock(&self.open);
+                let communicator = open
+                    .as_mut()
+                    .ok_or_else(|| Error::new_err("the process group was destroyed"))?;
                 let shared = Arc::clone(&shared);
-                communicator.post_then(operation, Box::new(move |done| shared.put(done, drain)))
+                Ok(communicator.post_then(operation, Box::new(move |done| shared.put(done, drain))))
             };
-            Ok(posted.into_iter().map(post).collect())
+            slices.into_iter().map(post).collect()
         })?;
         let (open, spare) = (Arc::clone(&self.open), Arc::clone(&self.spare));
         Ok(Batch { shared, tickets, open, spare })
@@ -181,8 +185,18 @@ impl Communicator {
 #[derive(Debug, Clone, Copy, FromPyObject)]
 struct Piece(usize, usize, usize, usize);
 
+impl Piece {
+    /// What of it lies in a range of its block, from whose start it counts then.
+    fn within(self, range: &Range<usize>) -> Option<Self> {
+        let Self(block, offset, address, bytes) = self;
+        let (start, end) = (offset.max(range.start), (offset + bytes).min(range.end));
+        (start < end)
+            .then(|| Self(block, start - range.start, address + start - offset, end - start))
+    }
+}
+
 /// An operation as Python asks for it.
-#[derive(Debug, FromPyObject)]
+#[derive(Debug, Clone, FromPyObject)]
 struct Asked {
     /// The number of the group.
     group: u64,
@@ -203,7 +217,26 @@ struct Asked {
     label: String,
 }
 
+/// How much of a block is communicated at once.
+const SLICE_BYTES: usize = 4 << 20;
+
 impl Asked {
+    /// The operation on one slice of its blocks after the other.
+    fn slices(&self) -> impl Iterator<Item = Self> {
+        let whole = self.block_bytes;
+        (0..whole.div_ceil(SLICE_BYTES).max(1)).map(move |index| {
+            let range = index * SLICE_BYTES..((index + 1) * SLICE_BYTES).min(whole);
+            let part =
+                |pieces: &[Piece]| pieces.iter().filter_map(|piece| piece.within(&range)).collect();
+            Self {
+                block_bytes: range.len(),
+                fill: part(&self.fill),
+                drain: part(&self.drain),
+                ..self.clone()
+            }
+        })
+    }
+
     fn reduction(&self) -> PyResult<Option<Reduction>> {
         let Some((element, combine)) = &self.reduction else { return Ok(None) };
         let element = match element.as_str() {
@@ -250,17 +283,19 @@ impl Batch {
         lock(&self.shared.state).left == 0
     }
 
-    /// Waits until all are done, or for some seconds; whether they are.
+    /// Waits until all are done, or for some seconds; whether they are. Copies what is done meanwhile
+    /// into the tensors, which must still be there.
     fn wait(&self, py: Python<'_>, limit_s: f64) -> PyResult<bool> {
         let deadline = Instant::now() + seconds(limit_s);
         py.detach(|| {
-            while !self.shared.wait(deadline.min(Instant::now() + HEARTBEAT)) {
-                if Instant::now() >= deadline {
-                    return Ok(false);
+            loop {
+                let done = self.shared.wait(deadline.min(Instant::now() + HEARTBEAT));
+                self.drain();
+                if done || Instant::now() >= deadline {
+                    return Ok(done);
                 }
                 Python::attach(|py| py.check_signals())?;
             }
-            Ok(true)
         })
     }
 
@@ -275,18 +310,11 @@ impl Batch {
 
     /// Copies the results into the tensors, which must still be there. Raises what went wrong.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        let State { results, error, .. } = std::mem::take(&mut *lock(&self.shared.state));
-        if let Some(error) = error {
-            return Err(Error::new_err(error.to_string()));
+        py.detach(|| self.drain());
+        match lock(&self.shared.state).error.take() {
+            Some(error) => Err(Error::new_err(error.to_string())),
+            None => Ok(()),
         }
-        py.detach(|| {
-            for (buffer, pieces) in results {
-                let bytes: &[u8] = bytemuck::cast_slice(&buffer);
-                pieces.iter().for_each(|piece| drain(&bytes[piece.1..][..piece.3], piece.2));
-                self.spare.put(buffer);
-            }
-        });
-        Ok(())
     }
 
     /// Tells the queue a number once all are done.
@@ -295,6 +323,18 @@ impl Batch {
         match state.left {
             0 => drop(completions.sender.send(number)),
             _ => state.listener = Some((completions.sender.clone(), number)),
+        }
+    }
+}
+
+impl Batch {
+    /// Copies what is done into the tensors.
+    fn drain(&self) {
+        let results = std::mem::take(&mut lock(&self.shared.state).results);
+        for (buffer, pieces) in results {
+            let bytes: &[u8] = bytemuck::cast_slice(&buffer);
+            pieces.iter().for_each(|piece| drain(&bytes[piece.1..][..piece.3], piece.2));
+            self.spare.put(buffer);
         }
     }
 }
@@ -381,8 +421,8 @@ impl Shared {
             Err(error) => drop(state.error.get_or_insert(error)),
         }
         state.left -= 1;
+        self.changed.notify_all();
         if state.left == 0 {
-            self.changed.notify_all();
             if let Some((listener, number)) = state.listener.take() {
                 // Nobody listens any more when Python ends.
                 let _ = listener.send(number);
@@ -390,11 +430,11 @@ impl Shared {
         }
     }
 
-    /// Waits until all are done or the deadline has passed; whether they are.
+    /// Waits until there are results, all are done or the deadline has passed; whether all are.
     fn wait(&self, deadline: Instant) -> bool {
         let limit = deadline.saturating_duration_since(Instant::now());
-        let waited =
-            self.changed.wait_timeout_while(lock(&self.state), limit, |state| state.left > 0);
+        let nothing = |state: &mut State| state.left > 0 && state.results.is_empty();
+        let waited = self.changed.wait_timeout_while(lock(&self.state), limit, nothing);
         waited.unwrap_or_else(PoisonError::into_inner).0.left == 0
     }
 }

@@ -8,11 +8,13 @@ use crate::agenda::Moment;
 
 /// One host's cores and the tasks that run on them.
 ///
-/// All threads run at the same rate, at most one core each. So one number, how far a task has come
+/// All threads run at the same rate, at most one core each, and so do those of other programs. So one number, how far a task has come
 /// that has run since the start, dates every task's end, and a change of rate moves no task.
 #[derive(Debug)]
 pub(crate) struct Cores<Task> {
     cores: f64,
+    /// Threads of other programs that always run, on average.
+    others: f64,
     threads: f64,
     progress: f64,
     updated: Seconds,
@@ -21,9 +23,10 @@ pub(crate) struct Cores<Task> {
 }
 
 impl<Task> Cores<Task> {
-    pub(crate) fn new(cores: u32) -> Self {
+    pub(crate) fn new(cores: u32, others: f64) -> Self {
         Self {
             cores: f64::from(cores),
+            others,
             threads: 0.0,
             progress: 0.0,
             updated: Seconds::ZERO,
@@ -59,7 +62,7 @@ impl<Task> Cores<Task> {
 
     /// The share of a core that each thread has.
     fn rate(&self) -> f64 {
-        (self.cores / self.threads).min(1.0)
+        (self.cores / (self.threads + self.others)).min(1.0)
     }
 
     fn advance(&mut self, now: Seconds) {
@@ -73,7 +76,11 @@ mod tests {
     use super::*;
 
     fn run(cores: u32, tasks: &[(f64, f64, u32)]) -> Vec<f64> {
-        let mut host = Cores::new(cores);
+        run_beside(0.0, cores, tasks)
+    }
+
+    fn run_beside(others: f64, cores: u32, tasks: &[(f64, f64, u32)]) -> Vec<f64> {
+        let mut host = Cores::new(cores, others);
         let mut ends = vec![0.0; tasks.len()];
         for (task, (start, work, threads)) in tasks.iter().enumerate() {
             drain(&mut host, *start, &mut ends);
@@ -99,6 +106,12 @@ mod tests {
     fn one_core_is_shared_until_the_shorter_task_ends() {
         assert_eq!(run(1, &[(0.0, 1.0, 1), (0.0, 3.0, 1)]), [2.0, 4.0]);
         assert_eq!(run(1, &[(0.0, 2.0, 1), (1.0, 1.0, 1)]), [3.0, 3.0]);
+    }
+
+    #[test]
+    fn other_programs_take_their_share() {
+        assert_eq!(run_beside(1.0, 2, &[(0.0, 1.0, 1)]), [1.0]);
+        assert_eq!(run_beside(1.0, 2, &[(0.0, 1.0, 1), (0.0, 1.0, 1)]), [1.5, 1.5]);
     }
 
     #[test]

@@ -69,7 +69,7 @@ enum Event {
 
 impl<'a> Measured<'a> {
     pub(crate) fn new(profile: &'a Profile, ranks: u32) -> Self {
-        let host = || Host { cores: Cores::new(profile.cores), changes: 0 };
+        let host = || Host { cores: Cores::new(profile.cores, profile.others), changes: 0 };
         Self {
             profile,
             agenda: Agenda::new(),

@@ -99,6 +99,7 @@ fn profile(cores: u32, ranks_per_host: u32) -> Profile {
     };
     Profile {
         cores,
+        others: 0.0,
         ranks_per_host,
         threads_per_rank: 1,
         segments: vec![time(Pass::Forward, FORWARD), time(Pass::Backward, BACKWARD)],

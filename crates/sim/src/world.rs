@@ -25,6 +25,9 @@ pub enum World {
 pub struct Profile {
     /// Cores of a host.
     pub cores: u32,
+    /// Threads of other programs that run on a host's cores meanwhile, on average.
+    #[serde(default)]
+    pub others: f64,
     /// Ranks on a host, which share its cores; ranks fill hosts in their order.
     pub ranks_per_host: u32,
     /// Threads that a rank computes with; the times below hold for this many.
@@ -129,6 +132,7 @@ impl Profile {
         positive("ranks_per_host", f64::from(self.ranks_per_host))?;
         positive("threads_per_rank", f64::from(self.threads_per_rank))?;
         positive("link.bandwidth", link.bandwidth.0)?;
+        duration("others", Seconds(self.others))?;
         let segments = self.segments.iter().map(|measured| ("segments.time", measured.time));
         let times = [
             ("accumulate", self.accumulate),

@@ -15,6 +15,8 @@ use crate::{Error, Worker};
 pub struct Word {
     /// It was asked to stop.
     pub stop: bool,
+    /// The ranks are called together, since there could be more of them.
+    pub called: bool,
     /// How long it was busy with the step before: computing, reading data, and whatever else is not
     /// waiting for others.
     pub busy: Seconds,
@@ -27,12 +29,14 @@ impl Word {
     const LENGTH: usize = 3;
 
     fn encode(self) -> [f32; Self::LENGTH] {
-        [u32::from(self.stop), (self.busy.0 as f32).to_bits(), self.state].map(f32::from_bits)
+        let asked = u32::from(self.stop) | u32::from(self.called) << 1;
+        [asked, (self.busy.0 as f32).to_bits(), self.state].map(f32::from_bits)
     }
 
     fn decode(numbers: [f32; Self::LENGTH]) -> Self {
-        let [stop, busy, state] = numbers.map(f32::to_bits);
-        Self { stop: stop != 0, busy: Seconds(f32::from_bits(busy).into()), state }
+        let [asked, busy, state] = numbers.map(f32::to_bits);
+        let busy = Seconds(f32::from_bits(busy).into());
+        Self { stop: asked & 1 != 0, called: asked & 2 != 0, busy, state }
     }
 }
 

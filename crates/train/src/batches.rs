@@ -40,6 +40,12 @@ impl Batches {
         self.file.tokens()
     }
 
+    /// The file that they are read from.
+    #[must_use]
+    pub fn path(&self) -> &std::path::Path {
+        self.file.path()
+    }
+
     /// What tells these tokens from others.
     #[must_use]
     pub fn fingerprint(&self) -> u64 {

@@ -16,11 +16,13 @@ const OWN_KEPT: usize = 3;
 /// How many of its ward's.
 const WARD_KEPT: usize = 2;
 
-/// A part of the state in this rank's memory.
+/// A part of the state in a rank's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Holding {
     /// After which step.
     pub step: u64,
+    /// Over how many ranks the state was spread, which says what the part of each is.
+    pub ranks: u32,
     /// Whose part.
     pub of: Rank,
 }
@@ -28,8 +30,8 @@ pub struct Holding {
 /// The copies in one rank's memory: of its own part and of its ward's, after the last few steps.
 #[derive(Debug, Clone)]
 pub(crate) struct Copies<T> {
-    own: Vec<(u64, T)>,
-    ward: Vec<(u64, T)>,
+    own: Vec<(Holding, T)>,
+    ward: Vec<(Holding, T)>,
 }
 
 impl<T> Default for Copies<T> {
@@ -40,56 +42,61 @@ impl<T> Default for Copies<T> {
 
 impl<T> Copies<T> {
     /// Keeps a copy of the own part in place of the oldest, which it returns.
-    pub(crate) fn keep_own(&mut self, step: u64, part: T) -> Option<T> {
-        keep(&mut self.own, OWN_KEPT, step, part)
+    pub(crate) fn keep_own(&mut self, holding: Holding, part: T) -> Option<T> {
+        keep(&mut self.own, OWN_KEPT, holding, part)
     }
 
     /// Keeps a copy of the ward's part in place of the oldest, which it returns.
-    pub(crate) fn keep_ward(&mut self, step: u64, part: T) -> Option<T> {
-        keep(&mut self.ward, WARD_KEPT, step, part)
+    pub(crate) fn keep_ward(&mut self, holding: Holding, part: T) -> Option<T> {
+        keep(&mut self.ward, WARD_KEPT, holding, part)
     }
 
     /// Forgets the copies of later steps.
     pub(crate) fn forget_after(&mut self, step: u64) {
-        self.own.retain(|(kept, _)| *kept <= step);
-        self.ward.retain(|(kept, _)| *kept <= step);
+        self.own.retain(|(kept, _)| kept.step <= step);
+        self.ward.retain(|(kept, _)| kept.step <= step);
     }
 
     /// What there is in the memory of a rank.
-    pub(crate) fn holdings(&self, rank: Rank, ward: Rank) -> BTreeSet<Holding> {
-        let own = self.own.iter().map(|(step, _)| Holding { step: *step, of: rank });
-        own.chain(self.ward.iter().map(|(step, _)| Holding { step: *step, of: ward })).collect()
+    pub(crate) fn holdings(&self) -> BTreeSet<Holding> {
+        self.own.iter().chain(&self.ward).map(|(holding, _)| *holding).collect()
     }
 
-    /// One of them: of the rank's own part, or of its ward's.
-    pub(crate) fn get(&self, own: bool, step: u64) -> Option<&T> {
-        let kept = if own { &self.own } else { &self.ward };
-        kept.iter().find(|(kept, _)| *kept == step).map(|(_, part)| part)
+    /// One of them.
+    pub(crate) fn get(&self, holding: Holding) -> Option<&T> {
+        let mut all = self.own.iter().chain(&self.ward);
+        all.find(|(kept, _)| *kept == holding).map(|(_, part)| part)
     }
 }
 
 /// Keeps a copy in place of the oldest, which it returns.
-fn keep<T>(kept: &mut Vec<(u64, T)>, most: usize, step: u64, part: T) -> Option<T> {
-    // What is newer was done in a generation that is lost.
-    kept.retain(|(other, _)| *other < step);
-    kept.push((step, part));
+fn keep<T>(kept: &mut Vec<(Holding, T)>, most: usize, holding: Holding, part: T) -> Option<T> {
+    // What is newer was done in a generation that is lost. What the ranks of that had after this very
+    // step stays: should another be lost before all have copied anew, they go on from there.
+    let Holding { step, ranks, .. } = holding;
+    kept.retain(|(other, _)| other.step < step || (other.step == step && other.ranks != ranks));
+    kept.push((holding, part));
     (kept.len() > most).then(|| kept.remove(0).1)
 }
 
-/// The newest step whose whole state the ranks hold together, and for every rank's part of it the
-/// rank that has it: itself, or else the first that does. `None` if there is no such step.
+/// The newest step whose whole state the ranks hold together, and for the part of every rank that it was
+/// spread over the rank that has it: of the same number, or else the first that does. `None` if there
+/// is no such step.
 #[must_use]
 pub fn agree(holdings: &[BTreeSet<Holding>]) -> Option<(u64, Vec<Rank>)> {
-    let ranks = || (0..holdings.len() as u32).map(Rank);
-    let holder = |step, of: Rank| {
-        let has = |rank: &Rank| holdings[rank.index()].contains(&Holding { step, of });
-        std::iter::once(of).chain(ranks()).find(has)
+    let holders = |(step, ranks): (u64, u32)| {
+        let holder = |of: Rank| {
+            let has = |rank: &Rank| {
+                let held = holdings.get(rank.index());
+                held.is_some_and(|held| held.contains(&Holding { step, ranks, of }))
+            };
+            std::iter::once(of).chain((0..holdings.len() as u32).map(Rank)).find(has)
+        };
+        (0..ranks).map(Rank).map(holder).collect::<Option<Vec<Rank>>>()
     };
-    let steps: BTreeSet<u64> = holdings.iter().flatten().map(|holding| holding.step).collect();
-    steps.into_iter().rev().find_map(|step| {
-        let holders: Option<Vec<Rank>> = ranks().map(|of| holder(step, of)).collect();
-        Some((step, holders?))
-    })
+    let spreads = holdings.iter().flatten().map(|holding| (holding.step, holding.ranks));
+    let spreads: BTreeSet<(u64, u32)> = spreads.collect();
+    spreads.into_iter().rev().find_map(|spread| Some((spread.0, holders(spread)?)))
 }
 
 /// Elements that a rank hands to another.
@@ -162,9 +169,9 @@ mod tests {
         let of = |rank: u32| {
             let ward = Rank((rank + ranks - 1) % ranks);
             let own = last(made[rank as usize], OWN_KEPT);
-            let own = own.map(move |step| Holding { step, of: Rank(rank) });
+            let own = own.map(move |step| Holding { step, ranks, of: Rank(rank) });
             let ward_steps = last(received[rank as usize], WARD_KEPT);
-            own.chain(ward_steps.map(move |step| Holding { step, of: ward })).collect()
+            own.chain(ward_steps.map(move |step| Holding { step, ranks, of: ward })).collect()
         };
         (0..ranks).map(of).collect()
     }
@@ -203,6 +210,32 @@ mod tests {
         held[1].clear();
         assert_eq!(agree(&held), None);
         assert_eq!(agree(&holdings(&[0, 0], &[0, 0])), None);
+    }
+
+    #[test]
+    fn parts_of_another_spread_are_gone_on_from_as_what_they_are() {
+        let holding = |ranks, step, of| Holding { step, ranks, of: Rank(of) };
+        let held = |parts: &[(u32, u64, u32)]| {
+            parts.iter().map(|(ranks, step, of)| holding(*ranks, *step, *of)).collect()
+        };
+        // Four ranks, of which that with rank 2 was lost, and what was 3 is 2 now.
+        let left: [BTreeSet<Holding>; 3] = [
+            held(&[(4, 7, 0), (4, 7, 3)]),
+            held(&[(4, 7, 1), (4, 7, 0)]),
+            held(&[(4, 7, 3), (4, 7, 2)]),
+        ];
+        let (step, holders) = agree(&left).unwrap();
+        assert_eq!((step, holders), (7, vec![Rank(0), Rank(1), Rank(2), Rank(0)]));
+        // Only two of three have copied anew when the third is lost: these are no whole.
+        let mut copies = Copies::default();
+        copies.keep_own(holding(4, 6, 0), ());
+        copies.keep_own(holding(4, 7, 0), ());
+        copies.keep_own(holding(3, 7, 0), ());
+        assert_eq!(copies.holdings(), held(&[(4, 6, 0), (4, 7, 0), (3, 7, 0)]));
+        let [mut first, second, third] = left;
+        first.insert(holding(3, 7, 0));
+        let again = [first, &second | &held(&[(3, 7, 1)]), third];
+        assert_eq!(agree(&again).unwrap().1.len(), 4);
     }
 
     #[test]

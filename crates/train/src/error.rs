@@ -104,6 +104,12 @@ pub enum Error {
         /// What the job has.
         ours: u64,
     },
+    /// The ranks were called together, since there could be more of them.
+    #[error("after step {step} the ranks were called together")]
+    Called {
+        /// After which step.
+        step: u64,
+    },
     /// Somebody coordinates the run already.
     #[error(
         "{place}: somebody coordinates a run there, in term {term}; stand by for it with --standby, or name another register"
@@ -121,6 +127,12 @@ pub enum Error {
         place: String,
         /// The term that is over.
         term: u64,
+    },
+    /// Whoever coordinates the run cannot be joined from this host, or says that the run failed.
+    #[error("{reason}")]
+    Host {
+        /// What is known of it.
+        reason: String,
     },
     /// A rank was lost again and again, with no step done in between.
     #[error(

@@ -9,10 +9,10 @@ use std::time::Instant;
 use collective::{Collective, Kind};
 use compute::{Microbatch, Operators, ProductDims, Stage, StageSpec, Window};
 use model::{Block, Operator, Pass, Segment};
-use program::{Instruction, Program};
+use program::{Action, Instruction, Program, Transfer};
 use rustix::time::ClockId;
 use serde::{Deserialize, Serialize};
-use transport::{Action, Communicator, Group, InProcess, Limits, Operation};
+use transport::{Action as Link, Communicator, Group, InProcess, Limits, Operation};
 use units::{Bytes, BytesPerSecond, Flops, FlopsPerSecond, Rank, Seconds};
 
 use crate::Error;
@@ -34,6 +34,8 @@ pub struct Measurements {
     pub baseline_tokens: u64,
     /// Best rate of a large product on one rank.
     pub peak: FlopsPerSecond,
+    /// The share of a core that a computing thread got while all ranks computed.
+    pub core_share: f64,
     /// Median time of each segment and pass, whole or a piece of so many, for one microbatch.
     pub segments: Vec<(Segment, Pass, u8, Seconds)>,
     /// Time to square and sum one gradient element.
@@ -152,7 +154,7 @@ fn rehearse<O: Operators>(
     let Ok(mut stage) = Stage::new(operators, config, spec, optimizer, fresh(device));
     let mut kinds: BTreeMap<Work, Vec<Seconds>> = BTreeMap::new();
     go_through(&mut stage, (program, rank, microbatches), clock, |_, _| {});
-    let (begin, mut steps) = (Instant::now(), 0);
+    let (begin, busy, mut steps) = (Instant::now(), Clock::Processor.now(), 0);
     while !is_over(begin, steps) {
         go_through(&mut stage, (program, rank, microbatches), clock, |instruction, time| {
             if let Some((kind, units)) = kind_of(program, instruction) {
@@ -161,12 +163,15 @@ fn rehearse<O: Operators>(
         });
         steps += 1;
     }
+    let busy = (Clock::Processor.now() - busy).0;
+    let core_share = (busy / begin.elapsed().as_secs_f64()).min(1.0);
     let mut medians: BTreeMap<Work, Seconds> =
         kinds.into_iter().map(|(kind, times)| (kind, Seconds::median(times))).collect();
     Measurements {
         baseline_step: Seconds::ZERO,
         baseline_tokens: 0,
         peak: peak(&device.operators),
+        core_share,
         square_sum: medians.remove(&Work::SquareSum).unwrap_or_default(),
         update: medians.remove(&Work::Update).unwrap_or_default(),
         copy: copy(&device.operators),
@@ -182,7 +187,7 @@ fn rehearse<O: Operators>(
 }
 
 /// One step, in which every transfer gives back what it took.
-fn go_through<O: Operators>(
+pub(crate) fn go_through<O: Operators>(
     stage: &mut Stage<O>,
     (program, rank, microbatches): (&Program, Rank, &[Microbatch]),
     clock: Clock,
@@ -190,13 +195,24 @@ fn go_through<O: Operators>(
 ) {
     stage.begin(program, microbatches.to_vec(), 0.0);
     let mut moving = BTreeMap::new();
+    let under_way = |moving: &BTreeMap<_, (Transfer, Vec<f32>, usize)>| {
+        moving.values().map(|(_, buffer, room)| buffer.len() + room).sum()
+    };
     for instruction in program.instructions(rank) {
         match instruction {
             Instruction::Post { ticket, transfer } => {
-                moving.insert(*ticket, (*transfer, stage.take(transfer)));
+                let buffer = stage.take(transfer);
+                let room = room(stage, (program, rank), transfer, &buffer);
+                moving.insert(*ticket, (*transfer, buffer, room));
+                stage.set_under_way(under_way(&moving));
             }
             Instruction::Wait { ticket } => {
-                let (transfer, buffer) = moving.remove(ticket).expect("a post is before its wait");
+                let back = moving.remove(ticket);
+                stage.set_under_way(under_way(&moving));
+                let (transfer, mut buffer, room) = back.expect("a post is before its wait");
+                if transfer.action == Action::Collective(Kind::AllToAll) {
+                    buffer.resize(room + own_rows(stage, (program, rank), &transfer), 0.0);
+                }
                 stage.put(&transfer, buffer);
             }
             _ => {
@@ -206,6 +222,35 @@ fn go_through<O: Operators>(
             }
         }
     }
+}
+
+/// Elements of the room for what comes besides the buffer of what goes.
+fn room<O: Operators>(
+    stage: &Stage<O>,
+    (program, rank): (&Program, Rank),
+    transfer: &Transfer,
+    buffer: &[f32],
+) -> usize {
+    match transfer.action {
+        Action::Shift => buffer.len(),
+        Action::Collective(Kind::AllToAll) => {
+            let mesh = &program.mesh;
+            let (ranks, own) = (mesh.degree(transfer.axis), mesh.coordinate(rank, transfer.axis));
+            let others = (0..ranks).filter(|from| *from != own);
+            others.map(|from| stage.exchanged(transfer, from, own)).sum()
+        }
+        _ => 0,
+    }
+}
+
+/// Elements that a rank of an exchange all to all has for itself.
+fn own_rows<O: Operators>(
+    stage: &Stage<O>,
+    (program, rank): (&Program, Rank),
+    transfer: &Transfer,
+) -> usize {
+    let own = program.mesh.coordinate(rank, transfer.axis);
+    stage.exchanged(transfer, own, own)
 }
 
 /// Work that is timed together.
@@ -340,7 +385,8 @@ impl Pair<'_> {
     /// Moves one message from `from` to the other rank.
     fn message(&mut self, from: Rank, large: bool) -> Result<(), transport::Error> {
         let to = Rank(1 - from.0);
-        let action = if self.own == from { Action::Send { to } } else { Action::Receive { from } };
+        let sends = self.own == from;
+        let action = if sends { Link::Send { to } } else { Link::Receive { from } };
         self.operate(action, large)
     }
 
@@ -352,7 +398,7 @@ impl Pair<'_> {
     /// This process's processor time for large reduce-scatters.
     fn reduce(&mut self) -> Result<Seconds, transport::Error> {
         let part = Arc::new(Collective::ring(Kind::ReduceScatter, 2).part(self.own.0));
-        self.timed(|pair| pair.operate(Action::Collective(Arc::clone(&part)), true))
+        self.timed(|pair| pair.operate(Link::Collective(Arc::clone(&part)), true))
     }
 
     fn timed(
@@ -366,7 +412,7 @@ impl Pair<'_> {
         Ok(seconds(ClockId::ProcessCPUTime) - start)
     }
 
-    fn operate(&mut self, action: Action, large: bool) -> Result<(), transport::Error> {
+    fn operate(&mut self, action: Link, large: bool) -> Result<(), transport::Error> {
         let (group, label) = (self.group.clone(), "measurement of the link".into());
         let kept = if large { &mut self.large } else { &mut self.small };
         let buffer = std::mem::take(kept);
@@ -402,6 +448,7 @@ fn share(
     Ok(Measurements {
         baseline_step: all[0].baseline_step,
         peak: FlopsPerSecond(all.iter().map(|of| of.peak.0).fold(0.0, f64::max)),
+        core_share: mean(&|of| of.core_share),
         segments: segments.collect(),
         square_sum: Seconds(mean(&|of| of.square_sum.0)),
         update: Seconds(mean(&|of| of.update.0)),

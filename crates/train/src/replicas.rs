@@ -11,7 +11,7 @@ use program::{Axis, Program};
 use transport::{Action, Group, Operation, Ticket};
 use units::Rank;
 
-use crate::copies::{Copies, Delivery, agree, deliveries, ends_before, overlap, place};
+use crate::copies::{Copies, Delivery, Holding, agree, deliveries, ends_before, overlap, place};
 use crate::state::{restore, snapshot_within, state_runs};
 use crate::{Error, Worker};
 
@@ -84,6 +84,24 @@ impl Replicas {
         self.copy(worker, program, step)
     }
 
+    /// Sees to it that the state after a step is kept, before this generation ends.
+    ///
+    /// # Errors
+    /// When communication fails.
+    pub(crate) fn hold<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        program: &Program,
+        step: u64,
+    ) -> Result<(), Error> {
+        self.complete(worker, program)?;
+        if !step.is_multiple_of(self.every_steps) {
+            self.copy(worker, program, step)?;
+            self.complete(worker, program)?;
+        }
+        Ok(())
+    }
+
     fn copy<O: Operators>(
         &mut self,
         worker: &mut Worker<O>,
@@ -92,15 +110,16 @@ impl Replicas {
     ) -> Result<(), Error> {
         let room = std::mem::take(&mut self.room.own);
         let shard = Arc::new(snapshot_within(worker, program, room));
-        self.room.own = room_of(self.copies.keep_own(step, Arc::clone(&shard)));
         let (rank, ranks) = (worker.rank(), program.mesh.ranks());
+        let own = Holding { step, ranks, of: rank };
+        self.room.own = room_of(self.copies.keep_own(own, Arc::clone(&shard)));
         if ranks == 1 {
             return Ok(());
         }
-        let ward = Rank((rank.0 + ranks - self.distance) % ranks);
+        let ward = self.ward(rank, ranks);
         let runs = state_runs(worker.stage().config(), program, ward, false);
         let expected: u64 = runs.iter().map(|run| run.elements).sum();
-        let to = Rank((rank.0 + self.distance) % ranks);
+        let to = Rank((rank.0 + self.distance(ranks)) % ranks);
         let lend = Action::Lend { to, elements: Arc::clone(shard.values()) };
         let sent = post(worker, lend, vec![])?;
         let mut room = std::mem::take(&mut self.room.ward);
@@ -117,11 +136,12 @@ impl Replicas {
     ) -> Result<(), Error> {
         let Some(Exchange { step, sent, received }) = self.under_way.take() else { return Ok(()) };
         let ranks = program.mesh.ranks();
-        let ward = Rank((worker.rank().0 + ranks - self.distance) % ranks);
+        let ward = self.ward(worker.rank(), ranks);
         let values = wait(worker, received)?;
         wait(worker, sent)?;
         let runs = state_runs(worker.stage().config(), program, ward, false);
-        self.room.ward = room_of(self.copies.keep_ward(step, Arc::new(Shard::new(runs, values))));
+        let part = Arc::new(Shard::new(runs, values));
+        self.room.ward = room_of(self.copies.keep_ward(Holding { step, ranks, of: ward }, part));
         Ok(())
     }
 
@@ -146,12 +166,18 @@ impl Replicas {
         }
     }
 
-    fn shard(&self, step: u64, of: Rank, rank: Rank) -> &Shard {
-        self.copies.get(of == rank, step).expect("a rank holds what it said it does")
+    fn distance(&self, ranks: u32) -> u32 {
+        if self.distance < ranks { self.distance } else { 1 }
+    }
+
+    /// Whose copies a rank keeps.
+    fn ward(&self, rank: Rank, ranks: u32) -> Rank {
+        Rank((rank.0 + ranks - self.distance(ranks)) % ranks)
     }
 
     /// Fills every rank with the newest state that the ranks hold together, among them some that
-    /// hold nothing. The step, or `None` when too much is lost.
+    /// hold nothing; it may have been spread over another number of ranks, by the program that
+    /// `program_of` makes for it. The step, or `None` when too much is lost.
     ///
     /// # Errors
     /// When communication fails.
@@ -159,25 +185,33 @@ impl Replicas {
         &mut self,
         worker: &mut Worker<O>,
         program: &Program,
+        program_of: &dyn Fn(u32) -> Option<Program>,
     ) -> Result<Option<u64>, Error> {
         self.under_way = None;
-        let (rank, ranks) = (worker.rank(), program.mesh.ranks());
-        let ward = Rank((rank.0 + ranks - self.distance) % ranks);
-        let own =
-            serde_json::to_vec(&self.copies.holdings(rank, ward)).expect("they have a JSON form");
+        let rank = worker.rank();
+        let own = serde_json::to_vec(&self.copies.holdings()).expect("they have a JSON form");
         let (communicator, world) = worker.communication(Axis::World);
         let all = communicator.all_gather_bytes(world, &own);
         let all = all.map_err(|source| Error::Communication { rank, source })?;
         let holdings: Result<Vec<_>, _> =
             all.iter().map(|json| serde_json::from_slice(json)).collect();
         let Some((step, holders)) = agree(&holdings.unwrap_or_default()) else { return Ok(None) };
+        let (ranks, spread) = (program.mesh.ranks(), holders.len() as u32);
+        let other = if spread == ranks { None } else { program_of(spread) };
+        let before = other.as_ref().unwrap_or(program);
+        assert_eq!(before.mesh.ranks(), spread, "who copied had a program");
         let config = worker.stage().config().clone();
-        let runs = |rank, all| state_runs(&config, program, Rank(rank), all);
-        let every = |all| (0..ranks).map(|rank| runs(rank, all)).collect::<Vec<_>>();
+        let runs = |program: &Program, all| {
+            let of = |rank| state_runs(&config, program, Rank(rank), all);
+            (0..program.mesh.ranks()).map(of).collect::<Vec<_>>()
+        };
+        let (parts, needs) = (runs(before, false), runs(program, true));
         let mut arrived = Vec::new();
         let mut waiting = Vec::new();
-        for Delivery { of, from, to, runs } in deliveries(&holders, &every(false), &every(true)) {
-            let here = (from == rank).then(|| gather(self.shard(step, of, rank), &runs));
+        for Delivery { of, from, to, runs } in deliveries(&holders, &parts, &needs) {
+            let held = || self.copies.get(Holding { step, ranks: spread, of });
+            let here = (from == rank)
+                .then(|| gather(held().expect("a rank holds what it said it does"), &runs));
             match here {
                 Some(shard) if to == rank => arrived.push(shard),
                 Some(shard) => {

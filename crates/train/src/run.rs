@@ -1,6 +1,7 @@
 //! The training loop of one rank.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use checkpoint::sharded::Shard;
@@ -106,10 +107,12 @@ pub enum Event {
         /// Mean loss over held-out tokens.
         loss: f64,
     },
-    /// Ranks were lost and others took their place: training goes on after this step.
+    /// Ranks were lost, or came back, and those that are there met anew: training goes on after this step.
     Recovered {
         /// After which step.
         step: u64,
+        /// With how many ranks.
+        ranks: u32,
         /// The number of the meeting at which the ranks began anew.
         generation: u64,
         /// From the loss, as this rank saw it, to the first step after it.
@@ -241,6 +244,9 @@ fn run_steps<O: Operators>(
             safekeeping.stop(worker, &programs.step, step + 1, observe)?;
         }
         safekeeping.after_step(worker, &programs.step, (step + 1, steps), observe)?;
+        if words.iter().any(|word| word.called) && step + 1 < steps {
+            safekeeping.part(worker, &programs.step, step + 1, observe)?;
+        }
     }
     if times.is_empty() {
         // All steps had been done when ranks were lost.
@@ -321,7 +327,8 @@ impl Watch {
         let due = safekeeping.compares_after(step);
         let state = if due { comparison(worker, program) } else { 0 };
         self.over = Instant::now();
-        Word { stop: safekeeping.stops(), busy: self.busy, state }
+        let (stop, called) = (safekeeping.stops(), safekeeping.called.load(Ordering::Relaxed));
+        Word { stop, called, busy: self.busy, state }
     }
 
     /// Trains a step. One whose numbers are wrong has no effect, and is done again: if they are right

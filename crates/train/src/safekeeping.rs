@@ -18,6 +18,8 @@ use crate::{Error, Event, Worker};
 pub struct Safekeeping {
     /// Set when this process is asked to stop: all ranks save after the step at hand and stop.
     pub stop: Arc<AtomicBool>,
+    /// Set when all ranks are to leave after the step at hand, since there could be more of them.
+    pub called: Arc<AtomicBool>,
     /// Copies in the memory of other ranks, if there are.
     pub replicas: Option<Replicas>,
     /// Where checkpoints are saved, if they are.
@@ -134,6 +136,27 @@ impl Safekeeping {
             Some(reason) => format!("ITS STATE COULD NOT BE SAVED: {reason}"),
         };
         Err(Error::Stopped { step, saved })
+    }
+
+    /// Keeps the state after `step`, in memory or else in a checkpoint, for the ranks to go on from when
+    /// they have met anew.
+    ///
+    /// # Errors
+    /// [`Error::Called`], or what went wrong.
+    pub(crate) fn part<O: Operators>(
+        &mut self,
+        worker: &mut Worker<O>,
+        program: &Program,
+        step: u64,
+        observe: &mut dyn FnMut(&Event),
+    ) -> Result<(), Error> {
+        if let Some(replicas) = &mut self.replicas {
+            replicas.hold(worker, program, step)?;
+        } else if let Some(checkpoints) = &mut self.checkpoints {
+            checkpoints.save(worker, program, step, observe)?;
+            checkpoints.agree(worker, observe)?;
+        }
+        Err(Error::Called { step })
     }
 }
 

@@ -19,7 +19,10 @@ type Environment<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 /// The secret of [`SECRET`], else of the file that [`SECRET_FILE`] names, else of the user's own file,
 /// which is made if it is not there: hosts that share a home folder need nothing else.
-pub(crate) fn secret(environment: Environment<'_>) -> Result<Secret, Error> {
+///
+/// # Errors
+/// When there is none that nobody else may read.
+pub fn secret(environment: Environment<'_>) -> Result<Secret, Error> {
     if let Some(text) = environment(SECRET) {
         return Secret::new(text.trim()).ok_or_else(|| failed(SECRET, "is too short", None));
     }

@@ -11,9 +11,9 @@ use std::thread;
 use std::time::Duration;
 
 use checkpoint::hugging_face::Weights;
-use compute::{Cpu, Optimizer, OuterOptimizer, Precision, Stage};
+use compute::{Cpu, Operators, Optimizer, OuterOptimizer, Precision, Stage};
 use data::{Sampler, Sampling, Source, TokenFile, TokenizerSource};
-use model::{Block, Config, Llama3Scaling, Rotary};
+use model::{Block, Config, LatentAttention, Llama3Scaling, Rotary};
 use plan::{Batch, Layout, Schedule, Shard, lower, lower_evaluation, lower_outer};
 use program::Mesh;
 use tempfile::TempDir;
@@ -63,6 +63,18 @@ fn config(tied_embeddings: bool) -> Config {
         context: 64,
         ..Config::default()
     }
+}
+
+/// The same with DeepSeek's attention, whose widths all differ.
+fn latent_config() -> Config {
+    let latent = LatentAttention {
+        query_rank: Some(12),
+        kv_rank: 10,
+        nope_dim: 6,
+        rope_dim: 4,
+        value_dim: 7,
+    };
+    Config { latent_attention: Some(latent), kv_heads: 4, head_dim: 6, ..config(false) }
 }
 
 fn layout(data: u32, pipeline: u32, micro_batch: u64, shard: Shard) -> Layout {
@@ -137,6 +149,14 @@ impl Job {
         }
     }
 
+    fn programs(&self, layout: &Layout) -> Programs {
+        Programs {
+            step: lower(&self.config, layout, &self.batch).unwrap(),
+            evaluation: lower_evaluation(&self.config, layout, &self.batch).unwrap(),
+            outer: lower_outer(&self.config, layout, &self.batch).unwrap(),
+        }
+    }
+
     /// One rank, the whole batch at once: what every other layout is held against.
     fn reference(&self) -> Layout {
         Layout::one_rank(self.batch.global_batch)
@@ -198,11 +218,7 @@ fn run_rank(
     folder: &Path,
     keeping: &Keeping,
 ) -> Result<View, Error> {
-    let programs = Programs {
-        step: lower(&job.config, layout, &job.batch).unwrap(),
-        evaluation: lower_evaluation(&job.config, layout, &job.batch).unwrap(),
-        outer: lower_outer(&job.config, layout, &job.batch).unwrap(),
-    };
+    let programs = job.programs(layout);
     let operators = Cpu::new(1, job.precision);
     let device = Device {
         operators: operators.clone(),
@@ -231,15 +247,15 @@ fn run_rank(
             Event::Step { loss, gradient_norm, .. } => {
                 view.steps.push([loss, gradient_norm]);
                 if view.evaluations.is_empty() {
-                    let (now, most) = operators.live();
-                    view.live = [now.0, most.0, 0];
+                    let live = operators.live().unwrap();
+                    view.live = [live.now.0, live.most.0, 0];
                 }
             }
             Event::Evaluation { loss, .. } => view.evaluations.push(loss),
             _ => {}
         }
     })?;
-    view.live[2] = operators.live().1.0;
+    view.live[2] = operators.live().unwrap().most.0;
     export(&mut worker, &programs.step, &job.config, folder)?;
     for block in programs.step.held_blocks(worker.rank()) {
         let (range, values) = worker.stage().master(block);
@@ -477,16 +493,33 @@ fn the_transport_changes_no_bit() {
     }
 }
 
+/// How far bf16 may be from fp32 in the loss and in the gradient norm of twenty steps, relative: twice what
+/// was measured (0.05 % and 4.9 %, of latent attention 0.04 % and 2.4 %). A value is rounded by up to one
+/// part in 256. The loss is a mean, in which most of that cancels; the norm is the length of a small gradient
+/// that is left of larger ones, and twenty updates by it have led elsewhere.
+const BF16_TOLERANCES: [f64; 2] = [0.001, 0.1];
+
 #[test]
 fn bf16_stays_close_to_fp32() {
-    let job = Job::new(false);
-    let low = Job { precision: Precision::Bf16, ..job.clone() };
-    for layout in [job.reference(), layout(2, 2, 2, Shard::Parameters)] {
-        let (fp32, bf16) = (train(&job, &layout), train(&low, &layout));
-        assert!(fp32.steps != bf16.steps, "bf16 rounds");
-        for ([exact, _], [rounded, _]) in fp32.steps.iter().zip(&bf16.steps) {
-            assert!((rounded / exact - 1.0).abs() < 0.02, "{layout:?}: {rounded}, not {exact}");
+    let llama = Job::new(false);
+    let latent = Job { config: latent_config(), ..llama.clone() };
+    for (job, layout) in [
+        (&llama, llama.reference()),
+        (&llama, layout(2, 2, 2, Shard::Parameters)),
+        (&latent, latent.reference()),
+    ] {
+        let low = Job { precision: Precision::Bf16, ..job.clone() };
+        let (fp32, bf16) = (train(job, &layout), train(&low, &layout));
+        let mut worst = [0.0_f64; 2];
+        for (exact, rounded) in fp32.steps.iter().zip(&bf16.steps) {
+            for (worst, (exact, rounded)) in worst.iter_mut().zip(exact.iter().zip(rounded)) {
+                *worst = worst.max((rounded / exact - 1.0).abs());
+            }
         }
+        println!("{layout:?}: loss and gradient norm within {worst:?}");
+        assert!(worst.iter().all(|worst| *worst > 0.0), "bf16 rounds");
+        let within = worst.iter().zip(BF16_TOLERANCES).all(|(worst, most)| *worst <= most);
+        assert!(within, "{layout:?}: {worst:?}");
     }
 }
 

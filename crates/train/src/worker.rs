@@ -61,6 +61,16 @@ enum Posted {
     Back(Vec<f32>),
 }
 
+/// A transfer that is not waited for yet.
+struct Moving {
+    /// Its post's place in the list.
+    post: usize,
+    transfer: Transfer,
+    posted: Posted,
+    /// Of the host buffers that it moves.
+    elements: usize,
+}
+
 /// One rank at work.
 pub struct Worker<O: Operators> {
     rank: Rank,
@@ -121,7 +131,7 @@ impl<O: Operators> Worker<O> {
             rank: self.rank,
             clock,
             begin: (clock.now(), Instant::now()),
-            posted: BTreeMap::new(),
+            moving: BTreeMap::new(),
             spans: Vec::new(),
         };
         let mut executor = Executor::new(program, self.rank);
@@ -149,12 +159,16 @@ impl<O: Operators> Worker<O> {
         match instruction {
             Instruction::Post { ticket, transfer } => {
                 let start = execution.now();
-                let posted = self.post(transfer)?;
-                execution.posted.insert(*ticket, (index, *transfer, posted));
+                let (posted, elements) = self.post(transfer)?;
+                let moving = Moving { post: index, transfer: *transfer, posted, elements };
+                execution.moving.insert(*ticket, moving);
+                self.stage.set_under_way(execution.under_way());
                 execution.span(index, Lane::Compute, start);
             }
             Instruction::Wait { ticket } => {
-                if let Some((_, transfer, Posted::Back(buffer))) = execution.posted.remove(ticket) {
+                let back = execution.moving.remove(ticket);
+                self.stage.set_under_way(execution.under_way());
+                if let Some(Moving { transfer, posted: Posted::Back(buffer), .. }) = back {
                     self.stage.put(&transfer, buffer);
                 }
             }
@@ -167,12 +181,14 @@ impl<O: Operators> Worker<O> {
         Ok(())
     }
 
-    fn post(&mut self, transfer: &Transfer) -> Result<Posted, Error> {
+    /// Also the elements of the host buffers that it moves.
+    fn post(&mut self, transfer: &Transfer) -> Result<(Posted, usize), Error> {
         let group = self.groups[&transfer.axis].clone();
         let member = group.member(self.rank).expect("a rank is in its own groups");
         let ranks = group.ranks.len() as u32;
         let peer = |coordinate: u32| group.ranks[coordinate as usize];
         let mut buffer = self.stage.take(transfer);
+        let elements = buffer.len();
         let action = match transfer.action {
             Action::Collective(Kind::AllToAll) => {
                 // Direct, so that a rank knows the size of all that passes through it.
@@ -185,7 +201,8 @@ impl<O: Operators> Worker<O> {
                 let action =
                     transport::Action::AllToAll { part, placement: Arc::clone(&placement) };
                 let under = self.operate(transfer, action, buffer)?;
-                return Ok(Posted::AllToAll(under, placement));
+                let elements = placement.elements();
+                return Ok((Posted::AllToAll(under, placement), elements));
             }
             Action::Collective(kind) => {
                 let fitting = || self.communicator.fitting(kind, &group).part(member);
@@ -198,13 +215,13 @@ impl<O: Operators> Worker<O> {
             Action::Receive { from } => transport::Action::Receive { from: peer(from) },
             Action::Shift => {
                 let (to, from) = (peer((member + 1) % ranks), peer((member + ranks - 1) % ranks));
-                let room = vec![0.0; buffer.len()];
+                let room = vec![0.0; elements];
                 let going = self.operate(transfer, transport::Action::Send { to }, buffer)?;
                 let coming = self.operate(transfer, transport::Action::Receive { from }, room)?;
-                return Ok(Posted::Shift(going, coming));
+                return Ok((Posted::Shift(going, coming), 2 * elements));
             }
         };
-        self.operate(transfer, action, buffer).map(Posted::Under)
+        Ok((Posted::Under(self.operate(transfer, action, buffer)?), elements))
     }
 
     fn operate(
@@ -225,8 +242,9 @@ impl<O: Operators> Worker<O> {
         index: usize,
         ticket: program::Ticket,
     ) -> Result<(), Error> {
-        let (post, transfer, posted) =
-            execution.posted.remove(&ticket).expect("the executor blocks on what was posted");
+        let moving = execution.moving.remove(&ticket);
+        let Moving { post, transfer, posted, .. } =
+            moving.expect("the executor blocks on what was posted");
         let start = execution.now();
         let done = match posted {
             Posted::Under(under) => self.wait(under)?,
@@ -245,7 +263,9 @@ impl<O: Operators> Worker<O> {
         };
         execution.span(index, Lane::Wait, start);
         execution.transfer(post, done.posted, done.finished);
-        execution.posted.insert(ticket, (post, transfer, Posted::Back(done.buffer)));
+        let elements = done.buffer.len();
+        let posted = Posted::Back(done.buffer);
+        execution.moving.insert(ticket, Moving { post, transfer, posted, elements });
         Ok(())
     }
 
@@ -263,7 +283,7 @@ struct Execution {
     rank: Rank,
     clock: Clock,
     begin: (Seconds, Instant),
-    posted: BTreeMap<program::Ticket, (usize, Transfer, Posted)>,
+    moving: BTreeMap<program::Ticket, Moving>,
     spans: Vec<Span>,
 }
 
@@ -275,6 +295,11 @@ impl Execution {
     fn span(&mut self, index: usize, lane: Lane, start: Seconds) {
         let (rank, instruction, end) = (self.rank, index as u32, self.now());
         self.spans.push(Span { rank, instruction, lane, start, end });
+    }
+
+    /// Elements of host buffers that transfers have now.
+    fn under_way(&self) -> usize {
+        self.moving.values().map(|moving| moving.elements).sum()
     }
 
     /// A transfer's span is on the wall clock: it has no processor of its own.

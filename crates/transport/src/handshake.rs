@@ -108,11 +108,7 @@ pub(crate) fn reply(
 ///
 /// # Errors
 /// When the other end is no rank, or does not know the same secret; the error says so.
-pub(crate) fn connect(
-    mut socket: &TcpStream,
-    secret: &Secret,
-    deadline: Instant,
-) -> io::Result<()> {
+pub fn connect(mut socket: &TcpStream, secret: &Secret, deadline: Instant) -> io::Result<()> {
     socket.set_read_timeout(Some(time_left(deadline)?))?;
     let mut theirs = [0; CHALLENGE_BYTES];
     socket.read_exact(&mut theirs)?;
@@ -131,6 +127,23 @@ pub(crate) fn connect(
     socket.read_exact(&mut reply).map_err(refused)?;
     let mac = secret.mac(&Role::Accepts, &theirs, &ours);
     mac.verify_slice(&reply).map_err(|_| other_secret())
+}
+
+/// Carries out the part of who accepts. Neither end has a limit of time for what follows.
+///
+/// # Errors
+/// When the other end does not know the same secret, or says so too late.
+pub fn accept(mut socket: &TcpStream, secret: &Secret, deadline: Instant) -> io::Result<()> {
+    let challenge = challenge()?;
+    socket.set_write_timeout(Some(time_left(deadline)?))?;
+    socket.write_all(&challenge)?;
+    let mut answer = [0; ANSWER_BYTES];
+    socket.set_read_timeout(Some(time_left(deadline)?))?;
+    socket.read_exact(&mut answer)?;
+    let (proof, _) = reply(secret, &challenge, &answer).ok_or_else(other_secret)?;
+    socket.write_all(&proof)?;
+    socket.set_read_timeout(None)?;
+    socket.set_write_timeout(None)
 }
 
 fn other_secret() -> io::Error {

@@ -56,7 +56,7 @@ pub use communicator::{Communicator, Completed, Limits, Then, Ticket};
 pub use element::{Combine, Element, Reduction};
 pub use error::Error;
 pub use flight::{Flight, Peer, Record};
-pub use handshake::Secret;
+pub use handshake::{Secret, accept as demand_proof, connect as prove};
 pub use in_process::InProcess;
 pub use interprocess::Interprocess;
 #[cfg(feature = "mpi")]

@@ -14,8 +14,8 @@ use crate::operators::{AttentionDims, Sight, UNSEEN};
 /// Queries of a head whose scores are held at once.
 const BLOCK: usize = 128;
 
-/// Queries as `[sequences * kv_heads, group, length, head_dim]`, keys and values as
-/// `[sequences * kv_heads, keys, head_dim]`.
+/// Queries as `[sequences * kv_heads, group, length, head_dim]`, keys as `[sequences * kv_heads, keys,
+/// head_dim]`, values as `[sequences * kv_heads, keys, value_dim]`.
 struct Heads<'a> {
     dims: &'a AttentionDims,
     seen: &'a [Range<u32>],
@@ -41,35 +41,45 @@ impl AttentionDims {
         self.sequences * self.kv_heads
     }
 
-    /// From `[r, heads * head_dim]` to `[sequences * kv_heads, group, length, head_dim]`.
-    fn by_head(&self, tokens: Tensor<1>) -> Tensor<4> {
-        let shape = [self.sequences, self.length, self.kv_heads, self.group_size(), self.head_dim];
+    /// From `[r, heads * width]` to `[sequences * kv_heads, group, length, width]`.
+    fn by_head(&self, tokens: Tensor<1>, width: usize) -> Tensor<4> {
+        let shape = [self.sequences, self.length, self.kv_heads, self.group_size(), width];
         let tokens = tokens.reshape(shape).permute([0, 2, 3, 1, 4]);
-        tokens.reshape([self.batch(), self.group_size(), self.length, self.head_dim])
+        tokens.reshape([self.batch(), self.group_size(), self.length, width])
     }
 
-    /// From `[sequences * kv_heads, heads * rows, head_dim]`, where `heads` is the group's size or
-    /// one, to `[sequences, rows, all heads, head_dim]`.
-    fn by_token(&self, heads: Tensor<3>, rows: usize) -> Tensor<4> {
-        let count = heads.shape().num_elements() / (self.sequences * rows * self.head_dim);
-        let shape = [self.sequences, count, rows, self.head_dim];
-        heads.reshape(shape).permute([0, 2, 1, 3])
+    /// From `[sequences * kv_heads, heads * rows, width]`, where `heads` is the group's size or one,
+    /// to `[sequences, rows, all heads * width]`.
+    fn by_token(&self, heads: Tensor<3>, rows: usize) -> Tensor<3> {
+        let width = heads.dims()[2];
+        let count = heads.shape().num_elements() / (self.sequences * rows * width);
+        let tokens = heads.reshape([self.sequences, count, rows, width]).permute([0, 2, 1, 3]);
+        tokens.reshape([self.sequences, rows, count * width])
+    }
+
+    /// From `[sequences, keys, kv_heads * width]` to `[sequences * kv_heads, keys, width]`.
+    fn shared(&self, tokens: Tensor<3>, width: usize) -> Tensor<3> {
+        let tokens = tokens.reshape([self.sequences, self.keys, self.kv_heads, width]);
+        tokens.permute([0, 2, 1, 3]).reshape([self.batch(), self.keys, width])
     }
 }
 
 impl<'a> Heads<'a> {
     fn new(qkv: &Tensor<1>, sight: Sight<'a, Tensor<1>>, dims: &'a AttentionDims) -> Self {
-        let AttentionDims { sequences, length, keys, heads, kv_heads, head_dim } = *dims;
-        let qkv = qkv.clone().reshape([sequences, length, heads + 2 * kv_heads, head_dim]);
-        let [queries, beside] = split(qkv, 2, heads);
+        let qkv = qkv.clone().reshape([dims.sequences, dims.length, dims.qkv_width()]);
+        let [queries, beside] = split(qkv, 2, dims.queries_width());
         let apart = |keys_of: &Tensor<1>| {
-            keys_of.clone().reshape([sequences, keys, 2 * kv_heads, head_dim])
+            keys_of.clone().reshape([dims.sequences, dims.keys, dims.keys_width()])
         };
-        let shared = split(sight.keys.map_or(beside, apart), 2, kv_heads).map(|slots| {
-            slots.permute([0, 2, 1, 3]).reshape([sequences * kv_heads, keys, head_dim])
-        });
-        let [keys, values] = shared;
-        Self { dims, seen: sight.seen, queries: dims.by_head(flat(queries)), keys, values }
+        let keys_and_values = sight.keys.map_or(beside, apart);
+        let [keys, values] = split(keys_and_values, 2, dims.kv_heads * dims.head_dim);
+        Self {
+            dims,
+            seen: sight.seen,
+            queries: dims.by_head(flat(queries), dims.head_dim),
+            keys: dims.shared(keys, dims.head_dim),
+            values: dims.shared(values, dims.value_dim),
+        }
     }
 
     fn keys(&self, block: &Block) -> Tensor<3> {
@@ -131,7 +141,7 @@ fn rows_of(heads: &Tensor<4>, block: &Block) -> Tensor<3> {
     rows.reshape([batch, group * block.queries, width])
 }
 
-/// Weighted values `[r, heads * head_dim]` and log-sum-exps `[sequences, heads, length]`.
+/// Weighted values `[r, heads * value_dim]` and log-sum-exps `[sequences, heads, length]`.
 pub fn forward(
     qkv: &Tensor<1>,
     sight: Sight<'_, Tensor<1>>,
@@ -158,11 +168,11 @@ pub fn join(
     (other, other_sums): (&Tensor<1>, &Tensor<1>),
     dims: &AttentionDims,
 ) {
-    let AttentionDims { sequences, length, heads, head_dim, .. } = *dims;
+    let AttentionDims { sequences, length, heads, value_dim, .. } = *dims;
     let by_token = |sums: &Tensor<1>| {
         sums.clone().reshape([sequences, heads, length, 1]).permute([0, 2, 1, 3])
     };
-    let values = |y: &Tensor<1>| y.clone().reshape([sequences, length, heads, head_dim]);
+    let values = |y: &Tensor<1>| y.clone().reshape([sequences, length, heads, value_dim]);
     let (own, others) = (by_token(log_sums), by_token(other_sums));
     let max = own.clone().max_pair(others.clone());
     let (own, others) = ((own - max.clone()).exp(), (others - max.clone()).exp());
@@ -181,8 +191,8 @@ pub fn backward(
     dims: &AttentionDims,
 ) -> (Tensor<1>, Option<Tensor<1>>) {
     let heads = Heads::new(qkv, sight, dims);
-    let deltas = dims.by_head(dy.clone() * y.clone()).sum_dim(3);
-    let dy = dims.by_head(dy.clone());
+    let deltas = dims.by_head(dy.clone() * y.clone(), dims.value_dim).sum_dim(3);
+    let dy = dims.by_head(dy.clone(), dims.value_dim);
     let log_sums = log_sums.clone().reshape([dims.batch(), dims.group_size(), dims.length, 1]);
     let mut dq = Vec::new();
     let (mut dk, mut dv) = (heads.keys.zeros_like(), heads.values.zeros_like());
@@ -201,7 +211,7 @@ pub fn backward(
     match sight.keys {
         None => (flat(Tensor::cat(vec![dq, dkv], 2)), None),
         Some(_) => {
-            let shape = [dims.sequences, dims.length, 2 * dims.kv_heads, dims.head_dim];
+            let shape = [dims.sequences, dims.length, dims.keys_width()];
             let beside = Tensor::zeros(shape, &dq.device());
             (flat(Tensor::cat(vec![dq, beside], 2)), Some(flat(dkv)))
         }

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::operators::{AdamW, AttentionDims, ProductDims};
+use crate::operators::{AdamW, AttentionDims, Pairing, ProductDims};
 
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
@@ -63,25 +63,34 @@ pub fn rms_norm(x: &[f64], scale: &[f64], epsilon: f64) -> Vec<f64> {
     x.iter().enumerate().map(value).collect()
 }
 
-/// Rotates the pairs `(i, i + head_dim / 2)` of the queries and keys of every row.
-pub fn rotary(qkv: &[f64], cos: &[f64], sin: &[f64], dims: &AttentionDims) -> Vec<f64> {
-    let (width, half) = (dims.qkv_width(), dims.head_dim / 2);
+/// Rotates the last components of the queries and keys of every row.
+pub fn rotary(
+    qkv: &[f64],
+    [cos, sin]: &[Vec<f64>; 2],
+    pairing: Pairing,
+    dims: &AttentionDims,
+) -> Vec<f64> {
+    let (width, pairs) = (dims.qkv_width(), cos.len() / dims.length);
     let mut rotated = qkv.to_vec();
     for row in 0..qkv.len() / width {
         for head in 0..dims.heads + dims.kv_heads {
-            for pair in 0..half {
-                let low = row * width + head * dims.head_dim + pair;
-                let angle = (row % dims.length) * half + pair;
-                let (a, b) = (qkv[low], qkv[low + half]);
-                rotated[low] = a * cos[angle] - b * sin[angle];
-                rotated[low + half] = a * sin[angle] + b * cos[angle];
+            let first = row * width + (head + 1) * dims.head_dim - 2 * pairs;
+            for pair in 0..pairs {
+                let [one, other] = match pairing {
+                    Pairing::Halves => [pair, pair + pairs],
+                    Pairing::Neighbours => [2 * pair, 2 * pair + 1],
+                };
+                let angle = (row % dims.length) * pairs + pair;
+                let (a, b) = (qkv[first + one], qkv[first + other]);
+                rotated[first + one] = a * cos[angle] - b * sin[angle];
+                rotated[first + other] = a * sin[angle] + b * cos[angle];
             }
         }
     }
     rotated
 }
 
-/// Weighted values `[r, heads * head_dim]` and log-sum-exps `[sequences, heads, length]` of the keys
+/// Weighted values `[r, heads * value_dim]` and log-sum-exps `[sequences, heads, length]` of the keys
 /// that are `seen`, beside the queries or in `apart`.
 pub fn attention(
     qkv: &[f64],
@@ -92,30 +101,30 @@ pub fn attention(
     let (heads, width) = (dims.heads, dims.head_dim);
     let query =
         |token: usize, head: usize| &qkv[token * dims.qkv_width() + head * width..][..width];
-    let beside = |key: usize, slot: usize| query(key, heads + slot);
-    let key = |sequence: usize, key: u32, slot: usize| {
+    let shared = |sequence: usize, key: u32| {
         let key = sequence * dims.keys + key as usize;
-        apart.map_or_else(
-            || beside(key, slot),
-            |apart| &apart[key * dims.keys_width() + slot * width..][..width],
-        )
+        match apart {
+            Some(apart) => &apart[key * dims.keys_width()..],
+            None => &qkv[key * dims.qkv_width() + dims.queries_width()..],
+        }
     };
-    let mut y = vec![0.0; dims.sequences * dims.length * heads * width];
+    let mut y = vec![0.0; dims.sequences * dims.length * dims.output_width()];
     let mut log_sums = Vec::new();
     for sequence in 0..dims.sequences {
         for head in 0..heads {
-            let shared = head / (heads / dims.kv_heads);
+            let of = head / (heads / dims.kv_heads);
+            let key = |at| &shared(sequence, at)[of * width..][..width];
+            let first_value = dims.kv_heads * width + of * dims.value_dim;
+            let value = |at| &shared(sequence, at)[first_value..][..dims.value_dim];
             for token in sequence * dims.length..(sequence + 1) * dims.length {
                 let seen = seen[token].clone();
-                let of_key = |at| dot(query(token, head), key(sequence, at, shared));
-                let scores = seen.clone().map(|at| of_key(at) / (width as f64).sqrt());
-                let scores: Vec<f64> = scores.collect();
+                let score = |at| dot(query(token, head), key(at)) / (width as f64).sqrt();
+                let scores: Vec<f64> = seen.clone().map(score).collect();
                 let log_sum = log_sum_exp(&scores);
-                let y = &mut y[(token * heads + head) * width..][..width];
+                let y = &mut y[(token * heads + head) * dims.value_dim..][..dims.value_dim];
                 for (at, score) in seen.zip(scores) {
                     let weight = (score - log_sum).exp();
-                    let value = key(sequence, at, shared + dims.kv_heads);
-                    y.iter_mut().zip(value).for_each(|(y, v)| *y += weight * v);
+                    y.iter_mut().zip(value(at)).for_each(|(y, v)| *y += weight * v);
                 }
                 log_sums.push(log_sum);
             }

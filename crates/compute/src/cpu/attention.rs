@@ -20,21 +20,22 @@ const BLOCK: usize = 64;
 #[derive(Clone, Copy)]
 struct Columns {
     first: usize,
+    count: usize,
     width: usize,
 }
 
 impl Columns {
-    fn copy(self, rows: &[f32], dense: &mut [f32], head_dim: usize) {
+    fn copy(self, rows: &[f32], dense: &mut [f32]) {
         let rows = rows.chunks_exact(self.width);
-        for (row, dense) in rows.zip(dense.chunks_exact_mut(head_dim)) {
-            dense.copy_from_slice(&row[self.first..self.first + head_dim]);
+        for (row, dense) in rows.zip(dense.chunks_exact_mut(self.count)) {
+            dense.copy_from_slice(&row[self.first..self.first + self.count]);
         }
     }
 
-    fn fill(self, rows: &mut [f32], dense: &[f32], head_dim: usize) {
+    fn fill(self, rows: &mut [f32], dense: &[f32]) {
         let rows = rows.chunks_exact_mut(self.width);
-        for (row, dense) in rows.zip(dense.chunks_exact(head_dim)) {
-            row[self.first..self.first + head_dim].copy_from_slice(dense);
+        for (row, dense) in rows.zip(dense.chunks_exact(self.count)) {
+            row[self.first..self.first + self.count].copy_from_slice(dense);
         }
     }
 }
@@ -80,7 +81,7 @@ struct KeyColumns<'a> {
 impl<'a> KeyColumns<'a> {
     fn new(qkv: &'a [f32], sight: Sight<'a, Tensor>, dims: &AttentionDims) -> Self {
         match sight.keys {
-            None => Self { rows: qkv, first: dims.output_width(), width: dims.qkv_width() },
+            None => Self { rows: qkv, first: dims.queries_width(), width: dims.qkv_width() },
             Some(keys) => Self { rows: keys.values(), first: 0, width: dims.keys_width() },
         }
     }
@@ -91,25 +92,26 @@ impl<'a> KeyColumns<'a> {
     }
 
     fn key(self, kv_head: usize, dims: &AttentionDims) -> Columns {
-        Columns { first: self.first + kv_head * dims.head_dim, width: self.width }
+        let (first, count) = (self.first + kv_head * dims.head_dim, dims.head_dim);
+        Columns { first, count, width: self.width }
     }
 
     fn value(self, kv_head: usize, dims: &AttentionDims) -> Columns {
-        self.key(dims.kv_heads + kv_head, dims)
+        let after_keys = self.first + dims.kv_heads * dims.head_dim;
+        let (first, count) = (after_keys + kv_head * dims.value_dim, dims.value_dim);
+        Columns { first, count, width: self.width }
     }
 }
 
 impl AttentionDims {
-    fn output_width(&self) -> usize {
-        self.heads * self.head_dim
-    }
-
     fn query(&self, head: usize) -> Columns {
-        Columns { first: head * self.head_dim, width: self.qkv_width() }
+        let count = self.head_dim;
+        Columns { first: head * count, count, width: self.qkv_width() }
     }
 
     fn output(&self, head: usize) -> Columns {
-        Columns { first: head * self.head_dim, width: self.output_width() }
+        let count = self.value_dim;
+        Columns { first: head * count, count, width: self.output_width() }
     }
 
     /// The query heads that share a key/value head.
@@ -118,22 +120,19 @@ impl AttentionDims {
         kv_head * size..(kv_head + 1) * size
     }
 
-    fn rows<'a>(&self, dense: &'a [f32], rows: Range<usize>) -> Matrix<'a> {
-        Matrix::rows(&dense[rows.start * self.head_dim..], rows.len(), self.head_dim)
-    }
-
-    fn rows_mut<'a>(&self, dense: &'a mut [f32], rows: Range<usize>) -> MatrixMut<'a> {
-        MatrixMut::rows(&mut dense[rows.start * self.head_dim..], rows.len(), self.head_dim)
-    }
-
-    /// Room for one head's queries or outputs in one sequence.
-    fn of_queries(&self) -> Vec<f32> {
+    /// Room for one head's queries in one sequence.
+    fn queries(&self) -> Vec<f32> {
         vec![0.0; self.length * self.head_dim]
     }
 
-    /// Room for one head's keys or values in one sequence.
-    fn of_keys(&self) -> Vec<f32> {
-        vec![0.0; self.keys * self.head_dim]
+    /// Room for one head's keys and values in one sequence.
+    fn keys_and_values(&self) -> [Vec<f32>; 2] {
+        [self.head_dim, self.value_dim].map(|width| vec![0.0; self.keys * width])
+    }
+
+    /// Room for one head's outputs in one sequence.
+    fn outputs(&self) -> Vec<f32> {
+        vec![0.0; self.length * self.value_dim]
     }
 
     fn scores(&self) -> Vec<f32> {
@@ -141,7 +140,16 @@ impl AttentionDims {
     }
 }
 
-/// Fills `y` `[r, heads * head_dim]` and `log_sums` `[sequences, heads, length]`.
+/// Some rows of a matrix of so many columns.
+fn part(dense: &[f32], rows: Range<usize>, width: usize) -> Matrix<'_> {
+    Matrix::rows(&dense[rows.start * width..], rows.len(), width)
+}
+
+fn part_mut(dense: &mut [f32], rows: Range<usize>, width: usize) -> MatrixMut<'_> {
+    MatrixMut::rows(&mut dense[rows.start * width..], rows.len(), width)
+}
+
+/// Fills `y` `[r, heads * value_dim]` and `log_sums` `[sequences, heads, length]`.
 pub fn forward(
     qkv: &[f32],
     sight: Sight<'_, Tensor>,
@@ -149,8 +157,8 @@ pub fn forward(
     y: &mut [f32],
     log_sums: &mut [f32],
 ) {
-    let [mut q, mut out] = [dims.of_queries(), dims.of_queries()];
-    let [mut k, mut v] = [dims.of_keys(), dims.of_keys()];
+    let [mut q, mut out] = [dims.queries(), dims.outputs()];
+    let [mut k, mut v] = dims.keys_and_values();
     let mut scores = dims.scores();
     let keys = KeyColumns::new(qkv, sight, dims);
     let sequences = qkv
@@ -161,13 +169,13 @@ pub fn forward(
     for (index, (((qkv, y), log_sums), seen)) in sequences.enumerate() {
         let beside = keys.sequence(index, dims);
         for kv_head in 0..dims.kv_heads {
-            keys.key(kv_head, dims).copy(beside, &mut k, dims.head_dim);
-            keys.value(kv_head, dims).copy(beside, &mut v, dims.head_dim);
+            keys.key(kv_head, dims).copy(beside, &mut k);
+            keys.value(kv_head, dims).copy(beside, &mut v);
             for head in dims.group(kv_head) {
-                dims.query(head).copy(qkv, &mut q, dims.head_dim);
+                dims.query(head).copy(qkv, &mut q);
                 let log_sums = &mut log_sums[head * dims.length..(head + 1) * dims.length];
                 head_forward([&q, &k, &v], seen, dims, &mut scores, (&mut out, log_sums));
-                dims.output(head).fill(y, &out, dims.head_dim);
+                dims.output(head).fill(y, &out);
             }
         }
     }
@@ -184,20 +192,21 @@ fn head_forward(
         let (queries, keys) = (block.queries, block.keys.len());
         let rows = block.first..block.first + queries;
         if keys == 0 {
-            out[rows.start * dims.head_dim..rows.end * dims.head_dim].fill(0.0);
+            out[rows.start * dims.value_dim..rows.end * dims.value_dim].fill(0.0);
             log_sums[rows].fill(UNSEEN);
             continue;
         }
         let scores = &mut scores[..queries * keys];
-        let q = dims.rows(q, rows.clone());
-        let k = dims.rows(k, block.keys.clone()).transposed();
+        let q = part(q, rows.clone(), dims.head_dim);
+        let k = part(k, block.keys.clone(), dims.head_dim).transposed();
         multiply(q, k, dims.scale(), MatrixMut::rows(scores, queries, keys), false, 1);
         for (row, scores) in scores.chunks_exact_mut(keys).enumerate() {
             log_sums[block.first + row] = kernels::softmax(scores, block.seen(row, seen));
         }
         let p = Matrix::rows(scores, queries, keys);
-        let out = dims.rows_mut(out, rows);
-        multiply(p, dims.rows(v, block.keys.clone()), 1.0, out, false, 1);
+        let out = part_mut(out, rows, dims.value_dim);
+        let v = part(v, block.keys.clone(), dims.value_dim);
+        multiply(p, v, 1.0, out, false, 1);
     }
 }
 
@@ -207,7 +216,7 @@ pub fn join(
     (other, other_sums): (&[f32], &[f32]),
     dims: &AttentionDims,
 ) {
-    let heads = y.chunks_exact_mut(dims.head_dim).zip(other.chunks_exact(dims.head_dim));
+    let heads = y.chunks_exact_mut(dims.value_dim).zip(other.chunks_exact(dims.value_dim));
     for (index, (y, other)) in heads.enumerate() {
         let (token, head) = (index / dims.heads, index % dims.heads);
         let (sequence, query) = (token / dims.length, token % dims.length);
@@ -227,7 +236,7 @@ pub fn backward(
     (dqkv, mut apart): (&mut [f32], Option<&mut [f32]>),
 ) {
     let mut head = Head::new(dims);
-    let [mut dk, mut dv] = [dims.of_keys(), dims.of_keys()];
+    let [mut dk, mut dv] = dims.keys_and_values();
     let keys = KeyColumns::new(qkv, sight, dims);
     let rows = dims.length * dims.output_width();
     let sequences = dy
@@ -241,25 +250,25 @@ pub fn backward(
         let beside = keys.sequence(sequence, dims);
         for kv_head in 0..dims.kv_heads {
             let (key, value) = (keys.key(kv_head, dims), keys.value(kv_head, dims));
-            key.copy(beside, &mut head.k, dims.head_dim);
-            value.copy(beside, &mut head.v, dims.head_dim);
+            key.copy(beside, &mut head.k);
+            value.copy(beside, &mut head.v);
             dk.fill(0.0); // the heads of a group add to the same keys and values
             dv.fill(0.0);
             for index in dims.group(kv_head) {
-                dims.query(index).copy(qkv, &mut head.q, dims.head_dim);
-                dims.output(index).copy(dy, &mut head.dy, dims.head_dim);
-                dims.output(index).copy(y, &mut head.y, dims.head_dim);
+                dims.query(index).copy(qkv, &mut head.q);
+                dims.output(index).copy(dy, &mut head.dy);
+                dims.output(index).copy(y, &mut head.y);
                 let log_sums = &log_sums[index * dims.length..(index + 1) * dims.length];
                 head.backward(dims, seen, log_sums, (&mut dk, &mut dv));
-                dims.query(index).fill(dqkv, &head.dq, dims.head_dim);
+                dims.query(index).fill(dqkv, &head.dq);
             }
             let elements = dims.keys * keys.width;
             let into = match &mut apart {
                 Some(apart) => &mut apart[sequence * elements..(sequence + 1) * elements],
                 None => &mut *dqkv,
             };
-            key.fill(into, &dk, dims.head_dim);
-            value.fill(into, &dv, dims.head_dim);
+            key.fill(into, &dk);
+            value.fill(into, &dv);
         }
     }
 }
@@ -278,13 +287,14 @@ struct Head {
 
 impl Head {
     fn new(dims: &AttentionDims) -> Self {
+        let [k, v] = dims.keys_and_values();
         Self {
-            q: dims.of_queries(),
-            k: dims.of_keys(),
-            v: dims.of_keys(),
-            y: dims.of_queries(),
-            dy: dims.of_queries(),
-            dq: dims.of_queries(),
+            q: dims.queries(),
+            k,
+            v,
+            y: dims.outputs(),
+            dy: dims.outputs(),
+            dq: dims.queries(),
             weights: dims.scores(),
             gradients: dims.scores(),
         }
@@ -306,23 +316,26 @@ impl Head {
             }
             let p = &mut self.weights[..queries * keys];
             let ds = &mut self.gradients[..queries * keys];
-            let (q, dy) = (dims.rows(&self.q, rows.clone()), dims.rows(&self.dy, rows.clone()));
-            let [k, v] = [&self.k, &self.v].map(|dense| dims.rows(dense, block.keys.clone()));
+            let (head_dim, value_dim) = (dims.head_dim, dims.value_dim);
+            let q = part(&self.q, rows.clone(), head_dim);
+            let dy = part(&self.dy, rows.clone(), value_dim);
+            let k = part(&self.k, block.keys.clone(), head_dim);
+            let v = part(&self.v, block.keys.clone(), value_dim);
             multiply(q, k.transposed(), dims.scale(), MatrixMut::rows(p, queries, keys), false, 1);
             multiply(dy, v.transposed(), 1.0, MatrixMut::rows(ds, queries, keys), false, 1);
             for row in 0..queries {
                 let (place, scores) = (block.first + row, row * keys..(row + 1) * keys);
-                let values = place * dims.head_dim..(place + 1) * dims.head_dim;
+                let values = place * value_dim..(place + 1) * value_dim;
                 let delta = kernels::dot(&self.dy[values.clone()], &self.y[values]);
                 let saved = (log_sums[place], delta);
                 let seen = block.seen(row, seen);
                 kernels::softmax_backward(&mut p[scores.clone()], &mut ds[scores], seen, saved);
             }
             let p = Matrix::rows(p, queries, keys).transposed();
-            multiply(p, dy, 1.0, dims.rows_mut(dv, block.keys.clone()), true, 1);
+            multiply(p, dy, 1.0, part_mut(dv, block.keys.clone(), value_dim), true, 1);
             let ds = Matrix::rows(ds, queries, keys);
-            multiply(ds, k, dims.scale(), dims.rows_mut(&mut self.dq, rows), false, 1);
-            let dk = dims.rows_mut(dk, block.keys.clone());
+            multiply(ds, k, dims.scale(), part_mut(&mut self.dq, rows, head_dim), false, 1);
+            let dk = part_mut(dk, block.keys.clone(), head_dim);
             multiply(ds.transposed(), q, dims.scale(), dk, true, 1);
         }
     }

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use multiversion::multiversion;
 
-use crate::operators::{AdamW, UNSEEN};
+use crate::operators::{AdamW, Pairing, UNSEEN};
 
 /// Partial sums of a reduction: one AVX-512 register of fp32.
 const LANES: usize = 16;
@@ -142,18 +142,35 @@ pub fn rms_norm_backward(
     }
 }
 
-/// Turns the pairs `(i, i + half)` of every head in a row by the row's angles; backwards when
+/// Turns the last components of every head in a row, as pairs, by the row's angles; backwards when
 /// `inverse`.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl", "x86_64+avx2+fma"))]
-pub fn rotate(row: &mut [f32], (cos, sin): (&[f32], &[f32]), inverse: bool) {
-    let half = cos.len();
+pub fn rotate(
+    row: &mut [f32],
+    head_dim: usize,
+    (cos, sin, pairing): (&[f32], &[f32], Pairing),
+    inverse: bool,
+) {
+    let pairs = cos.len();
     let sign = if inverse { -1.0 } else { 1.0 };
-    for head in row.chunks_exact_mut(2 * half) {
-        let (low, high) = head.split_at_mut(half);
-        for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
-            let (a, b, sin) = (*low, *high, sign * sin);
-            *low = a * cos - b * sin;
-            *high = b * cos + a * sin;
+    let turn = |a: &mut f32, b: &mut f32, cos: f32, sin: f32| {
+        (*a, *b) = (*a * cos - *b * sign * sin, *b * cos + *a * sign * sin);
+    };
+    for head in row.chunks_exact_mut(head_dim) {
+        let (_, rotated) = head.split_at_mut(head_dim - 2 * pairs);
+        let angles = cos.iter().zip(sin);
+        match pairing {
+            Pairing::Halves => {
+                let (low, high) = rotated.split_at_mut(pairs);
+                for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(angles) {
+                    turn(low, high, *cos, *sin);
+                }
+            }
+            Pairing::Neighbours => {
+                for ([even, odd], (cos, sin)) in rotated.as_chunks_mut().0.iter_mut().zip(angles) {
+                    turn(even, odd, *cos, *sin);
+                }
+            }
         }
     }
 }

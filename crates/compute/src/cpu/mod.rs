@@ -6,27 +6,26 @@
 mod attention;
 mod kernels;
 mod product;
-mod tensor;
 
 use std::ops::Range;
 use std::rc::Rc;
 
-use units::Bytes;
-
 use crate::operators::{
-    AdamW, AttentionDims, ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Sight, Window,
-    WindowMut,
+    AdamW, AttentionDims, ELSEWHERE, Live, Operators, ProductDims, Rotation, ScoreDims, Sight,
+    Window, WindowMut,
 };
 use crate::stage::Precision;
+use crate::tensor::{self, Pool};
 
 use self::product::{Matrix, MatrixMut, multiply};
-use self::tensor::Pool;
-pub use self::tensor::Tensor;
+
+/// A flat tensor in this process's memory.
+pub type Tensor = tensor::Tensor<Vec<f32>>;
 
 /// Operators on the CPU, with `threads` threads for products.
 #[derive(Debug, Clone)]
 pub struct Cpu {
-    pool: Rc<Pool>,
+    pool: Rc<Pool<Vec<f32>>>,
     threads: usize,
     precision: Precision,
 }
@@ -36,15 +35,6 @@ impl Cpu {
     #[must_use]
     pub fn new(threads: usize, precision: Precision) -> Self {
         Self { pool: Rc::default(), threads, precision }
-    }
-
-    /// Bytes in tensors of this device and its clones now, and the most there have been: an exact
-    /// count, in which buffers that are handed to transfers have no part.
-    #[must_use]
-    pub fn live(&self) -> (Bytes, Bytes) {
-        let (now, most) = self.pool.live();
-        let bytes = |elements: usize| Bytes(size_of::<f32>() as u64 * elements as u64);
-        (bytes(now), bytes(most))
     }
 
     /// A tensor of unspecified contents.
@@ -87,6 +77,18 @@ fn ranges(rows: &[usize]) -> impl Iterator<Item = Range<usize>> {
 impl Operators for Cpu {
     type Tensor = Tensor;
 
+    fn live(&self) -> Option<Live> {
+        Some(self.pool.live())
+    }
+
+    fn forget_peak(&self) {
+        self.pool.forget_peak();
+    }
+
+    fn set_under_way(&self, elements: usize) {
+        self.pool.set_under_way(elements);
+    }
+
     fn zeros(&self, elements: usize) -> Tensor {
         self.written(elements, |values| values.fill(0.0))
     }
@@ -96,7 +98,7 @@ impl Operators for Cpu {
     }
 
     fn download(&self, tensor: Tensor) -> Vec<f32> {
-        tensor.into_values()
+        tensor.into_storage()
     }
 
     fn read(&self, tensor: &Tensor, into: &mut [f32]) {
@@ -325,12 +327,12 @@ impl Operators for Cpu {
     ) {
         let values = qkv.values_mut();
         let (cos, sin) = (rotation.cos.values(), rotation.sin.values());
-        let pairs = dims.head_dim / 2;
+        let pairs = cos.len() / dims.length;
         for (row, qkv) in values.chunks_exact_mut(dims.qkv_width()).enumerate() {
             let angles = (row % dims.length) * pairs..(row % dims.length + 1) * pairs;
-            let rotated = (dims.heads + dims.kv_heads) * dims.head_dim;
-            let turn = (&cos[angles.clone()], &sin[angles]);
-            kernels::rotate(&mut qkv[..rotated], turn, inverse);
+            let queries_and_keys = (dims.heads + dims.kv_heads) * dims.head_dim;
+            let turn = (&cos[angles.clone()], &sin[angles], rotation.pairing);
+            kernels::rotate(&mut qkv[..queries_and_keys], dims.head_dim, turn, inverse);
         }
         self.round(values);
     }
@@ -343,7 +345,7 @@ impl Operators for Cpu {
     ) -> (Tensor, Tensor) {
         let queries = dims.sequences * dims.length * dims.heads;
         let mut log_sums = self.uninitialised(queries);
-        let y = self.written(queries * dims.head_dim, |y| {
+        let y = self.written(queries * dims.value_dim, |y| {
             attention::forward(qkv.values(), sight, dims, y, log_sums.values_mut());
         });
         (y, log_sums)

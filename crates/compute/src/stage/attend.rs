@@ -63,8 +63,7 @@ impl<O: Operators> Stage<O> {
         if self.program.exchanges.keys_apart(Segment::Qkv) {
             let dims = &self.program.attention;
             let dkeys = take(&mut self.gradients, work.of(Value::KeyValues(work.layer)));
-            let first = dims.heads * dims.head_dim;
-            self.operators.set_columns(dqkv, dims.qkv_width(), first, &dkeys);
+            self.operators.set_columns(dqkv, dims.qkv_width(), dims.queries_width(), &dkeys);
         }
     }
 
@@ -99,19 +98,23 @@ impl<O: Operators> Stage<O> {
                 (Some(keys), self.program.positions(place))
             }
         };
-        (keys, self.seen(microbatch, &positions), dims)
+        (keys, self.seen(work, &positions), dims)
     }
 
     /// Which of the keys at these positions each query sees: those of its own document, up to its
-    /// own.
-    fn seen(&self, microbatch: u32, keys: &[u32]) -> Vec<Range<u32>> {
+    /// own, and no more than the window holds.
+    fn seen(&self, work: Work, keys: &[u32]) -> Vec<Range<u32>> {
+        let window = match (work.segment, self.config.sliding_window) {
+            (Segment::AttendWindow, Some(window)) => window.length as u32,
+            _ => u32::MAX,
+        };
         let own = self.program.positions(self.program.context());
-        let starts = &self.microbatches[microbatch as usize].starts;
+        let starts = &self.microbatches[work.microbatch as usize].starts;
         let before = |position: u32| keys.partition_point(|key| *key < position) as u32;
         let queries = (0..self.program.attention.sequences).flat_map(|_| own.iter().copied());
         let seen = |(query, position): (usize, u32)| {
-            let start = starts.get(query).copied().unwrap_or_default();
-            before(start)..before(position + 1)
+            let document = starts.get(query).copied().unwrap_or_default();
+            before(document.max((position + 1).saturating_sub(window)))..before(position + 1)
         };
         queries.enumerate().map(seen).collect()
     }

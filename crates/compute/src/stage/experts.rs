@@ -60,14 +60,20 @@ impl<O: Operators> Stage<O> {
         let w = self.window(block, Role::Router);
         let scores = self.operators.product(x, w, self.router_dims());
         let biases = match experts.scoring {
-            Scoring::Softmax => vec![],
+            Scoring::Softmax | Scoring::SoftmaxOfAll => vec![],
             Scoring::Sigmoid => {
                 let Window { flat, start } = self.window(block, Role::RouterBias);
                 let biases = self.operators.slice(flat, start..start + experts.count as usize);
                 self.operators.download(biases)
             }
         };
-        let routing = Routing::new(&experts, &self.operators.download(scores), &biases);
+        let scores = self.operators.download(scores);
+        let routing = if self.operators.has_contents() {
+            Routing::new(&experts, &scores, &biases)
+        } else {
+            let (tokens, ranks) = (self.router_dims().r, self.program.shape.expert as usize);
+            Routing::even(&experts, tokens, ranks)
+        };
         let weights = self.operators.upload(routing.weights(&experts));
         self.values.insert(work.of(Value::Routes(work.layer)), weights);
         self.routings.insert((work.microbatch, work.layer), routing);
@@ -223,6 +229,9 @@ impl<O: Operators> Stage<O> {
 
     /// The loads of all ranks.
     pub(super) fn put_loads(&mut self, layer: u32, microbatch: u32, loads: &[f32]) {
+        if !self.operators.has_contents() {
+            return;
+        }
         let routing = self.routings.get_mut(&(microbatch, layer));
         let routing = routing.expect("loads follow the routing");
         routing.of_ranks = loads.iter().map(|load| *load as u32).collect();

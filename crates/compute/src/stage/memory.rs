@@ -8,7 +8,7 @@ use program::{Action, Buffer, Piece, Transfer, Value};
 
 use super::exchanged::Rows;
 use super::{Reduced, Stage};
-use crate::operators::Operators;
+use crate::operators::{Live, Operators};
 
 impl<O: Operators> Stage<O> {
     /// The host buffer a transfer starts with: what is sent or reduced, or room for what comes.
@@ -77,6 +77,17 @@ impl<O: Operators> Stage<O> {
             Buffer::ReplicatedGradients(block) => self.put_replicated(block, buffer),
             Buffer::Statistics => self.statistics = buffer,
         }
+    }
+
+    /// Tells a device that counts how many elements of host buffers are with transfers now.
+    pub fn set_under_way(&self, elements: usize) {
+        self.operators.set_under_way(elements);
+    }
+
+    /// What this rank holds, on devices that count.
+    #[must_use]
+    pub fn live(&self) -> Option<Live> {
+        self.operators.live()
     }
 
     /// Fills `values` with this rank's fp32 parameters of `block`, and says which elements of
@@ -177,7 +188,9 @@ impl<O: Operators> Stage<O> {
                 return;
             }
             Action::Collective(Kind::ReduceScatter) => {
-                let own = buffer[self.program.chunk(transfer.axis, buffer.len())].to_vec();
+                let range = self.program.chunk(transfer.axis, buffer.len());
+                let mut own = self.operators.host_buffer(range.len());
+                own.copy_from_slice(&buffer[range]);
                 self.operators.recycle(buffer);
                 self.operators.upload(own)
             }

@@ -7,10 +7,12 @@ use model::{Experts, Scoring};
 pub(super) struct Routing {
     /// The experts of each token, `[tokens, per_token]`, the one with the highest score first.
     pub choices: Vec<u32>,
-    /// The share of each choice in its token; the shares of a token add up to 1.
+    /// The share of each choice in its token; the shares of a token add up to 1, but for those among
+    /// all experts.
     shares: Vec<f32>,
-    /// With sigmoids, those of the choices.
-    sigmoids: Vec<f32>,
+    /// With sigmoids, those of the choices; with softmax of all, the shares of all experts,
+    /// `[tokens, experts]`.
+    scored: Vec<f32>,
     /// The copies of tokens in the order of their experts, by their place among the choices.
     pub order: Vec<u32>,
     /// Experts there are.
@@ -27,7 +29,7 @@ impl Routing {
         let mut routing = Self {
             choices: Vec::new(),
             shares: Vec::new(),
-            sigmoids: Vec::new(),
+            scored: Vec::new(),
             order: Vec::new(),
             count,
             of_ranks: vec![],
@@ -40,13 +42,21 @@ impl Routing {
                     let of = |expert: &usize| (scores[*expert] - highest).exp();
                     routing.choose(&chosen, &chosen.iter().map(of).collect::<Vec<_>>());
                 }
+                Scoring::SoftmaxOfAll => {
+                    let all = softmax(scores);
+                    let chosen = chosen_of(experts, all.clone(), 1);
+                    routing.choices.extend(chosen.iter().map(|expert| *expert as u32));
+                    routing.shares.extend(chosen.iter().map(|expert| all[*expert]));
+                    routing.scored.extend(all);
+                }
                 Scoring::Sigmoid => {
                     let sigmoids: Vec<f32> =
                         scores.iter().map(|score| 1.0 / (1.0 + (-score).exp())).collect();
-                    let chosen = chosen_by_sigmoids(experts, &sigmoids, biases);
+                    let biased = sigmoids.iter().zip(biases).map(|(s, bias)| s + bias);
+                    let chosen = chosen_of(experts, biased.collect(), 2);
                     let of: Vec<f32> = chosen.iter().map(|expert| sigmoids[*expert]).collect();
                     routing.choose(&chosen, &of);
-                    routing.sigmoids.extend(of);
+                    routing.scored.extend(of);
                 }
             }
         }
@@ -54,6 +64,22 @@ impl Routing {
         order.sort_by_key(|copy| routing.choices[*copy as usize]); // stable: tokens stay in order
         routing.order = order;
         routing.of_ranks = routing.loads();
+        routing
+    }
+
+    /// Of tokens of so many ranks that all visit the experts in turn, those of one rank.
+    pub fn even(experts: &Experts, tokens: usize, ranks: usize) -> Self {
+        let (count, copies) = (experts.count as usize, tokens * experts.per_token as usize);
+        let choices = (0..copies as u32).map(|copy| copy % experts.count as u32).collect();
+        let mut routing = Self {
+            choices,
+            shares: vec![1.0 / experts.per_token as f32; copies],
+            scored: vec![0.5; tokens * count],
+            order: (0..copies as u32).collect(),
+            count,
+            of_ranks: vec![],
+        };
+        routing.of_ranks = routing.loads().repeat(ranks);
         routing
     }
 
@@ -110,12 +136,20 @@ impl Routing {
             let of_token = token * per_token..(token + 1) * per_token;
             let (given, own) = (&shares[of_token.clone()], &self.shares[of_token.clone()]);
             let mean: f32 = given.iter().zip(own).map(|(given, own)| given * own).sum();
+            if experts.scoring == Scoring::SoftmaxOfAll {
+                let all = &self.scored[token * count..(token + 1) * count];
+                scores.iter_mut().zip(all).for_each(|(score, share)| *score = -share * mean);
+                for (index, choice) in of_token.enumerate() {
+                    scores[self.choices[choice] as usize] += own[index] * given[index];
+                }
+                continue;
+            }
             for (index, choice) in of_token.enumerate() {
                 // The softmax of the chosen scores; of a sigmoid s, the share s / sum has the
                 // gradient (g - mean) / sum, and s itself s (1 - s).
                 let slope = match experts.scoring {
-                    Scoring::Softmax => own[index],
-                    Scoring::Sigmoid => own[index] * (1.0 - self.sigmoids[choice]),
+                    Scoring::Sigmoid => own[index] * (1.0 - self.scored[choice]),
+                    _ => own[index],
                 };
                 scores[self.choices[choice] as usize] = slope * (given[index] - mean);
             }
@@ -127,7 +161,7 @@ impl Routing {
 fn scale(experts: &Experts) -> f32 {
     match experts.scoring {
         Scoring::Softmax => 1.0,
-        Scoring::Sigmoid => experts.scale,
+        Scoring::SoftmaxOfAll | Scoring::Sigmoid => experts.scale,
     }
 }
 
@@ -139,12 +173,20 @@ fn highest(scores: &[f32], count: usize) -> Vec<usize> {
     places
 }
 
-fn chosen_by_sigmoids(experts: &Experts, sigmoids: &[f32], biases: &[f32]) -> Vec<usize> {
-    let mut scores: Vec<f32> = sigmoids.iter().zip(biases).map(|(s, bias)| s + bias).collect();
+fn softmax(scores: &[f32]) -> Vec<f32> {
+    let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let exponentials: Vec<f32> = scores.iter().map(|score| (score - most).exp()).collect();
+    let sum: f32 = exponentials.iter().sum();
+    exponentials.into_iter().map(|exponential| exponential / sum).collect()
+}
+
+/// The experts with the highest scores, out of the groups whose highest scores, so many of each, have
+/// the highest sums.
+fn chosen_of(experts: &Experts, mut scores: Vec<f32>, of_group: usize) -> Vec<usize> {
     if experts.groups > 1 {
         let each = (experts.count / experts.groups) as usize;
-        let best_two = |group: &[f32]| highest(group, 2).iter().map(|place| group[*place]).sum();
-        let groups: Vec<f32> = scores.chunks_exact(each).map(best_two).collect();
+        let best = |group: &[f32]| highest(group, of_group).iter().map(|place| group[*place]).sum();
+        let groups: Vec<f32> = scores.chunks_exact(each).map(best).collect();
         let kept = highest(&groups, experts.groups_per_token as usize);
         for (group, scores) in scores.chunks_exact_mut(each).enumerate() {
             if !kept.contains(&group) {
@@ -179,6 +221,17 @@ mod tests {
     }
 
     #[test]
+    fn of_all_experts_the_others_have_a_share_too() {
+        let experts = Experts { scoring: Scoring::SoftmaxOfAll, ..sigmoid(3, 1) };
+        let routing = Routing::new(&experts, &SCORES[..6], &[]);
+        assert_eq!(routing.choices, [2, 3]); // the group of the best, whatever else is in it
+        let sum: f32 = SCORES[..6].iter().map(|score| score.exp()).sum();
+        let weights = routing.weights(&experts);
+        assert!((weights[0] - 2.5 * 2_f32.exp() / sum).abs() < 1e-6, "{weights:?}");
+        assert!((weights[1] - 2.5 * 0.1_f32.exp() / sum).abs() < 1e-6, "{weights:?}");
+    }
+
+    #[test]
     fn biases_change_the_choice_and_not_the_weights() {
         let experts = sigmoid(1, 1);
         let biases = [0.0, 0.0, -9.0, 0.0, 0.0, 9.0];
@@ -199,7 +252,8 @@ mod tests {
 
     #[test]
     fn the_gradient_is_the_slope() {
-        for experts in [Experts::new(6, 2, 1), sigmoid(1, 1)] {
+        let of_all = Experts { scoring: Scoring::SoftmaxOfAll, ..sigmoid(3, 2) };
+        for experts in [Experts::new(6, 2, 1), sigmoid(1, 1), of_all] {
             let biases = [0.0; 6];
             let routing = Routing::new(&experts, &SCORES, &biases);
             let pull: Vec<f32> = (0..4).map(|index| 0.3 + index as f32).collect();

@@ -5,12 +5,16 @@
 //! output, leaves that of its input, and frees both passes' values behind it. The gradients of
 //! weights are found from what is `owed`, at once or in a pass of their own.
 
+use std::ops::Range;
+
 use model::{Block, Parameter, Pass, Role, Segment};
 use program::{Buffer, Piece, Value};
 
 use super::exchanged::{Rows, Work};
 use super::{BlockState, Stage};
-use crate::operators::{ELSEWHERE, Operators, ProductDims, Rotation, ScoreDims, Window, WindowMut};
+use crate::operators::{
+    ELSEWHERE, Operators, Pairing, ProductDims, Rotation, ScoreDims, Window, WindowMut,
+};
 
 /// What the gradients of a segment's weights are made of.
 pub(super) struct Owed<T> {
@@ -30,7 +34,7 @@ impl<O: Operators> Stage<O> {
                 // Nothing reads the delta a second time; the gate and up products are what is missed.
                 let x = self.input(work);
                 let gate_up = self.product(&x, work);
-                self.save_gate_up(work, gate_up);
+                self.save(work, gate_up);
             }
             Pass::Recompute => self.forward(work),
             Pass::BackwardInput => self.backward_input(work),
@@ -57,15 +61,21 @@ impl<O: Operators> Stage<O> {
             }
             Segment::Qkv => {
                 let x = self.input(work);
-                let qkv = self.product(&x, work);
+                let qkv = match self.config.latent_attention {
+                    Some(latent) => self.expand(&x, work, latent),
+                    None => self.product(&x, work),
+                };
                 self.leave(work, qkv);
                 if work.is_last() {
                     let mut qkv = take(&mut self.values, work.of(Value::Qkv(layer)));
+                    if self.config.query_key_norm {
+                        self.norm_heads(&mut qkv, work);
+                    }
                     self.rotate(&mut qkv, false);
                     self.values.insert(work.of(Value::Qkv(layer)), qkv);
                 }
             }
-            Segment::Attend => self.attend(work),
+            Segment::Attend | Segment::AttendWindow => self.attend(work),
             Segment::Project | Segment::Logits => {
                 let x = self.input(work);
                 let y = self.product(&x, work);
@@ -109,17 +119,18 @@ impl<O: Operators> Stage<O> {
         let gate_up = self.product(&x, work);
         let dims = self.down_dims(work);
         let inner = self.operators.swiglu(&gate_up, dims.k);
-        self.save_gate_up(work, gate_up);
+        self.save(work, gate_up);
         let w = self.window(Block::Layer(work.layer), down(work.segment));
         let delta = self.operators.product(&inner, w, dims);
         self.leave(work, delta);
     }
 
-    fn save_gate_up(&mut self, work: Work, piece: O::Tensor) {
+    /// Keeps a piece of what stands between a segment's two products.
+    pub(super) fn save(&mut self, work: Work, piece: O::Tensor) {
         let key = work.of(work.output());
         let saved = self.saved.remove(&key);
-        let gate_up = self.joined(saved, piece, Rows::Product, work.piece);
-        self.saved.insert(key, gate_up);
+        let saved = self.joined(saved, piece, Rows::Product, work.piece);
+        self.saved.insert(key, saved);
     }
 
     /// The loss, and the gradient of the logits in their place. Where ranks split the vocabulary,
@@ -165,8 +176,9 @@ impl<O: Operators> Stage<O> {
             Segment::Route | Segment::Dispatch | Segment::Experts | Segment::Combine => {
                 self.experts_backward(work);
             }
-            Segment::Attend => self.attend_backward(work),
-            Segment::Qkv | Segment::Project | Segment::Logits => self.product_backward(work),
+            Segment::Attend | Segment::AttendWindow => self.attend_backward(work),
+            Segment::Qkv => self.qkv_backward(work),
+            Segment::Project | Segment::Logits => self.product_backward(work),
             Segment::Embed => {} // words have no gradient
             other => unreachable!("{other} is not carried out"),
         }
@@ -189,15 +201,78 @@ impl<O: Operators> Stage<O> {
         self.gradients.insert((mb, input), dx);
     }
 
-    /// The gradient of the input of a segment that is one product.
-    fn product_backward(&mut self, work: Work) {
-        if work.segment == Segment::Qkv && work.is_first() {
+    fn qkv_backward(&mut self, work: Work) {
+        if work.is_first() {
             let key = work.of(Value::Qkv(work.layer));
             let mut dy = take(&mut self.gradients, key);
             self.join_keys(work, &mut dy);
             self.rotate(&mut dy, true);
+            if self.config.query_key_norm {
+                self.norm_heads_backward(&mut dy, work);
+            }
             self.gradients.insert(key, dy);
         }
+        match self.config.latent_attention {
+            Some(latent) => self.expand_backward(work, latent),
+            None => self.product_backward(work),
+        }
+    }
+
+    /// Where the queries and the keys lie in a row of queries, keys and values, and whose norms they
+    /// have.
+    fn normed_heads(&self) -> [(Role, Range<usize>); 2] {
+        let dims = &self.program.attention;
+        let (queries, keys) = (dims.queries_width(), dims.kv_heads * dims.head_dim);
+        [(Role::QueryNorm, 0..queries), (Role::KeyNorm, queries..queries + keys)]
+    }
+
+    /// Norms the queries and keys of every head, and keeps what they were.
+    fn norm_heads(&mut self, qkv: &mut O::Tensor, work: Work) {
+        let (dims, block) = (self.program.attention, Block::Layer(work.layer));
+        let both = 0..dims.qkv_width() - dims.kv_heads * dims.value_dim;
+        let before = self.operators.columns(qkv, dims.qkv_width(), both);
+        self.saved.insert(work.of(work.output()), before);
+        for (role, columns) in self.normed_heads() {
+            let heads = self.operators.columns(qkv, dims.qkv_width(), columns.clone());
+            let (scale, epsilon) = (self.window(block, role), self.config.norm_epsilon);
+            let (normed, _) = self.operators.rms_norm(&heads, scale, dims.head_dim, epsilon);
+            self.operators.set_columns(qkv, dims.qkv_width(), columns.start, &normed);
+        }
+    }
+
+    fn norm_heads_backward(&mut self, dqkv: &mut O::Tensor, work: Work) {
+        let (dims, block) = (self.program.attention, Block::Layer(work.layer));
+        let (width, epsilon) = (dims.qkv_width(), self.config.norm_epsilon);
+        let before = take(&mut self.saved, work.of(work.output()));
+        let both = width - dims.kv_heads * dims.value_dim;
+        for (role, columns) in self.normed_heads() {
+            let heads = self.operators.columns(&before, both, columns.clone());
+            let scale = self.window(block, role);
+            let (_, inverse) = self.operators.rms_norm(&heads, scale, dims.head_dim, epsilon);
+            let dnormed = self.operators.columns(dqkv, width, columns.clone());
+            let dheads = self.norm_gradient(&dnormed, (&heads, &inverse), (block, role));
+            self.operators.set_columns(dqkv, width, columns.start, &dheads);
+        }
+    }
+
+    /// The gradient of a norm's input; adds to that of its scale.
+    pub(super) fn norm_gradient(
+        &mut self,
+        dy: &O::Tensor,
+        saved: (&O::Tensor, &O::Tensor),
+        (block, role): (Block, Role),
+    ) -> O::Tensor {
+        let mut dx = self.operators.zeros(self.operators.elements(dy));
+        let width = self.operators.elements(dy) / self.operators.elements(saved.1);
+        let scale_of = self.weights(block).clone();
+        let (operators, dscale) = self.gradient(block, role);
+        let scale = Window { flat: &scale_of, start: dscale.start };
+        operators.rms_norm_backward(dy, saved, scale, width, &mut dx, dscale);
+        dx
+    }
+
+    /// The gradient of the input of a segment that is one product.
+    fn product_backward(&mut self, work: Work) {
         let dy = self.output_gradient(work);
         let (block, role, dims) = self.linear(work);
         let w = self.window(block, role);
@@ -252,6 +327,9 @@ impl<O: Operators> Stage<O> {
         if segment == Segment::Experts {
             return self.experts_weights(work, owed);
         }
+        if let (Segment::Qkv, Some(latent)) = (segment, self.config.latent_attention) {
+            return self.expand_weights(work, latent, owed);
+        }
         let Owed { mut output, inner, input } = owed;
         if let Some(dgate_up) = inner {
             let gate_up = take(&mut self.saved, work.of(work.output()));
@@ -264,20 +342,25 @@ impl<O: Operators> Stage<O> {
         if segment == Segment::Route {
             self.routings.remove(&(microbatch, layer)); // the last that needs it
         }
-        let value = Value::of(segment, layer).0[0];
-        let x = match self.program.exchanges.before(segment, layer) {
+        let x = self.take_input(work, input);
+        let (block, role, dims) = self.linear(work);
+        let (operators, dw) = self.gradient(block, role);
+        operators.product_weight_gradient(&output, &x, dims, dw);
+    }
+
+    /// What a segment read, which nothing reads after the gradients of its weights.
+    pub(super) fn take_input(&mut self, work: Work, kept: Option<O::Tensor>) -> O::Tensor {
+        let value = Value::of(work.segment, work.layer).0[0];
+        match self.program.exchanges.before(work.segment, work.layer) {
             Some(_) => {
                 let gathered = self.input(work);
-                if segment != Segment::SharedExperts {
+                if work.segment != Segment::SharedExperts {
                     self.values.remove(&work.of(value));
                 }
                 gathered
             }
-            None => input.unwrap_or_else(|| take(&mut self.values, work.of(value))),
-        };
-        let (block, role, dims) = self.linear(work);
-        let (operators, dw) = self.gradient(block, role);
-        operators.product_weight_gradient(&output, &x, dims, dw);
+            None => kept.unwrap_or_else(|| take(&mut self.values, work.of(value))),
+        }
     }
 
     fn embedding_backward(&mut self, work: Work) {
@@ -297,7 +380,7 @@ impl<O: Operators> Stage<O> {
     // The size of this rank's part.
 
     /// Rows of a piece of what enters products.
-    fn rows(&self, piece: Piece) -> usize {
+    pub(super) fn rows(&self, piece: Piece) -> usize {
         self.program.shape.product_tokens() as usize / usize::from(piece.of)
     }
 
@@ -340,7 +423,7 @@ impl<O: Operators> Stage<O> {
         let block = Block::Layer(work.layer);
         let (block, role, k, n) = match work.segment {
             Segment::Qkv => (block, Role::Query, hidden, dims.qkv_width()),
-            Segment::Project => (block, Role::Output, dims.heads * dims.head_dim, hidden),
+            Segment::Project => (block, Role::Output, dims.output_width(), hidden),
             Segment::FeedForward => {
                 (block, Role::Gate, hidden, 2 * self.feed_forward_width(work.segment))
             }
@@ -359,11 +442,15 @@ impl<O: Operators> Stage<O> {
 
     fn rotate(&self, qkv: &mut O::Tensor, inverse: bool) {
         let [cos, sin] = &self.rotation;
-        let rotation = Rotation { cos, sin };
+        let pairing = match self.config.latent_attention {
+            Some(_) => Pairing::Neighbours,
+            None => Pairing::Halves,
+        };
+        let rotation = Rotation { cos, sin, pairing };
         self.operators.rotary(qkv, rotation, &self.program.attention, inverse);
     }
 
-    fn weights(&self, block: Block) -> &O::Tensor {
+    pub(super) fn weights(&self, block: Block) -> &O::Tensor {
         let gathered = self.blocks.get(&block).and_then(|state| state.gathered.as_ref());
         gathered.expect("the program gathers a block before it is used")
     }

@@ -4,8 +4,10 @@ mod links;
 mod run;
 mod simulated;
 
+use std::ffi::OsStr;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -39,6 +41,9 @@ pub struct ReportArgs {
     /// The port that it is served on; any that is free unless given
     #[arg(long, value_name = "PORT", requires = "live", default_value_t = 0)]
     port: u16,
+    /// Show the page in a browser: the one that $BROWSER names, or the desktop's
+    #[arg(long)]
+    open: bool,
 }
 
 /// Seconds between updates of a live page.
@@ -57,6 +62,22 @@ pub fn report(args: &ReportArgs) -> Result<()> {
     let page = page(args)?;
     std::fs::write(&out, page.html()).with_context(|| format!("cannot write {}", out.display()))?;
     println!("{}", out.display());
+    if args.open { open(std::path::absolute(&out)?.as_os_str()) } else { Ok(()) }
+}
+
+/// Starts a browser on the page, and does not wait for it.
+fn open(page: &OsStr) -> Result<()> {
+    let named = std::env::var_os("BROWSER").filter(|name| !name.is_empty());
+    let browser = named.unwrap_or_else(|| "xdg-open".into());
+    let quiet = Command::new(&browser)
+        .arg(page)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    quiet.with_context(|| {
+        format!("--open: cannot start {}; BROWSER names another", browser.display())
+    })?;
     Ok(())
 }
 
@@ -69,7 +90,11 @@ fn live(args: &ReportArgs) -> Result<()> {
     // What cannot be shown at all is told here, not in the browser.
     fresh()?;
     let listener = http::listen(IpAddr::V4(Ipv4Addr::LOCALHOST), args.port)?;
-    println!("http://{}/", listener.local_addr()?);
+    let address = format!("http://{}/", listener.local_addr()?);
+    println!("{address}");
+    if args.open {
+        open(address.as_ref())?;
+    }
     http::serve(&listener, |path| (path == "/").then(fresh));
     Ok(())
 }

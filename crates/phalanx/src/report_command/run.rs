@@ -16,6 +16,7 @@ use units::{Bytes, Seconds};
 
 use super::links;
 use crate::job::Job;
+use crate::ledger::Ledger;
 use crate::measured::Machine;
 use crate::output::{percent, thousands};
 use crate::plan_command::{describe_layout, lowered};
@@ -30,6 +31,7 @@ struct Run {
     program: Program,
     machine: Option<Machine>,
     records: Vec<Value>,
+    ledger: Ledger,
     /// Written when the run ends.
     summary: Value,
     predicted: Option<Trace>,
@@ -62,7 +64,7 @@ pub fn page(folder: &Path, curves: Vec<ScalingCurve>) -> Result<Page> {
     }
     sections.push(run.links(columns.last()));
     sections.push(run.scaling(curves));
-    sections.push(page::history(&run.happenings(), run.job.training.steps));
+    sections.push(run.history());
     sections.push(run.memory());
     sections.push(Section::absent(
         "Energy",
@@ -93,6 +95,7 @@ impl Run {
             .map(|text| serde_json::from_str(&text).context("machine.json"))
             .transpose()?;
         let records = read("metrics.jsonl")?.unwrap_or_default();
+        let ledger = Ledger::read(&records);
         // The last line may be half written.
         let records = records.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         let summary = match read("summary.json")? {
@@ -111,7 +114,7 @@ impl Run {
         let name = folder.canonicalize().ok();
         let name = name.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy());
         let name = name.map_or_else(|| job.name.clone(), String::from);
-        Ok(Self { name, job, program, machine, records, summary, predicted, measured })
+        Ok(Self { name, job, program, machine, records, ledger, summary, predicted, measured })
     }
 
     fn about(&self) -> Vec<String> {
@@ -256,23 +259,63 @@ impl Run {
         page::scaling(&curves, &said)
     }
 
+    /// Of each rank, what was planned above what was measured.
     fn memory(&self) -> Section {
-        let peaks = self.summary["resident_bytes_peak_by_rank"].as_array();
-        let peaks = peaks.into_iter().flatten().filter_map(Value::as_u64).map(Bytes);
-        let held =
-            |(rank, bytes)| Held { by: format!("rank {rank}"), items: vec![("process", bytes)] };
-        let held: Vec<Held> = (0..).zip(peaks).map(held).collect();
+        let by_rank = |key: &str| -> Vec<Bytes> {
+            let ranks = self.summary[key].as_array().into_iter().flatten();
+            ranks.filter_map(Value::as_u64).map(Bytes).collect()
+        };
+        let (planned, counted) =
+            (by_rank("memory_bytes_peak_by_rank_planned"), by_rank("memory_bytes_peak_by_rank"));
+        let mut held: Vec<Held> = Vec::new();
+        for (rank, resident) in by_rank("resident_bytes_peak_by_rank").into_iter().enumerate() {
+            let mut put = |of: &str, tensors: Option<&Bytes>, all: Bytes| {
+                let tensors = tensors.copied().unwrap_or_default();
+                let items = vec![
+                    ("tensors and transfers", tensors),
+                    ("rest of the process", Bytes(all.0.saturating_sub(tensors.0))),
+                ];
+                held.push(Held { by: format!("rank {rank}, {of}"), items });
+            };
+            if let Some(planned) = planned.get(rank) {
+                put("planned", Some(planned), *planned);
+            }
+            put("measured", counted.get(rank), resident);
+        }
         if held.is_empty() {
             return Section::absent("Memory", "Counted when the run ends, where the system tells.");
         }
-        let said = "The most that each rank's process held, measured by the operating system: program, \
-                    text and buffers included.";
+        let said = "The most that each rank held: tensors and the buffers of transfers, planned from the \
+                    program's list before anything was computed and counted while it was; and its \
+                    process, as the operating system tells, with program, text, shared memory and what \
+                    measuring the machine took.";
         page::memory(said, &held, None)
     }
 
-    fn happenings(&self) -> Vec<Happening> {
-        self.records.iter().filter_map(happening).collect()
+    fn history(&self) -> Section {
+        let of = |record| losses(record).into_iter().chain(happening(record));
+        let happenings: Vec<_> = self.records.iter().flat_map(of).collect();
+        let Ledger { goodput, detection_s, recovery_s, redone_s, saving_s, .. } = self.ledger;
+        let said = format!(
+            "Of the time of steps and what stood in their way {} was training that counts: noticing losses took {detection_s}, recovering {recovery_s}, steps done again {redone_s}, standing still to save {saving_s}.",
+            percent(goodput)
+        );
+        let said = if self.ledger.recoveries > 0 { vec![said] } else { Vec::new() };
+        page::history(&happenings, self.job.training.steps, &said)
     }
+}
+
+/// The processes that were lost before a recovery.
+fn losses(record: &Value) -> Vec<Happening> {
+    let step = record["step"].as_u64().unwrap_or_default();
+    let one = |loss: &Value| {
+        let text = |key: &str| loss[key].as_str().unwrap_or_default().to_owned();
+        let noticed = Seconds(loss["detection_s"].as_f64().unwrap_or_default());
+        let (rank, host, cause) = (&loss["rank"], text("host"), text("cause"));
+        let detail = format!("Rank {rank} on {host} {cause}; noticed after {noticed}.");
+        Happening { step, kind: "lost", detail: Some(detail) }
+    };
+    record["losses"].as_array().into_iter().flatten().map(one).collect()
 }
 
 /// What a record says beside training.
@@ -285,7 +328,11 @@ fn happening(record: &Value) -> Option<Happening> {
         "saved" => ("checkpoint", None),
         "recovered" => {
             let (time, source) = (Seconds(number("time_s")), text("source"));
-            ("recovered", Some(format!("Lost ranks were replaced in {time}; state from {source}.")))
+            let again = record["steps_redone"].as_u64().unwrap_or_default();
+            let how = format!(
+                "All go on after {time}, with state from {source}; {again} step(s) done again."
+            );
+            ("recovered", Some(how))
         }
         "not-saved" => ("not saved", Some(format!("No checkpoint: {}.", text("reason")))),
         "redone" => {
@@ -301,6 +348,7 @@ fn happening(record: &Value) -> Option<Happening> {
             let (rank, factor) = (&record["rank"], number("factor"));
             ("slow", Some(format!("Rank {rank} took {factor:.2} times as long as its peers.")))
         }
+        "rolled-back" => ("rolled back", Some(format!("To step {}.", record["to"]))),
         other => ("else", Some(other.to_owned())),
     };
     Some(Happening { step, kind, detail })

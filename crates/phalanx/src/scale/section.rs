@@ -9,7 +9,8 @@ use units::Seconds;
 pub struct ScaleSection {
     /// Numbers of accelerators; powers of two up to the job's own unless given.
     pub accelerators: Vec<u32>,
-    /// What becomes of the batch.
+    /// What becomes of the batch: fixed, grows (with the accelerators), or a list of sequences, one for
+    /// each size.
     pub batch: BatchRule,
     /// Tokens of a step above which more of them help less (McCandlish et al. 2018).
     pub critical_batch_tokens: Option<f64>,

@@ -5,6 +5,9 @@
 
 mod trace;
 
+use std::collections::BTreeMap;
+
+use anyhow::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -24,16 +27,29 @@ const SOURCES: [&str; 8] = [
 ];
 
 /// The schema of a job file.
-pub fn schema() -> Value {
+pub fn schema() -> Result<Value> {
     let mut schema = at::<File>(&mut Vec::new());
-    let head = json!({
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Job file of Phalanx",
-    });
-    if let (Value::Object(schema), Value::Object(head)) = (&mut schema, head) {
-        schema.extend(head);
+    schema["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
+    schema["title"] = json!("Job file of Phalanx");
+    for (section, keys) in defaults()? {
+        let schema = &mut schema["properties"][&section];
+        for (key, value) in keys {
+            let required =
+                schema["required"].as_array().is_some_and(|all| all.contains(&json!(key)));
+            if !required && !value.is_null() {
+                schema["properties"][&key]["default"] = value;
+            }
+        }
     }
-    schema
+    Ok(schema)
+}
+
+/// The keys of a job file that says no more than it must, as they are read: those defaults that do
+/// not hang on other keys.
+fn defaults() -> Result<BTreeMap<String, Map<String, Value>>> {
+    let job: File = toml::from_str("training = { sequence = 1, global_batch = 1 }")?;
+    // Through text, so that 0.9 stays 0.9 whatever its precision.
+    Ok(serde_json::from_str(&serde_json::to_string(&job)?)?)
 }
 
 /// The schema of what stands at `path` in a `T`.
@@ -71,19 +87,24 @@ fn structure<'de, T: Deserialize<'de>>(
     let mut properties = Map::new();
     for field in fields {
         let mut schema = inside::<T>(path, Step::Key(field));
-        // Dimensions in a job file are those of the model that it makes.
+        // Dimensions in a job file are those of the model that it makes, and what a section is for
+        // stands at its structure.
         let text = comment(name, field).or_else(|| comment("Config", field));
         if let (Some(schema), Some(text)) = (schema.as_object_mut(), text) {
             schema.insert("description".to_owned(), json!(text));
         }
         properties.insert((*field).to_owned(), schema);
     }
-    json!({
+    let mut schema = json!({
         "type": "object",
         "properties": properties,
         "required": trace::required::<T>(path),
         "additionalProperties": false,
-    })
+    });
+    if let Some(text) = purpose(name) {
+        schema["description"] = json!(text);
+    }
+    schema
 }
 
 /// Variants without a value are words; the others are tables of one key.
@@ -115,6 +136,16 @@ fn enumeration<'de, T: Deserialize<'de>>(
     json!({"anyOf": tables})
 }
 
+/// The comment on a structure.
+fn purpose(structure: &str) -> Option<String> {
+    let head = format!("struct {structure} {{");
+    let before = SOURCES.iter().find_map(|source| source.split_once(&head))?.0;
+    let lines = before.lines().rev().skip(1).skip_while(|line| line.starts_with('#'));
+    let mut text: Vec<&str> = lines.map_while(|line| line.strip_prefix("///")).collect();
+    text.reverse();
+    in_words(&text)
+}
+
 /// The comment on a field of a structure.
 fn comment(structure: &str, field: &str) -> Option<String> {
     let head = format!("struct {structure} {{");
@@ -123,14 +154,19 @@ fn comment(structure: &str, field: &str) -> Option<String> {
     for line in body.lines().map(str::trim).take_while(|line| *line != "}") {
         let name = line.strip_prefix("pub ").unwrap_or(line).split(':').next();
         match line.strip_prefix("///") {
-            Some(words) => text.push(words.trim()),
+            Some(words) => text.push(words),
             None if line.starts_with('#') => {}
             None if name == Some(field) => break,
             None => text.clear(),
         }
     }
-    // In the words of the job file, without marks of Rust's documentation.
-    (!text.is_empty()).then(|| text.join(" ").replace(['`', '[', ']'], ""))
+    in_words(&text)
+}
+
+/// The lines of a comment in the words of the job file, without marks of Rust's documentation.
+fn in_words(lines: &[&str]) -> Option<String> {
+    let lines: Vec<&str> = lines.iter().map(|line| line.trim()).collect();
+    (!lines.is_empty()).then(|| lines.join(" ").replace(['`', '[', ']'], ""))
 }
 
 #[cfg(test)]
@@ -139,7 +175,7 @@ mod tests {
 
     #[test]
     fn the_schema_knows_types_words_and_what_must_be_there() {
-        let schema = schema();
+        let schema = schema().unwrap();
         let section = |name: &str| schema["properties"][name].clone();
         assert_eq!(schema["required"], json!(["training"]));
         assert_eq!(section("training")["required"], json!(["sequence", "global_batch"]));
@@ -147,6 +183,8 @@ mod tests {
             section("training")["properties"]["sequence"],
             json!({"type": "integer", "minimum": 0, "description": "Tokens in a sequence."})
         );
+        assert_eq!(section("training")["properties"]["beta1"]["default"], 0.9);
+        assert_eq!(section("recovery")["description"], "What happens when a local rank is lost.");
         let layout = section("layout")["properties"].clone();
         assert_eq!(
             layout["shard"]["enum"],
@@ -161,10 +199,10 @@ mod tests {
 
     #[test]
     fn keys_of_a_job_say_what_they_are_for() {
-        let schema = schema();
-        for section in ["training", "data", "run", "checkpoint", "recovery", "cluster", "layout"] {
-            let keys = schema["properties"][section]["properties"].as_object().unwrap();
-            for (key, value) in keys {
+        let schema = schema().unwrap();
+        for (section, keys) in schema["properties"].as_object().unwrap() {
+            assert!(keys["description"].is_string(), "[{section}]");
+            for (key, value) in keys["properties"].as_object().unwrap() {
                 assert!(value["description"].is_string(), "[{section}] {key}");
             }
         }

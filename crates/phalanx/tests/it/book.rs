@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::place::Place;
 use crate::repository::{read, root, sources};
@@ -153,7 +153,62 @@ fn generated(text: &str, place: &Place) -> String {
 fn content(of: &str, place: &Place) -> String {
     match of.strip_prefix('`').and_then(|of| of.strip_suffix('`')) {
         Some(command) => format!("```text\n{}```", place.shell(command)),
+        None if of == "keys of a job file" => {
+            keys(&serde_json::from_str(&place.shell("phalanx schema")).unwrap())
+        }
         None => accuracy(of),
+    }
+}
+
+/// A table for each section of the schema of a job file.
+fn keys(schema: &Value) -> String {
+    let mut text = String::new();
+    for (name, section) in schema["properties"].as_object().unwrap() {
+        let purpose = section["description"].as_str().unwrap();
+        text += &format!("## \\[{name}\\]\n\n{purpose}\n\n");
+        text += "| key | takes | unless given | what it is |\n| --- | --- | --- | --- |\n";
+        rows(&mut text, "", section);
+        text.push('\n');
+    }
+    text
+}
+
+/// A row for each key of a table, and for those of the tables in it.
+fn rows(text: &mut String, within: &str, table: &Value) {
+    let required = |key: &String| table["required"].as_array().unwrap().contains(&json!(key));
+    for (key, schema) in table["properties"].as_object().unwrap() {
+        let default = match &schema["default"] {
+            Value::Null if required(key) => "must be given".to_owned(),
+            Value::Null => String::new(),
+            default => format!("`{default}`"),
+        };
+        let what = schema["description"].as_str().unwrap_or_default();
+        *text += &format!("| `{within}{key}` | {} | {default} | {what} |\n", takes(schema));
+        if schema["properties"].is_object() {
+            rows(text, &format!("{within}{key}."), schema);
+        }
+    }
+}
+
+/// The values of a key, in words.
+fn takes(schema: &Value) -> String {
+    if let Some(words) = schema["enum"].as_array() {
+        let words: Vec<String> = words.iter().map(|word| format!("`{word}`")).collect();
+        return words.join(", ");
+    }
+    if let Some(any) = schema["anyOf"].as_array() {
+        return any.iter().map(takes).collect::<Vec<_>>().join(", or ");
+    }
+    match schema["type"].as_str() {
+        Some("array") => format!("list of: {}", takes(&schema["items"])),
+        Some("object") => {
+            let keys = schema["properties"].as_object().unwrap();
+            let keys: Vec<String> = keys.keys().map(|key| format!("`{key}`")).collect();
+            format!("table of {}", keys.join(", "))
+        }
+        Some(name) => name.to_owned(),
+        // One of several types, which its text names.
+        None => String::new(),
     }
 }
 

@@ -45,6 +45,37 @@ fn a_run_that_is_under_way_has_a_page() {
 }
 
 #[test]
+fn losses_are_on_the_page_with_what_they_cost() {
+    let (place, _) = &*MEASURED;
+    place.write("lost/job.toml", place.read("runs/job-001/job.toml"));
+    let step = r#"{"event":"step","step":1,"loss":5.0,"tokens_per_s":100.0,"step_time_s":3.0}"#;
+    let loss = r#"{"rank":2,"host":"one","cause":"ended without a word","detection_s":0.25}"#;
+    let recovered =
+        r#""event":"recovered","step":1,"source":"memory","steps_redone":1,"time_s":0.75"#;
+    let metrics = format!("{step}\n{{{recovered},\"losses\":[{loss}]}}\n");
+    place.write("lost/metrics.jsonl", metrics);
+    place.succeed(&["report", "lost", "--out", "lost.html"]);
+    let page = place.read("lost.html");
+    for text in [
+        "Rank 2 on one ended without a word; noticed after 250.00 ms.",
+        "All go on after 750.00 ms, with state from memory; 1 step(s) done again.",
+        "75.0 % was training that counts",
+    ] {
+        assert!(page.contains(text), "{text} is not on the page");
+    }
+}
+
+#[test]
+fn a_browser_is_shown_the_page() {
+    let (place, _) = &*MEASURED;
+    place.write("browser", "#!/bin/sh\necho \"$1\" > shown\n");
+    let shown = place.shell(&format!(
+        "mkfifo shown; chmod +x browser; BROWSER=./browser phalanx report {RUN} --open > told; cat shown"
+    ));
+    assert_eq!(shown.trim(), "DIR/runs/job-001/report.html");
+}
+
+#[test]
 fn a_job_on_a_described_cluster_has_a_page_with_its_curve() {
     let place = Place::new();
     let job = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/llama-3.1-405b-8192.toml");

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 
 use crate::place::{Answer, Place, over};
 
@@ -224,13 +225,7 @@ fn whoever_stands_by_takes_over_and_no_step_is_done_again() {
     let place = Place::new();
     let endless = over(4, LAYOUT).replace("steps = 20", "steps = 100000000\nevaluate_every = 1");
     place.write("job.toml", endless + "\n[recovery]\nregister = \"register\"\n");
-    let start = |arguments: &[&str]| {
-        let mut command = place.phalanx(arguments);
-        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        (process, lines.map(Result::unwrap))
-    };
-    let (mut launcher, mut lines) = start(&["train", "job.toml"]);
+    let (mut launcher, mut lines) = start(&place, &["train", "job.toml"]);
     assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
     let twice = place.run(&["train", "job.toml"]);
     assert!(
@@ -238,7 +233,7 @@ fn whoever_stands_by_takes_over_and_no_step_is_done_again() {
         "{}",
         twice.stderr
     );
-    let (standby, mut said) = start(&["train", "job.toml", "--standby"]);
+    let (standby, mut said) = start(&place, &["train", "job.toml", "--standby"]);
     assert!(said.by_ref().any(|line| line.contains("the coordinator of term 0 is there")));
     kill_process(Pid::from_child(&launcher), Signal::KILL).unwrap();
     launcher.wait().unwrap();
@@ -255,6 +250,131 @@ fn whoever_stands_by_takes_over_and_no_step_is_done_again() {
     let again = steps.windows(2).filter(|pair| pair[1] != pair[0] + 1).count();
     assert!(again <= 1, "one loss: {steps:?}");
     assert_eq!(place.metrics("runs/job-001", "recovered").len(), 1);
+}
+
+/// A process of the binary, and what it prints.
+fn start(place: &Place, arguments: &[&str]) -> (Child, impl Iterator<Item = String> + use<>) {
+    let mut command = place.phalanx(arguments);
+    let mut process = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    (process, lines.map(Result::unwrap))
+}
+
+/// A job of as many steps as there is time for, all at one learning rate, so that shorter runs are the
+/// beginnings of longer ones; its batch can be split among 4, 3, 2 ranks and 1.
+fn endless(recovery: &str) -> String {
+    let learning = "learning_rate = 1e-4\nminimum_learning_rate = 1e-4\nwarmup_steps = 0";
+    let steps = "steps = 100000000\nevaluate_every = 1";
+    let job = over(4, "micro_batch = 2").replace("global_batch = 8", "global_batch = 24");
+    let job = job.replace("steps = 20", steps).replace("learning_rate = 1e-2", learning);
+    job + "\n[checkpoint]\nevery_steps = 0\n\n[recovery]\n" + recovery
+}
+
+/// Ends a run, and compares the losses of its steps with those of one that nothing happened to.
+fn stop_and_compare(place: &Place, launcher: Child, lines: impl Iterator<Item = String>) {
+    kill_process(Pid::from_child(&launcher), Signal::TERM).unwrap();
+    lines.for_each(drop);
+    let answer = Answer::new(launcher.wait_with_output().unwrap(), place);
+    assert_eq!(answer.code, Some(4), "{}", answer.stderr);
+    let steps = place.metrics("runs/job-001", "step");
+    let of = |record: &Value| record["step"].as_u64().unwrap();
+    let done = steps.iter().map(of).max().unwrap();
+    place.succeed(&["train", "job.toml", "--set", &format!("training.steps={done}")]);
+    let undisturbed = place.losses("runs/job-002", "step");
+    for record in &steps {
+        let (found, expected) =
+            (record["loss"].as_f64().unwrap(), undisturbed[of(record) as usize - 1]);
+        assert!((found / expected - 1.0).abs() <= 1e-5, "{record}, not {expected}");
+    }
+    for pair in steps.windows(2) {
+        assert!(of(&pair[1]) <= of(&pair[0]) + 1, "no step is left out: {pair:?}");
+    }
+}
+
+#[test]
+fn fewer_ranks_go_on_at_once_and_all_of_them_when_the_lost_one_is_back() {
+    let place = Place::new();
+    place.write("job.toml", endless("when_short = \"shrink\"\nreplace_within_s = 0.0\n"));
+    let (launcher, mut lines) = start(&place, &["train", "job.toml"]);
+    // Rank 0 is lost as others are: another becomes it, and talks on.
+    for seat in [2, 0] {
+        assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
+        kill_process(process_of(&place, seat).unwrap(), Signal::KILL).unwrap();
+        assert!(
+            lines.by_ref().any(|line| line.contains("recovered from memory in")
+                && line.contains(", 3 rank(s): rank"))
+        );
+        assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
+            && line.contains(", 4 rank(s): after step")));
+    }
+    stop_and_compare(&place, launcher, lines);
+    let ranks = place.metrics("runs/job-001", "recovered");
+    let ranks: Vec<_> = ranks.iter().map(|record| record["ranks"].as_u64().unwrap()).collect();
+    assert_eq!(ranks, [3, 4, 3, 4]);
+}
+
+/// A run on hosts of two ranks each, played by processes of this one: the launcher, what it prints, and
+/// where hosts join it.
+fn listening(place: &Place) -> (Child, impl Iterator<Item = String> + use<>, String) {
+    let (launcher, mut lines) = start(place, &["train", "job.toml", "--listen", "127.0.0.1:0"]);
+    let said = lines.find(|line| line.contains("hosts join with --join")).unwrap();
+    (launcher, lines, said.rsplit(' ').next().unwrap().to_owned())
+}
+
+/// Kills all processes of a host at once.
+fn kill_host(place: &Place, mut agent: Child, seats: [u32; 2]) {
+    let processes = seats.map(|seat| process_of(place, seat).unwrap());
+    kill_process(Pid::from_child(&agent), Signal::KILL).unwrap();
+    for process in processes {
+        kill_process(process, Signal::KILL).unwrap();
+    }
+    agent.wait().unwrap();
+}
+
+#[test]
+fn a_lost_host_is_done_without_until_it_is_back() {
+    let place = Place::new();
+    let job = endless("when_short = \"shrink\"\nreplace_within_s = 0.0\n");
+    place.write("job.toml", job + "\n[launch]\nranks_per_host = 2\n");
+    let (launcher, mut lines, address) = listening(&place);
+    let join = || start(&place, &["train", "job.toml", "--join", &address]).0;
+    let agent = join();
+    assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
+    kill_host(&place, agent, [2, 3]);
+    assert!(lines.by_ref().any(
+        |line| line.contains("recovered from memory in") && line.contains(", 2 rank(s): rank")
+    ));
+    let mut again = join();
+    assert!(lines.by_ref().any(|line| line.contains("recovered from memory in")
+        && line.contains(", 4 rank(s): after step")));
+    stop_and_compare(&place, launcher, lines);
+    // It is told that the run is over.
+    assert_eq!(again.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn a_spare_host_takes_the_place_of_a_lost_one() {
+    let place = Place::new();
+    place.write("job.toml", endless("") + "\n[launch]\nranks_per_host = 2\n");
+    let (launcher, mut lines, address) = listening(&place);
+    let join = || start(&place, &["train", "job.toml", "--join", &address]).0;
+    let agent = join();
+    assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
+    let mut spare = join();
+    kill_host(&place, agent, [2, 3]);
+    assert!(lines.by_ref().any(
+        |line| line.contains("recovered from memory in") && line.contains(", 4 rank(s): rank")
+    ));
+    stop_and_compare(&place, launcher, lines);
+    assert_eq!(spare.wait().unwrap().code(), Some(1));
+}
+
+#[test]
+fn a_spare_takes_the_place_of_a_lost_rank() {
+    let place = Place::new();
+    under(&place, &(over(4, LAYOUT) + "\n[recovery]\nspare_ranks = 1\n"), "kill:2@7,kill:0@12");
+    assert_same(&place);
+    assert_eq!(place.metrics("runs/job-002", "recovered").len(), 2);
 }
 
 #[test]

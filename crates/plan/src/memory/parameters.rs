@@ -75,11 +75,13 @@ impl<'a> Footprint<'a> {
         let layer = |layer: u32| config.parameters(Block::Layer(layer));
         let attention = |role: Role| {
             use Role::{
-                AttentionNorm, FeedForwardNorm, HeadNorm, Key, Latent, Output, Query, Value,
+                AttentionNorm, FeedForwardNorm, Key, KeyLatent, KeyLatentNorm, KeyNorm, Output,
+                Query, QueryLatent, QueryLatentNorm, QueryNorm, Value,
             };
-            let roles =
-                [AttentionNorm, FeedForwardNorm, HeadNorm, Key, Latent, Output, Query, Value];
-            roles.contains(&role)
+            let norms = [AttentionNorm, FeedForwardNorm, KeyNorm, QueryNorm];
+            let latent = [KeyLatent, KeyLatentNorm, QueryLatent, QueryLatentNorm];
+            let products = [Key, Output, Query, Value];
+            [&norms, &latent, &products].iter().any(|roles| roles.contains(&role))
         };
         let (sparse, dense): (Vec<u32>, Vec<u32>) =
             (0..config.layers).partition(|layer| config.experts_of(*layer).is_some());

@@ -162,9 +162,10 @@ fn table(of: &Training) -> Markup {
     }
 }
 
-/// What happened beside training, on a line of steps and in words.
+/// What happened beside training, on a line of steps and in words. `said` is what else is to be said
+/// of it.
 #[must_use]
-pub fn history(happenings: &[Happening], steps: u64) -> Section {
+pub fn history(happenings: &[Happening], steps: u64, said: &[String]) -> Section {
     let mut rows: BTreeMap<&str, Vec<&Happening>> = BTreeMap::new();
     for happening in happenings {
         rows.entry(happening.kind).or_default().push(happening);
@@ -174,6 +175,7 @@ pub fn history(happenings: &[Happening], steps: u64) -> Section {
         @if told().next().is_none() {
             p.lead { "No rank was lost, no step was left out or done again." }
         }
+        @for sentence in said { p.lead { (sentence) } }
         div.events {
             @for (kind, of) in &rows {
                 div.row-name { (kind) " " strong { (of.len()) } }

@@ -53,7 +53,7 @@ fn page() -> String {
             memory("Predicted.", &[stage(0), stage(1)], Some(Bytes(8 << 20))),
             scaling(&[curve], &[]),
             topology(&[level], Seconds(10.0), Origin::Measured),
-            history(&happenings, 1000),
+            history(&happenings, 1000, &[]),
             Section::absent("Energy", "Not measured here."),
         ],
         refresh_s: None,

@@ -10,7 +10,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use checkpoint::store::simulated::Dice;
 use units::{Rank, Seconds};
 
-use super::{Action, Coordinator, End, Event, Policy};
+use super::{Action, Coordinator, End, Event, Policy, Seat};
 use crate::copies::{Copies, Holding, agree};
 
 /// A run and what goes wrong in it.
@@ -92,6 +92,9 @@ struct Run {
 pub fn goodput(campaign: Campaign) -> Goodput {
     let policy = Policy {
         ranks: campaign.nodes,
+        fewer: vec![],
+        patience: Seconds(f64::INFINITY),
+        seats_per_host: campaign.nodes,
         // Whoever runs so many nodes has losses during recoveries, and goes on.
         restarts: u32::MAX,
         silence: campaign.silence,
@@ -112,6 +115,7 @@ pub fn goodput(campaign: Campaign) -> Goodput {
         done: 0,
         spent: Goodput::default(),
     };
+    run.hear(Event::Joined { host: 0 });
     run.next_fault = run.pause();
     run.go();
     let Goodput { time_s, training_s, .. } = run.spent;
@@ -167,11 +171,18 @@ impl Run {
         let newest = self.done / copy_every;
         let arrived = newest - u64::from(newest > 0 && self.dice.one_in(2));
         for number in newest.saturating_sub(2).max(before / copy_every)..=newest {
-            for copies in &mut self.copies {
-                copies.keep_own(number * copy_every, ());
-                if number <= arrived {
-                    copies.keep_ward(number * copy_every, ());
-                }
+            self.copy(number * copy_every, number <= arrived);
+        }
+    }
+
+    /// Every node keeps a copy of its part, and, if it has arrived, of its ward's.
+    fn copy(&mut self, step: u64, arrived: bool) {
+        let ranks = self.campaign.nodes;
+        for (rank, copies) in (0..).zip(&mut self.copies) {
+            let holding = |of| Holding { step, ranks, of: Rank(of) };
+            copies.keep_own(holding(rank), ());
+            if arrived {
+                copies.keep_ward(holding((rank + ranks - 1) % ranks), ());
             }
         }
     }
@@ -220,9 +231,10 @@ impl Run {
         // A node's memory is lost with its processes.
         self.copies[rank.index()] = Copies::default();
         let incarnation = self.incarnations[rank.index()];
-        let mut actions = self.hear(Event::Ended { rank, incarnation, end: End::Lost });
+        let seat = Seat(rank.0);
+        let mut actions = self.hear(Event::Ended { seat, incarnation, end: End::Lost });
         let incarnation = incarnation + 1;
-        while !actions.contains(&Action::Start { rank, incarnation }) {
+        while !actions.contains(&Action::Start { seat, incarnation }) {
             let next = self.coordinator.deadline().map_or(self.now, |at| at.0);
             self.spend((next - self.now).max(1e-3), |spent| &mut spent.restart_s);
             self.all_but(rank, |run, rank| drop(run.say_alive(rank)));
@@ -240,14 +252,15 @@ impl Run {
         let incarnation = self.incarnations[rank.index()];
         let killed = self.hear(Event::Tick);
         assert!(
-            killed.contains(&Action::Kill { rank, incarnation }),
+            killed.contains(&Action::Kill { seat: Seat(rank.0), incarnation }),
             "{rank} lives on: {killed:?}"
         );
     }
 
     fn say_alive(&mut self, rank: Rank) -> Vec<Action> {
         let (incarnation, step) = (self.incarnations[rank.index()], self.done);
-        self.hear(Event::Alive { rank, incarnation, step, asked: Seconds::ZERO })
+        let (seat, asked) = (Seat(rank.0), Seconds::ZERO);
+        self.hear(Event::Alive { seat, incarnation, step, asked })
     }
 
     fn all_but(&mut self, one: Rank, mut act: impl FnMut(&mut Self, Rank)) {
@@ -260,7 +273,7 @@ impl Run {
         let mut actions = Vec::new();
         for rank in self.ranks() {
             let (incarnation, step) = (self.incarnations[rank.index()], self.done);
-            actions = self.hear(Event::Ready { rank, incarnation, address, step });
+            actions = self.hear(Event::Ready { seat: Seat(rank.0), incarnation, address, step });
         }
         let met = actions.iter().filter(|action| matches!(action, Action::Meet { .. })).count();
         assert_eq!(met, self.campaign.nodes as usize, "all are told where to meet");
@@ -268,10 +281,7 @@ impl Run {
 
     /// All go on from what they hold together, or else from the last checkpoint.
     fn recover(&mut self) {
-        let nodes = self.campaign.nodes;
-        let ward = |rank: Rank| Rank((rank.0 + nodes - 1) % nodes);
-        let copies = |rank: Rank| self.copies[rank.index()].holdings(rank, ward(rank));
-        let holdings: Vec<BTreeSet<Holding>> = self.ranks().map(copies).collect();
+        let holdings: Vec<BTreeSet<Holding>> = self.copies.iter().map(Copies::holdings).collect();
         match agree(&holdings) {
             Some((step, _)) => {
                 self.done = step;
@@ -284,11 +294,7 @@ impl Run {
             }
         }
         if self.campaign.copy_every > 0 {
-            let done = self.done;
-            self.copies.iter_mut().for_each(|copies| {
-                copies.keep_own(done, ());
-                copies.keep_ward(done, ());
-            });
+            self.copy(self.done, true);
         }
     }
 }

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, getpid, kill_process};
 use serde::Serialize;
-use units::Rank;
+use serde::de::DeserializeOwned;
+use transport::Secret;
 
-use super::{Answer, CONTROL, Control, FENCE, LINE_LIMIT, Meeting, Record, Register, Word};
+use super::{Answer, CONTROL, Control, FENCE, LINE_LIMIT, Meeting, Record, Register, Seat, Word};
 
 /// How often a rank says that it lives.
-const HEARTBEAT: Duration = Duration::from_millis(500);
+pub(super) const HEARTBEAT: Duration = Duration::from_millis(500);
 /// How often a rank whose coordinator is lost looks for another.
 const LOOK: Duration = Duration::from_millis(50);
 /// The most characters of its last words that a process passes on.
@@ -31,12 +32,15 @@ pub struct Lifeline {
 
 /// What the threads of a lifeline share.
 struct Shared {
-    rank: Rank,
+    seat: Seat,
     incarnation: u64,
     begin: Instant,
     step: AtomicU64,
     /// Until when this process may go on, in milliseconds since its beginning.
     granted: AtomicU64,
+    ranks_per_host: u32,
+    /// Set when the ranks are called together, since there could be more of them.
+    called: Arc<AtomicBool>,
     link: Mutex<Link>,
 }
 
@@ -55,26 +59,36 @@ impl Lifeline {
     /// When it cannot be reached.
     pub fn connect(
         environment: &dyn Fn(&str) -> Option<String>,
-        rank: Rank,
         stop: Arc<AtomicBool>,
     ) -> io::Result<Option<Self>> {
         let Some(text) = environment(CONTROL) else { return Ok(None) };
-        let Control { record, incarnation, register } = serde_json::from_str(&text)?;
+        let control: Control = serde_json::from_str(&text)?;
+        let Control { record, seat, incarnation, register, fenced, ranks_per_host } = control;
         let register = register.as_deref().map(Register::at).transpose()?;
-        let fence = if register.is_some() { FENCE.as_millis() as u64 } else { u64::MAX };
-        let socket = greet(&record, Some(rank), incarnation)?;
+        let fence = if fenced { FENCE.as_millis() as u64 } else { u64::MAX };
+        let socket = greet(&record, Some(seat), incarnation)?;
         let reader = socket.try_clone()?;
         let link = Mutex::new(Link { socket, ready: None });
         let (step, granted) = (AtomicU64::new(0), AtomicU64::new(fence));
-        let begin = Instant::now();
-        let shared = Arc::new(Shared { rank, incarnation, begin, step, granted, link });
+        let (begin, called) = (Instant::now(), Arc::default());
+        let shared = Arc::new(Shared {
+            seat,
+            incarnation,
+            begin,
+            step,
+            granted,
+            ranks_per_host,
+            called,
+            link,
+        });
         let (meet, meetings) = mpsc::channel();
         let tending = Arc::clone(&shared);
         std::thread::spawn(move || {
             tending.tend(reader, record.term, register.as_ref(), &meet);
             stop.store(true, Ordering::Relaxed);
             let newest = register.map(|register| register.newest());
-            if !matches!(newest, None | Some(Ok(Some(Record { address: None, .. })))) {
+            let over = matches!(newest, Some(Ok(Some(Record { address: None, .. }))));
+            if fenced && !over {
                 // Not over: there may be another coordinator that does not find this process.
                 while tending.may_go_on() {
                     std::thread::sleep(LOOK);
@@ -88,7 +102,19 @@ impl Lifeline {
         Ok(Some(Self { shared, meetings }))
     }
 
-    /// The number of this process among those of its rank, from 0.
+    /// The seat of this process.
+    #[must_use]
+    pub fn seat(&self) -> Seat {
+        self.shared.seat
+    }
+
+    /// How many ranks each host has, so that ranks so far apart are on different ones.
+    #[must_use]
+    pub fn ranks_per_host(&self) -> u32 {
+        self.shared.ranks_per_host
+    }
+
+    /// The number of this process among those of its seat, from 0.
     #[must_use]
     pub fn incarnation(&self) -> u64 {
         self.shared.incarnation
@@ -108,12 +134,19 @@ impl Lifeline {
         Arc::new(move || shared.may_go_on())
     }
 
+    /// Set when this rank is to leave its generation after the step at hand, as all are: there could be
+    /// more ranks.
+    #[must_use]
+    pub fn called(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.shared.called)
+    }
+
     /// Tells of a step that is done.
     pub fn done(&self, step: u64) {
         self.shared.step.store(step, Ordering::Relaxed);
     }
 
-    /// Says that this rank is ready to meet the others, and waits for when and where; rank 0 then
+    /// Says that this process is ready to meet the others, and waits for when and where; rank 0 then
     /// uses the listener.
     ///
     /// # Errors
@@ -193,7 +226,8 @@ impl Shared {
         let patience = FENCE.mul_f64(0.75).as_millis() as u64;
         loop {
             let asked = self.clock();
-            let silent = replaceable && asked + patience > self.granted.load(Ordering::Relaxed);
+            let granted = self.granted.load(Ordering::Relaxed);
+            let silent = if replaceable { asked + patience > granted } else { asked > granted };
             let step = self.step.load(Ordering::Relaxed);
             if silent || !self.say(Word::Alive { step, asked }) {
                 return self.lock().socket.shutdown(Shutdown::Both).unwrap_or_default();
@@ -212,8 +246,14 @@ impl Shared {
                     let until = asked.saturating_add(FENCE.as_millis() as u64);
                     self.granted.fetch_max(until, Ordering::Relaxed);
                 }
-                // Nobody listens once the run is done.
-                Some(Answer::Meet(meeting)) => drop(meet.send(meeting)),
+                Some(Answer::Called) => self.called.store(true, Ordering::Relaxed),
+                Some(Answer::Meet(meeting)) => {
+                    self.called.store(false, Ordering::Relaxed);
+                    // Nobody listens once the run is done.
+                    drop(meet.send(meeting));
+                }
+                // Those are for hosts.
+                Some(Answer::Start(_) | Answer::Kill { .. } | Answer::Over { .. }) => {}
                 None => return,
             }
         }
@@ -239,7 +279,7 @@ impl Shared {
     }
 
     fn turn_to(&self, record: &Record) -> io::Result<TcpStream> {
-        let mut socket = greet(record, Some(self.rank), self.incarnation)?;
+        let mut socket = greet(record, Some(self.seat), self.incarnation)?;
         let reader = socket.try_clone()?;
         let mut link = self.lock();
         if let Some(ready) = &link.ready {
@@ -250,15 +290,23 @@ impl Shared {
     }
 }
 
-/// Connects to a coordinator and says who this is: a rank, or somebody who only watches.
-fn greet(record: &Record, rank: Option<Rank>, incarnation: u64) -> io::Result<TcpStream> {
-    let Record { address: Some(address), secret, .. } = record.clone() else {
-        return Err(io::ErrorKind::NotFound.into());
-    };
-    let mut socket = TcpStream::connect_timeout(&address, LIMIT)?;
+/// Connects to a coordinator and says who this is: a process of a seat, or somebody who only watches.
+fn greet(record: &Record, seat: Option<Seat>, incarnation: u64) -> io::Result<TcpStream> {
+    let mut socket = prove(record)?;
+    say(&mut socket, Word::Hello { seat, incarnation, process: std::process::id() })?;
+    Ok(socket)
+}
+
+/// Connects to a coordinator; both prove to know the run's secret.
+pub(super) fn prove(record: &Record) -> io::Result<TcpStream> {
+    let nowhere = || io::Error::from(io::ErrorKind::NotFound);
+    let address = record.address.ok_or_else(nowhere)?;
+    let secret = Secret::new(&record.secret).ok_or_else(nowhere)?;
+    let socket = TcpStream::connect_timeout(&address, LIMIT)?;
     socket.set_nodelay(true)?;
-    let process = std::process::id();
-    say(&mut socket, Word::Hello { rank, incarnation, process, secret })?;
+    transport::prove(&socket, &secret, Instant::now() + LIMIT)?;
+    socket.set_read_timeout(None)?;
+    socket.set_write_timeout(None)?;
     Ok(socket)
 }
 
@@ -299,7 +347,7 @@ pub(super) fn say(socket: &mut TcpStream, word: impl Serialize) -> io::Result<()
 }
 
 /// Hears a line; `None` at the end, or when what is said is no word.
-pub(super) fn hear(reader: &mut BufReader<TcpStream>) -> Option<Word> {
+pub(super) fn hear<T: DeserializeOwned>(reader: &mut BufReader<TcpStream>) -> Option<T> {
     let mut line = String::new();
     reader.take(LINE_LIMIT).read_line(&mut line).ok()?;
     serde_json::from_str(&line).ok()

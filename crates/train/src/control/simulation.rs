@@ -39,11 +39,17 @@ pub enum Bug {
     NeverStepsDown,
     /// Whoever takes over starts processes before those of the old coordinator must have ended.
     StartsAtOnce,
+    /// Processes that were told to end are taken for ended.
+    CountsOnKills,
+    /// Parts of the state are taken for what they would be over as many ranks as there are now.
+    MixesSpreads,
+    /// Nobody calls the ranks together when there could be more.
+    NeverGrows,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 12] = [
         Self::MeetsWithoutAll,
         Self::HearsTheDead,
         Self::RecoversHalf,
@@ -53,6 +59,9 @@ impl Bug {
         Self::RemovesEarly,
         Self::NeverStepsDown,
         Self::StartsAtOnce,
+        Self::CountsOnKills,
+        Self::MixesSpreads,
+        Self::NeverGrows,
     ];
 
     /// As it is named on a command line.
@@ -68,6 +77,9 @@ impl Bug {
             Self::RemovesEarly => "removes-early",
             Self::NeverStepsDown => "never-steps-down",
             Self::StartsAtOnce => "starts-at-once",
+            Self::CountsOnKills => "counts-on-kills",
+            Self::MixesSpreads => "mixes-spreads",
+            Self::NeverGrows => "never-grows",
         }
     }
 }
@@ -83,6 +95,8 @@ pub struct Survived {
     pub faults: u64,
     /// How often ranks began anew.
     pub generations: u64,
+    /// How often they were fewer than all.
+    pub smaller: u64,
     /// How often the whole run was started anew, its launcher lost.
     pub launches: u64,
     /// How often another coordinator took over.
@@ -118,10 +132,11 @@ mod tests {
             all.takeovers += survived.takeovers;
             all.checkpoints += survived.checkpoints;
             all.redone += survived.redone;
+            all.smaller += survived.smaller;
         }
         // The schedules would show nothing if nothing happened in them.
         assert!(all.faults > 2000 && all.checkpoints > 1500, "{all:?}");
-        assert!(all.launches > 50 && all.takeovers > 100, "{all:?}");
+        assert!(all.launches > 50 && all.takeovers > 100 && all.smaller > 100, "{all:?}");
     }
 
     #[test]

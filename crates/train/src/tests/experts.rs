@@ -1,18 +1,19 @@
 //! Mixtures of experts: however ranks share them, they train the same.
 
 use model::{Experts, Scoring};
-use plan::Recompute;
+use plan::{ContextExchange, Recompute, TensorOverlap};
 
 use super::*;
 
 /// Mixtral's experts in every layer.
-fn mixtral() -> Job {
-    with_experts(Experts::new(4, 2, 24))
+pub fn mixtral() -> Job {
+    with_experts(config(false), Experts::new(4, 2, 24))
 }
 
 /// DeepSeek-V3's: out of groups, by biased sigmoids, beside a shared one; the first layer is dense.
+/// Its attention too.
 fn deepseek() -> Job {
-    with_experts(Experts {
+    let experts = Experts {
         shared_width: 16,
         dense_layers: 1,
         scoring: Scoring::Sigmoid,
@@ -21,11 +22,32 @@ fn deepseek() -> Job {
         scale: 2.5,
         balance_rate: 1e-2,
         ..Experts::new(8, 2, 16)
-    })
+    };
+    with_experts(latent_config(), experts)
 }
 
-fn with_experts(experts: Experts) -> Job {
-    let config = Config { experts: Some(experts), feed_forward: 24, ..config(false) };
+/// DeepSeek-V2's: out of groups, by softmax among all.
+fn deepseek_v2() -> Job {
+    let experts = Experts {
+        shared_width: 32,
+        dense_layers: 1,
+        scoring: Scoring::SoftmaxOfAll,
+        groups: 4,
+        groups_per_token: 2,
+        scale: 2.0,
+        ..Experts::new(8, 2, 16)
+    };
+    with_experts(latent_config(), experts)
+}
+
+/// Qwen3's: in every other layer, whose attention norms queries and keys.
+fn qwen() -> Job {
+    let config = Config { query_key_norm: true, ..config(false) };
+    with_experts(config, Experts { every: 2, ..Experts::new(4, 2, 24) })
+}
+
+fn with_experts(config: Config, experts: Experts) -> Job {
+    let config = Config { experts: Some(experts), feed_forward: 24, ..config };
     assert_eq!(config.check(), Ok(()));
     Job { config, ..Job::new(false) }
 }
@@ -46,10 +68,12 @@ fn a_mixture_of_experts_learns_and_balances_its_loads() {
     }
     let trained = train(&deepseek(), &deepseek().reference());
     let config = &deepseek().config;
-    let layer = Block::Layer(1);
-    let bias = config.parameters(layer).into_iter().find(|p| p.role == model::Role::RouterBias);
-    let (_, values) = trained.parameters.iter().find(|(block, _)| *block == layer).unwrap();
-    let moved = &values[bias.unwrap().range()];
+    let biases = |(block, values): &(Block, Vec<f32>)| {
+        let bias =
+            config.parameters(*block).into_iter().find(|p| p.role == model::Role::RouterBias);
+        bias.map_or(vec![], |bias| values[bias.range()].to_vec())
+    };
+    let moved: Vec<f32> = trained.parameters.iter().flat_map(biases).collect();
     assert!(moved.iter().any(|bias| *bias > 0.0) && moved.iter().any(|bias| *bias < 0.0));
     let steps = moved.iter().map(|bias| bias / 1e-2);
     assert!(steps.clone().all(|steps| (steps - steps.round()).abs() < 1e-3), "{moved:?}");
@@ -113,6 +137,12 @@ fn with_other_axes() -> Vec<Layout> {
         with(mesh(1, 2, 2, 1), 2, Shard::Gradients),
         with(mesh(2, 2, 2, 1), 4, Shard::Parameters),
         Layout {
+            context_exchange: ContextExchange::Ring,
+            tensor_overlap: TensorOverlap::Pieces(2),
+            recompute: Recompute::Segments(vec![model::Segment::Qkv, model::Segment::Attend]),
+            ..with(mesh(2, 2, 2, 1), 2, Shard::Gradients)
+        },
+        Layout {
             schedule: Schedule::ZeroBubble,
             recompute: Recompute::Full,
             ..with(mesh(1, 1, 2, 2), 2, Shard::Optimizer)
@@ -124,6 +154,14 @@ fn with_other_axes() -> Vec<Layout> {
             ..with(mesh(1, 1, 4, 2), 4, Shard::Parameters)
         },
     ]
+}
+
+#[test]
+fn other_ways_to_route_change_nothing_either() {
+    for job in [deepseek_v2(), qwen()] {
+        let layouts = with_other_axes().into_iter().skip(4);
+        trains_the_same(&job, layouts.chain([spread(2, layout(2, 2, 2, Shard::Optimizer))]));
+    }
 }
 
 #[test]
@@ -163,7 +201,8 @@ fn experts_go_with_split_backward_passes_over_a_split_sequence() {
 #[test]
 fn experts_change_no_bit_when_repeated() {
     let job = deepseek();
-    for layout in [spread(4, layout(4, 1, 1, Shard::Gradients)), with_other_axes().remove(4)] {
+    let with_others = with_other_axes().into_iter().skip(4).take(2);
+    for layout in with_others.chain([spread(4, layout(4, 1, 1, Shard::Gradients))]) {
         assert!(train(&job, &layout) == train(&job, &layout), "{layout:?}");
     }
 }

@@ -1,6 +1,7 @@
 //! The grid: products of tensor, context, pipeline and data up to eight ranks, at every level of
 //! sharding, with the other choices taken in turn so that each meets each.
 
+use model::SlidingWindow;
 use plan::{ContextExchange, Recompute, TensorOverlap};
 
 use super::axes::{hold, job};
@@ -82,6 +83,33 @@ fn with_pipeline() {
 #[test]
 fn with_pipeline_and_data() {
     hold(&job(false), cells(2, 2));
+}
+
+/// Documents that do not see each other, in every cell of half the grid.
+#[test]
+fn with_latent_attention() {
+    let job = Job { config: latent_config(), ..job(true) };
+    for (pipeline, data) in [(1, 1), (2, 1), (2, 2)] {
+        hold(&job, cells(pipeline, data));
+    }
+}
+
+#[test]
+fn with_latent_attention_and_queries_projected_at_once() {
+    let mut config = latent_config();
+    config.latent_attention =
+        config.latent_attention.map(|latent| LatentAttention { query_rank: None, ..latent });
+    hold(&Job { config, ..job(true) }, cells(1, 2));
+}
+
+#[test]
+fn with_normed_heads_and_windows() {
+    let window = SlidingWindow { length: 7, full_every: Some(2) };
+    let config = Config { query_key_norm: true, sliding_window: Some(window), ..config(false) };
+    let job = Job { config, ..job(true) };
+    for (pipeline, data) in [(1, 1), (2, 1)] {
+        hold(&job, cells(pipeline, data));
+    }
 }
 
 #[test]

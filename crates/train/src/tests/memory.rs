@@ -1,5 +1,9 @@
 //! What ranks hold, counted: parameters and state that are sharded are really nowhere else.
 
+use compute::Sizes;
+use model::Segment;
+use plan::{ContextExchange, Recompute};
+
 use super::*;
 
 /// Bytes of a parameter in fp32, and of it with its two moments.
@@ -71,6 +75,82 @@ fn an_evaluation_needs_no_more_than_a_step() {
             for [_, of_steps, ever] in live(&job, &layout) {
                 assert!(ever <= of_steps, "{layout:?}: {of_steps}, then {ever}");
             }
+        }
+    }
+}
+
+/// The peak of each rank, planned and counted.
+fn planned_and_counted(job: &Job, layout: &Layout) -> Vec<[u64; 2]> {
+    let programs = job.programs(layout);
+    let planned = |rank| {
+        let operators = Sizes::new(job.precision);
+        let (config, optimizer) = (job.config.clone(), job.optimizer());
+        planned_peak(&Device { operators, config, optimizer }, &programs, Rank(rank)).0
+    };
+    let counted = live(job, layout).into_iter().map(|[_, _, ever]| ever);
+    (0..).map(planned).zip(counted).map(|(planned, counted)| [planned, counted]).collect()
+}
+
+/// Layouts of two to eight ranks, by every axis and what else decides what is kept.
+fn layouts() -> Vec<Layout> {
+    let shards = SHARDS.map(|shard| layout(4, 1, 1, shard));
+    let hybrids = SHARDS[1..].iter().map(|shard| hybrid::layout(4, 2, *shard));
+    let apart = Layout { local_steps: 2, ..hybrid::layout(4, 2, Shard::Optimizer) };
+    let recomputes = [
+        Recompute::Selective,
+        Recompute::Full,
+        Recompute::Layers(1),
+        Recompute::Segments(vec![Segment::FeedForwardNorm, Segment::FeedForward]),
+    ];
+    let plain = layout(2, 1, 2, Shard::Parameters);
+    let recomputed = recomputes.map(|recompute| Layout { recompute, ..plain.clone() });
+    let schedules = [
+        (Schedule::Gpipe, 1),
+        (Schedule::OneForwardOneBackward, 1),
+        (Schedule::Interleaved, 2),
+        (Schedule::ZeroBubble, 1),
+    ];
+    let pipelined = schedules.map(|(schedule, virtual_stages)| Layout {
+        schedule,
+        virtual_stages,
+        ..layout(1, 2, 1, Shard::None)
+    });
+    let split = |tensor, context, pipeline, data| Layout {
+        sequence_parallel: tensor > 1,
+        ..Layout::new(Mesh { tensor, context, pipeline, data, ..Mesh::ONE }, 1, Shard::Optimizer)
+    };
+    let splits = [(2, 1, 1, 1), (1, 2, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)];
+    let splits =
+        splits.map(|(tensor, context, pipeline, data)| split(tensor, context, pipeline, data));
+    let gathered = Layout { context_exchange: ContextExchange::AllGather, ..splits[1].clone() };
+    let all = shards.into_iter().chain(hybrids).chain([apart, gathered]);
+    all.chain(recomputed).chain(pipelined).chain(splits).collect()
+}
+
+#[test]
+fn the_peak_is_as_planned_to_the_byte() {
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        let job = Job { precision, steps: 2, ..Job::new(false) };
+        for layout in layouts() {
+            for [planned, counted] in planned_and_counted(&job, &layout) {
+                assert_eq!(planned, counted, "{precision:?} {layout:?}");
+            }
+        }
+    }
+}
+
+/// Routers that have seen two steps do not spread tokens evenly, and what they choose is not known
+/// before.
+#[test]
+fn the_peak_with_experts_is_as_planned_for_even_loads() {
+    let job = Job { steps: 2, ..experts::mixtral() };
+    for (expert, plain) in
+        [(1, layout(2, 1, 2, Shard::Optimizer)), (2, layout(4, 1, 2, Shard::Parameters))]
+    {
+        let layout = Layout { mesh: Mesh { expert, ..plain.mesh }, ..plain };
+        for [planned, counted] in planned_and_counted(&job, &layout) {
+            let error = planned as f64 / counted as f64 - 1.0;
+            assert!(error.abs() < 0.05, "{layout:?}: {planned}, {counted}: {error}");
         }
     }
 }

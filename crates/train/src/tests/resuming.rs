@@ -68,7 +68,14 @@ impl Keeping {
         let (stop, checkpoints) = (Arc::clone(&self.stop), Some(checkpoints));
         let own = self.flip.filter(|(rank, _)| *rank == worker.rank());
         let flips = own.map(|(_, step)| step).into_iter().collect();
-        Ok(Safekeeping { stop, replicas, checkpoints, compare_every_steps: 3, flips })
+        Ok(Safekeeping {
+            stop,
+            replicas,
+            checkpoints,
+            compare_every_steps: 3,
+            flips,
+            ..Safekeeping::default()
+        })
     }
 
     pub fn see(&self, event: &Event, view: &View) {
@@ -260,8 +267,14 @@ fn nothing_to_resume_is_said_with_the_reasons() {
 
 #[test]
 fn parameters_that_ranks_split_are_resumed_on_any_mesh() {
-    let job = Job { batch: Batch { sequence: 16, global_batch: 12 }, ..Job::new(true) };
-    let expected = train(&job, &job.reference());
+    let llama = Job { batch: Batch { sequence: 16, global_batch: 12 }, ..Job::new(true) };
+    let latent = Job { config: latent_config(), ..llama.clone() };
+    resumes_on_any_mesh(&llama);
+    resumes_on_any_mesh(&latent);
+}
+
+fn resumes_on_any_mesh(job: &Job) {
+    let expected = train(job, &job.reference());
     let with = |mesh, shard| Layout { sequence_parallel: true, ..Layout::new(mesh, 1, shard) };
     let layouts = [
         with(Mesh { tensor: 2, data: 2, ..Mesh::ONE }, Shard::Parameters),
@@ -273,10 +286,10 @@ fn parameters_that_ranks_split_are_resumed_on_any_mesh() {
         let after = &layouts[(index + 1) % layouts.len()];
         let (disk, store) = memory();
         let ranks = in_process(before.mesh.ranks());
-        train_keeping(&job, before, ranks, &Keeping::in_store(&store));
+        train_keeping(job, before, ranks, &Keeping::in_store(&store));
         let newest = Checkpoint::names(&*store).unwrap().remove(0);
         disk.truncate(&PathBuf::from(format!("/{newest}/manifest.json")), 0);
-        let mut resumed = resumed(&job, after, &store);
+        let mut resumed = resumed(job, after, &store);
         resumed.steps = [expected.steps[..15].to_vec(), resumed.steps].concat();
         resumed.evaluations = [vec![expected.evaluations[0]], resumed.evaluations].concat();
         assert_same(after, &resumed, &expected);

@@ -6,7 +6,7 @@ use units::{Rank, Seconds};
 
 use super::Bug;
 use super::world::{Doing, FENCE, Generation, Happening, Office, Process, Who, World, policy};
-use crate::control::{Action, Coordinator, End, Event, Verdict, first_of};
+use crate::control::{Action, Coordinator, End, Event, Seat, Verdict, first_of};
 
 /// Between two beats of a rank, in seconds.
 const BEAT: f64 = 1.0;
@@ -26,18 +26,15 @@ impl World {
         self.launch += u64::from(!self.processes.is_empty());
         self.survived.launches = self.launch;
         let who = Who { launch: self.launch, incarnation: first_of(0) };
-        self.processes = vec![Process::new(who, 0); self.plan.ranks as usize];
-        self.heard = vec![[0.0; 2]; self.plan.ranks as usize];
-        self.generation = Generation::default();
+        let none = Process { alive: false, ..Process::new(who, 0) };
+        self.processes = vec![none; self.plan.seats() as usize];
+        self.heard = vec![[0.0; 2]; self.plan.seats() as usize];
+        (self.generation, self.before) = (Generation::default(), vec![]);
         (self.furthest, self.done) = (0, 0);
         self.offices.clear();
         self.checkpoints.check(&self.right)?;
         let plan = self.plan;
         self.open(|now| Coordinator::new(policy(&plan), 0, now));
-        for rank in self.ranks() {
-            let start = self.delay();
-            self.to(start, rank, Doing::Up);
-        }
         Ok(())
     }
 
@@ -48,6 +45,12 @@ impl World {
         let coordinator = coordinator(shown(clock, self.now));
         let (term, ticking) = (self.offices.len() as u64, f64::INFINITY);
         self.offices.push(Office { coordinator, clock, ticking, alive: true, cut: 0.0 });
+        for host in 0..self.plan.hosts {
+            let (delay, launch, event) = (self.delay(), self.launch, Event::Joined { host });
+            if self.hosts[host as usize] {
+                self.after(delay, Happening::Hear { launch, term, event });
+            }
+        }
         self.tick_in_time(term);
         if self.plan.standby {
             self.after(CONFIRM, Happening::Confirm { launch: self.launch, term });
@@ -104,77 +107,77 @@ impl World {
     }
 
     /// A rank says something, which arrives after all that it said before.
-    pub fn say(&mut self, rank: Rank, event: Event) {
-        let at = self.arrival(rank, 0);
-        let Process { who, term, .. } = *self.rank(rank);
+    pub fn say(&mut self, seat: Seat, event: Event) {
+        let at = self.arrival(seat, 0);
+        let Process { who, term, .. } = *self.process(seat);
         self.after(at - self.now, Happening::Hear { launch: who.launch, term, event });
     }
 
-    fn arrival(&mut self, rank: Rank, direction: usize) -> f64 {
-        let held = self.held[self.plan.host(rank)][direction];
+    fn arrival(&mut self, seat: Seat, direction: usize) -> f64 {
+        let held = self.held[self.plan.host(seat)][direction];
         let at = self.now.max(held) + self.delay();
-        let last = &mut self.heard[rank.index()][direction];
+        let last = &mut self.heard[seat.index()][direction];
         *last = last.max(at);
         *last
     }
 
-    pub fn say_ready(&mut self, rank: Rank) {
-        let Process { who, state, .. } = *self.rank(rank);
+    pub fn say_ready(&mut self, seat: Seat) {
+        let Process { who, state, .. } = *self.process(seat);
         let incarnation = who.incarnation;
-        self.say(rank, Event::Ready { rank, incarnation, address: address(), step: state.step });
+        self.say(seat, Event::Ready { seat, incarnation, address: address(), step: state.step });
     }
 
     /// A rank says that it lives, as long as it does; and looks for another coordinator when it has
     /// long not been told that it may go on.
-    pub fn beat(&mut self, rank: Rank) {
+    pub fn beat(&mut self, seat: Seat) {
         let now = self.now;
-        let Process { who, state, orphaned, granted, seeks, .. } = *self.rank(rank);
+        let Process { who, state, orphaned, granted, seeks, .. } = *self.process(seat);
         if orphaned {
             return;
         }
         let (incarnation, asked) = (who.incarnation, Seconds(now));
-        self.say(rank, Event::Alive { rank, incarnation, step: state.step, asked });
-        self.to(BEAT, rank, Doing::Beat);
-        if granted < now + 0.75 * FENCE && !seeks {
-            self.rank(rank).seeks = true;
-            self.to(LOOK, rank, Doing::Seek);
+        self.say(seat, Event::Alive { seat, incarnation, step: state.step, asked });
+        self.to(BEAT, seat, Doing::Beat);
+        if self.plan.standby && granted < now + 0.75 * FENCE && !seeks {
+            self.process(seat).seeks = true;
+            self.to(LOOK, seat, Doing::Seek);
         }
     }
 
     /// A rank looks for another coordinator, as long as there will be time to save.
-    pub fn seek(&mut self, rank: Rank) {
+    pub fn seek(&mut self, seat: Seat) {
         let (now, newest) = (self.now, self.newest());
-        let process = self.rank(rank);
+        let process = self.process(seat);
         if !process.seeks || process.orphaned {
             return;
         }
         if process.term < newest {
             (process.term, process.seeks) = (newest, false);
-            self.beat_once(rank);
-            if self.rank(rank).generation.is_none() {
-                self.say_ready(rank);
+            self.beat_once(seat);
+            if self.process(seat).generation.is_none() {
+                self.say_ready(seat);
             }
         } else if process.granted < now + 0.5 * FENCE {
             process.orphaned = true;
             if process.generation.is_none() {
-                self.end(rank, End::Lost);
+                self.end(seat, End::Lost);
             }
         } else {
-            self.to(LOOK, rank, Doing::Seek);
+            self.to(LOOK, seat, Doing::Seek);
         }
     }
 
-    fn beat_once(&mut self, rank: Rank) {
-        let Process { who, state, .. } = *self.rank(rank);
+    fn beat_once(&mut self, seat: Seat) {
+        let Process { who, state, .. } = *self.process(seat);
         let (incarnation, asked) = (who.incarnation, Seconds(self.now));
-        self.say(rank, Event::Alive { rank, incarnation, step: state.step, asked });
+        self.say(seat, Event::Alive { seat, incarnation, step: state.step, asked });
     }
 
     pub fn hear(&mut self, term: u64, event: Event) -> Result<(), String> {
         let event = match (self.bug, event) {
-            (Some(Bug::HearsTheDead), Event::Ready { rank, address, step, .. }) => {
-                let incarnation = self.rank(rank).who.incarnation;
-                Event::Ready { rank, incarnation, address, step }
+            (Some(Bug::HearsTheDead), Event::Ready { seat, address, step, .. }) => {
+                let incarnation = self.process(seat).who.incarnation;
+                Event::Ready { seat, incarnation, address, step }
             }
             _ => event,
         };
@@ -202,9 +205,12 @@ impl World {
         for action in actions {
             self.act(term, action)?;
         }
-        if let (Some(Bug::MeetsWithoutAll), Event::Ready { rank, .. }) = (self.bug, event) {
+        if let (Some(Bug::MeetsWithoutAll), Event::Ready { seat, .. }) = (self.bug, event)
+            && seat.0 < self.plan.ranks
+        {
             let number = self.generation.number.max(1);
-            self.to(0.01, rank, Doing::Meet { term, number });
+            let (rank, ranks) = (Rank(seat.0), self.plan.ranks);
+            self.to(0.01, seat, Doing::Meet { term, number, rank, ranks });
         }
         if self.offices[term as usize].coordinator.decides(clock) {
             self.tick_in_time(term);
@@ -214,41 +220,49 @@ impl World {
 
     fn act(&mut self, term: u64, action: Action) -> Result<(), String> {
         match action {
-            Action::Start { rank, incarnation } => {
-                let now = self.now;
-                let Process { alive, halted, generation, granted, .. } = *self.rank(rank);
-                if let Some(working) = generation.filter(|_| alive && !halted && granted > now) {
+            Action::Start { seat, incarnation } => {
+                if let Some(working) = self.works(seat) {
                     return Err(format!(
-                        "another process of {rank} is started while one works in generation {working}"
+                        "another process of {seat} is started while one works in generation {working}"
                     ));
                 }
-                self.end(rank, End::Lost);
+                self.end(seat, End::Lost);
                 let who = Who { launch: self.launch, incarnation };
-                *self.rank(rank) = Process::new(who, term);
-                self.heard[rank.index()] = [0.0; 2];
+                let alive = self.hosts[self.plan.host(seat)];
+                *self.process(seat) = Process { alive, ..Process::new(who, term) };
+                self.heard[seat.index()] = [0.0; 2];
                 let start = 0.1 + self.delay();
-                self.to(start, rank, Doing::Up);
+                self.to(start, seat, Doing::Up);
             }
-            Action::Kill { rank, incarnation } => self.order(rank, incarnation, Doing::Killed),
-            Action::Grant { rank, incarnation, asked } => {
+            Action::Kill { seat, incarnation } => {
+                self.order(seat, incarnation, Doing::Killed);
+                if self.bug == Some(Bug::CountsOnKills) {
+                    let event = Event::Ended { seat, incarnation, end: End::Lost };
+                    self.after(0.0, Happening::Hear { launch: self.launch, term, event });
+                }
+            }
+            Action::Call { seat, incarnation } if self.bug != Some(Bug::NeverGrows) => {
+                self.order(seat, incarnation, Doing::Called(term));
+            }
+            Action::Grant { seat, incarnation, asked } => {
                 let until = asked.0 + policy(&self.plan).fence.0;
-                self.order(rank, incarnation, Doing::Granted { term, until });
+                self.order(seat, incarnation, Doing::Granted { term, until });
             }
-            Action::Meet { rank, incarnation, generation, .. } => {
+            Action::Meet { seat, incarnation, generation, rank, ranks, .. } => {
                 // Of all starts of the run no two have the same number.
                 let number = self.launch << 48 | generation;
-                self.order(rank, incarnation, Doing::Meet { term, number });
+                self.order(seat, incarnation, Doing::Meet { term, number, rank, ranks });
             }
-            Action::Finish(_) => {}
+            Action::Call { .. } | Action::Finish(_) => {}
         }
         Ok(())
     }
 
     /// The coordinator's word to a process.
-    fn order(&mut self, rank: Rank, incarnation: u64, doing: Doing) {
+    fn order(&mut self, seat: Seat, incarnation: u64, doing: Doing) {
         let who = Who { launch: self.launch, incarnation };
-        let at = self.arrival(rank, 1);
-        self.after(at - self.now, Happening::To { rank, who, doing });
+        let at = self.arrival(seat, 1);
+        self.after(at - self.now, Happening::To { seat, who, doing });
     }
 
     /// The launcher dies, and the coordinator with it. The ranks see it; if nobody takes over, they
@@ -256,9 +270,9 @@ impl World {
     pub fn lose_launcher(&mut self) {
         let term = self.newest();
         self.offices[term as usize].alive = false;
-        for rank in self.ranks() {
+        for seat in self.seats() {
             let delay = self.delay();
-            self.to(delay, rank, Doing::Orphaned(term));
+            self.to(delay, seat, Doing::Orphaned(term));
         }
         self.be_succeeded(10_000);
         self.launch_again();
@@ -288,10 +302,27 @@ impl World {
         }
     }
 
+    /// The generation that a process works in, if it does, as far as it may.
+    pub fn works(&self, seat: Seat) -> Option<u64> {
+        let Process { alive, halted, granted, generation, .. } = self.processes[seat.index()];
+        generation.filter(|_| alive && !halted && granted > self.now)
+    }
+
+    /// A process is gone, which nobody but the others of its generation sees.
+    pub fn vanish(&mut self, seat: Seat) {
+        let number = Some(self.generation.number);
+        let process = self.process(seat);
+        (process.alive, process.halted) = (false, false);
+        if process.generation.take() == number {
+            self.lose(seat);
+        }
+        self.launch_again();
+    }
+
     /// A process ends; the coordinator sees how, and the others of its generation that it is gone.
-    pub fn end(&mut self, rank: Rank, end: End) {
+    pub fn end(&mut self, seat: Seat, end: End) {
         let standby = self.plan.standby;
-        let process = self.rank(rank);
+        let process = self.process(seat);
         if !process.alive {
             return;
         }
@@ -302,10 +333,10 @@ impl World {
         let term = process.term;
         // Not on the stream that its words come on: they may come later.
         let (delay, launch) = (self.delay(), self.launch);
-        let event = Event::Ended { rank, incarnation, end };
+        let event = Event::Ended { seat, incarnation, end };
         self.after(delay, Happening::Hear { launch, term, event });
-        if end != End::Completed && generation.is_some() {
-            self.lose(rank);
+        if end != End::Completed && generation == Some(self.generation.number) {
+            self.lose(seat);
         }
         self.launch_again();
     }

@@ -41,7 +41,6 @@ pub struct Checkpoints {
     disk: SimulatedDisk,
     store: Arc<dyn Store>,
     config: Config,
-    ranks: u32,
     bug: Option<Bug>,
     /// Changes after which power is lost.
     crash_after: Option<u64>,
@@ -58,12 +57,11 @@ fn progress(state: State) -> Progress {
 }
 
 impl Checkpoints {
-    pub fn new(ranks: u32, bug: Option<Bug>) -> Self {
+    pub fn new(bug: Option<Bug>) -> Self {
         let disk = SimulatedDisk::new(Path::new(ROOT));
         let store = Arc::new(Folder::on(disk.clone(), Path::new(ROOT)));
         let (crash_after, promised) = (None, None);
-        let mut checkpoints =
-            Self { disk, store, config: config(), ranks, bug, crash_after, promised };
+        let mut checkpoints = Self { disk, store, config: config(), bug, crash_after, promised };
         checkpoints.heal();
         checkpoints
     }
@@ -101,12 +99,12 @@ impl Checkpoints {
         self.heal();
     }
 
-    /// A rank's part of a checkpoint; whether it was written.
-    pub fn write(&self, rank: Rank, attempt: u64, state: State) -> bool {
+    /// A rank's part of a checkpoint, of so many; whether it was written.
+    pub fn write(&self, (rank, ranks): (Rank, u32), attempt: u64, state: State) -> bool {
         let mut shard = Shard::default();
         for block in self.config.blocks() {
             let elements = self.config.block_elements(block) as usize;
-            let range = collective::chunk_range(elements, self.ranks, rank.0);
+            let range = collective::chunk_range(elements, ranks, rank.0);
             let values: Vec<f32> = range.clone().map(|element| half(state, element)).collect();
             for kind in Kind::ALL {
                 shard.push(block, kind, range.start as u64, &values);
@@ -116,14 +114,14 @@ impl Checkpoints {
     }
 
     /// Makes a checkpoint if all have written; `None` when the disk refuses.
-    pub fn commit(&mut self, attempt: u64, state: State) -> Option<bool> {
+    pub fn commit(&mut self, ranks: u32, attempt: u64, state: State) -> Option<bool> {
         let store = &*self.store;
         if self.bug == Some(Bug::RemovesEarly) {
             for folder in Checkpoint::names(store).unwrap_or_default() {
                 drop(store.remove(&format!("{folder}/manifest.json")));
             }
         }
-        let whole = match commit(store, progress(state), attempt, self.ranks, &self.config) {
+        let whole = match commit(store, progress(state), attempt, ranks, &self.config) {
             Err(_) => return None,
             Ok(false) if self.bug == Some(Bug::CommitsAlone) => true,
             Ok(whole) => whole,

@@ -7,8 +7,8 @@ use units::{Rank, Seconds};
 
 use super::disk::Checkpoints;
 use super::{Bug, Survived};
-use crate::control::{Coordinator, Event, Policy, Verdict};
-use crate::copies::Copies;
+use crate::control::{Coordinator, Event, Policy, Seat, Verdict};
+use crate::copies::{Copies, Holding};
 
 /// Virtual seconds of calm, after the faults, in which a run must come to its end.
 const CALM: f64 = 600.0;
@@ -52,7 +52,14 @@ impl State {
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
     pub ranks: u32,
-    pub ranks_per_host: u32,
+    pub seats_per_host: u32,
+    pub hosts: u32,
+    /// With how many ranks it can go on: all multiples of this; none if 0.
+    pub divisor: u32,
+    /// How long it waits before it does, in virtual seconds.
+    pub patience: f64,
+    /// Hosts may be gone for long.
+    pub hosts_leave: bool,
     pub steps: u64,
     pub copy_every: u64,
     pub save_every: u64,
@@ -72,10 +79,18 @@ impl Plan {
             1..20 => 9 + dice.below(56),
             _ => 2 + dice.below(7),
         };
+        let (ranks, seats_per_host) = (ranks as u32, 1 << dice.below(4));
+        let divisor = if dice.one_in(3) { 1 + dice.below(2) as u32 } else { 0 };
+        // Long enough for ranks to come back.
+        let more = if divisor > 0 && ranks < 9 { dice.below(200) } else { 0 };
         Self {
-            ranks: ranks as u32,
-            ranks_per_host: 1 << dice.below(4),
-            steps: 20 + dice.below(30),
+            ranks,
+            seats_per_host,
+            hosts: ranks.div_ceil(seats_per_host) + u32::from(dice.one_in(4)),
+            divisor,
+            patience: dice.below(3) as f64,
+            hosts_leave: dice.one_in(3),
+            steps: 20 + dice.below(30) + more,
             copy_every: 1 + dice.below(2) * dice.below(3),
             save_every: dice.below(2) * (3 + dice.below(10)),
             faulty: 5.0 + dice.below(30) as f64,
@@ -85,12 +100,17 @@ impl Plan {
         }
     }
 
-    pub fn hosts(&self) -> u32 {
-        self.ranks.div_ceil(self.ranks_per_host)
+    pub fn seats(&self) -> u32 {
+        self.hosts * self.seats_per_host
     }
 
-    pub fn host(&self, rank: Rank) -> usize {
-        (rank.0 / self.ranks_per_host) as usize
+    /// Whether processes end by themselves when nobody grants them time.
+    pub fn fenced(&self) -> bool {
+        self.standby || self.hosts_leave
+    }
+
+    pub fn host(&self, seat: Seat) -> usize {
+        (seat.0 / self.seats_per_host) as usize
     }
 }
 
@@ -109,15 +129,19 @@ pub struct Process {
     pub granted: f64,
     /// It looks for another coordinator.
     pub seeks: bool,
+    /// It was told to leave its generation after the step at hand.
+    pub called: bool,
     /// When its last save so far is written.
     pub writes: f64,
     /// The generation it works in, if it does.
     pub generation: Option<u64>,
+    /// Which rank of that it is, or was of the last.
+    pub rank: Rank,
     pub state: State,
     pub copies: Copies<State>,
     /// A copy that it is sending, and those that have come but are not kept yet, oldest first.
     pub sending: Option<State>,
-    pub arrived: Vec<State>,
+    pub arrived: Vec<(Holding, State)>,
 }
 
 impl Process {
@@ -130,8 +154,10 @@ impl Process {
             term,
             granted: f64::INFINITY,
             seeks: false,
+            called: false,
             writes: 0.0,
             generation: None,
+            rank: Rank(0),
             state: State::START,
             copies: Copies::default(),
             sending: None,
@@ -144,6 +170,8 @@ impl Process {
 #[derive(Debug, Clone, Default)]
 pub struct Generation {
     pub number: u64,
+    /// Who is which rank, as far as they have come.
+    pub seats: Vec<Option<Seat>>,
     /// Ranks that have come.
     pub met: u32,
     /// It has begun to train.
@@ -154,11 +182,19 @@ pub struct Generation {
     pub reached: u32,
     /// After this step all save and stop.
     pub last: Option<u64>,
+    /// After this step all leave, to meet with more.
+    pub parts: Option<u64>,
     /// A part of the checkpoint of this step could not be written.
     pub unsaved: Option<u64>,
 }
 
-/// What happens to a process of a rank.
+impl Generation {
+    pub fn ranks(&self) -> u32 {
+        self.seats.len() as u32
+    }
+}
+
+/// What happens to a process.
 #[derive(Debug, Clone, Copy)]
 pub enum Doing {
     /// It begins to run.
@@ -166,7 +202,9 @@ pub enum Doing {
     /// It says that it lives.
     Beat,
     /// The coordinator of a term tells it to meet the others.
-    Meet { term: u64, number: u64 },
+    Meet { term: u64, number: u64, rank: Rank, ranks: u32 },
+    /// The coordinator of a term tells it to leave after the step at hand.
+    Called(u64),
     /// The coordinator of a term lets it go on until then.
     Granted { term: u64, until: f64 },
     /// It looks whether somebody has taken over.
@@ -181,8 +219,8 @@ pub enum Doing {
     Orphaned(u64),
     /// It is killed by the coordinator.
     Killed,
-    /// It writes its part of a checkpoint.
-    Write { generation: u64, state: State },
+    /// As which rank of how many it writes its part of a checkpoint.
+    Write { generation: u64, place: (Rank, u32), state: State },
     /// Rank 0 looks whether all have written theirs.
     Commit { generation: u64, state: State },
 }
@@ -196,7 +234,7 @@ pub enum Happening {
     /// Somebody takes over from the coordinator of a term.
     Succeed { launch: u64, term: u64 },
     /// To a process.
-    To { rank: Rank, who: Who, doing: Doing },
+    To { seat: Seat, who: Who, doing: Doing },
     /// All of a generation have met.
     Begin(u64),
     /// All of a generation have reached the exchange of a step.
@@ -204,7 +242,9 @@ pub enum Happening {
     /// Something bad.
     Fault,
     /// A halted rank goes on.
-    Wake(Rank),
+    Wake(Seat),
+    /// A host is there again.
+    Return(u32),
     /// The run is started again.
     Launch,
 }
@@ -233,6 +273,12 @@ pub struct World {
     pub offices: Vec<Office>,
     pub processes: Vec<Process>,
     pub generation: Generation,
+    /// Who worked in the one before.
+    pub before: Vec<(Seat, Who)>,
+    /// Whether each host is there.
+    pub hosts: Vec<bool>,
+    /// Since when nothing bad has happened.
+    pub calm: f64,
     /// By rank: when its last words arrive at the coordinator, and the coordinator's at it.
     pub heard: Vec<[f64; 2]>,
     /// By host: until when its words to the coordinator, and those to it, are held up.
@@ -255,11 +301,15 @@ pub const LEASE: f64 = 3.0;
 pub const FENCE: f64 = 6.0;
 
 pub fn policy(plan: &Plan) -> Policy {
-    let time = |limit| Seconds(if plan.standby { limit } else { f64::INFINITY });
+    let time = |limit, limited| Seconds(if limited { limit } else { f64::INFINITY });
+    let fits = |ranks: &u32| plan.divisor > 0 && ranks % plan.divisor == 0;
     Policy {
         ranks: plan.ranks,
-        lease: time(LEASE),
-        fence: time(FENCE),
+        fewer: (1..plan.ranks).rev().filter(fits).collect(),
+        patience: time(plan.patience, plan.divisor > 0),
+        seats_per_host: plan.seats_per_host,
+        lease: time(LEASE, plan.standby),
+        fence: time(FENCE, plan.fenced()),
         restarts: 1000,
         silence: Seconds(3.0),
         start: Seconds(10.0),
@@ -284,10 +334,13 @@ impl World {
             offices: vec![],
             processes: vec![],
             generation: Generation::default(),
+            before: vec![],
+            hosts: vec![true; plan.hosts as usize],
+            calm: 0.0,
             heard: vec![],
-            held: vec![[0.0; 2]; plan.hosts() as usize],
+            held: vec![[0.0; 2]; plan.hosts as usize],
             cut: 0.0,
-            checkpoints: Checkpoints::new(plan.ranks, bug),
+            checkpoints: Checkpoints::new(bug),
             right: right.take(plan.steps as usize + 1).collect(),
             furthest: 0,
             done: 0,
@@ -307,9 +360,9 @@ impl World {
     }
 
     /// Something happens to a process, unless it is another by then.
-    pub fn to(&mut self, delay: f64, rank: Rank, doing: Doing) {
-        let who = self.processes[rank.index()].who;
-        self.after(delay, Happening::To { rank, who, doing });
+    pub fn to(&mut self, delay: f64, seat: Seat, doing: Doing) {
+        let who = self.processes[seat.index()].who;
+        self.after(delay, Happening::To { seat, who, doing });
     }
 
     /// A time of the network or the machine, in seconds: mostly short, sometimes long.
@@ -318,12 +371,12 @@ impl World {
         (1 + self.dice.below(if long { 800 } else { 10 })) as f64 * 1e-3
     }
 
-    pub fn ranks(&self) -> impl Iterator<Item = Rank> + use<> {
-        (0..self.plan.ranks).map(Rank)
+    pub fn seats(&self) -> impl Iterator<Item = Seat> + use<> {
+        (0..self.plan.seats()).map(Seat)
     }
 
-    pub fn rank(&mut self, rank: Rank) -> &mut Process {
-        &mut self.processes[rank.index()]
+    pub fn process(&mut self, seat: Seat) -> &mut Process {
+        &mut self.processes[seat.index()]
     }
 
     /// Runs until the end; what was violated, if anything.
@@ -335,7 +388,7 @@ impl World {
     }
 
     fn go(&mut self) -> Result<(), String> {
-        let most = self.order + EVENTS * u64::from(self.plan.ranks);
+        let most = self.order + EVENTS * u64::from(self.plan.seats());
         while let Some(((at, _), happening)) = self.agenda.pop_first() {
             self.now = at as f64 * 1e-6;
             if self.now > self.plan.faulty + CALM || self.order > most {
@@ -359,11 +412,12 @@ impl World {
             Happening::Confirm { launch, term } if launch == self.launch => self.confirm(term),
             Happening::Succeed { launch, term } if launch == self.launch => self.succeed(term),
             Happening::Hear { .. } | Happening::Confirm { .. } | Happening::Succeed { .. } => {}
-            Happening::To { rank, who, doing } => return self.do_to(rank, who, doing),
+            Happening::To { seat, who, doing } => return self.do_to(seat, who, doing),
             Happening::Begin(generation) => return self.begin(generation),
             Happening::Exchange(generation) => self.exchange(generation),
             Happening::Fault => self.fault(),
-            Happening::Wake(rank) => self.rank(rank).halted = false,
+            Happening::Wake(seat) => self.process(seat).halted = false,
+            Happening::Return(host) => self.host_returns(host),
             Happening::Launch => return self.launch(),
         }
         Ok(())
