@@ -52,6 +52,7 @@ on_every_transport!(
     different_operations_in_the_same_place_are_noticed,
     a_failed_collective_fails_for_those_who_post_it_later,
     garbage_on_a_stream_is_a_lost_peer,
+    frames_that_come_twice_or_too_early_do_no_harm,
     at_once_collectives_have_the_same_bits,
     at_once_the_order_of_groups_is_each_rank_s_own,
     at_once_a_lost_peer_is_named,
@@ -665,6 +666,31 @@ fn garbage_on_a_stream_is_a_lost_peer(make: MakeMesh) {
         });
         drop(stranger);
     }
+}
+
+fn frames_that_come_twice_or_too_early_do_no_harm(make: MakeMesh) {
+    let mut mesh = make(2);
+    let mut stranger = mesh.pop().unwrap();
+    let frame = |sequence: u64, value: f32| {
+        let (point_to_point, chunk, world, bytes) = (0x5048_4c02_u32, 0_u32, 0_u64, 4_u64);
+        let head = [point_to_point.to_le_bytes(), chunk.to_le_bytes()].concat();
+        let key = [world.to_le_bytes(), sequence.to_le_bytes(), bytes.to_le_bytes()].concat();
+        [head, key, value.to_le_bytes().to_vec()].concat()
+    };
+    let sent = [frame(1, 2.0), frame(0, 1.0), frame(0, 9.0), frame(1, 9.0), frame(2, 3.0)].concat();
+    let mut left = &sent[..];
+    while !left.is_empty() {
+        left = &left[stranger.try_write(Rank(0), &[IoSlice::new(left)]).unwrap()..];
+    }
+    run(mesh, Limits::default(), |mut communicator| {
+        let mut receive = || {
+            let action = Action::Receive { from: Rank(1) };
+            post(&mut communicator, &all(2), action, vec![0.0], "receive")
+        };
+        let tickets = [receive(), receive(), receive()];
+        let received = tickets.map(|ticket| communicator.wait(ticket).unwrap().buffer[0]);
+        assert_eq!(received, [1.0, 2.0, 3.0]);
+    });
 }
 
 /// A pause that differs from call to call and rank to rank: none, a yield, or a busy while.

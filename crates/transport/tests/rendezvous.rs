@@ -147,6 +147,13 @@ fn who_is_no_rank_is_told_nothing() {
 }
 
 #[test]
+fn a_taken_port_is_named() {
+    let (_listener, address) = listener();
+    let reason = rendezvous(0, 2, address).meet(None).unwrap_err().to_string();
+    assert!(reason.contains(&address.to_string()) && reason.contains("cannot listen"), "{reason}");
+}
+
+#[test]
 fn a_single_rank_needs_no_network() {
     let (listener, address) = listener();
     drop(listener);
