@@ -14,7 +14,16 @@ use units::Rank;
 fn rendezvous(rank: u32, ranks: u32, address: SocketAddr) -> Rendezvous {
     let (identity, timeout) = ("job".into(), Duration::from_secs(60));
     let (rank, secret) = (Rank(rank), mesh::secret());
-    Rendezvous { rank, ranks, address, identity, secret, timeout, shared_memory: true }
+    Rendezvous {
+        rank,
+        ranks,
+        address,
+        identity,
+        secret,
+        timeout,
+        shared_memory: true,
+        interface: None,
+    }
 }
 
 fn listener() -> (TcpListener, SocketAddr) {
