@@ -155,6 +155,7 @@ fn measure(
         secret: identity.secret.clone(),
         timeout: RENDEZVOUS,
         shared_memory: true,
+        interface: environment("PHALANX_INTERFACE").map(Into::into),
     };
     let failed = |source| train::Error::Communication { rank, source };
     let way = if args.tcp { Way::Tcp } else { Way::read(environment)? };

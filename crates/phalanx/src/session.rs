@@ -283,7 +283,9 @@ impl<'a, O: Operators> Session<'a, O> {
             match trained {
                 Err(error) if life.lifeline.is_some() && kept.can_go_on_after(&error) => {
                     if self.speaks {
-                        println!("lost           {error}");
+                        let called =
+                            matches!(error.downcast_ref(), Some(train::Error::Called { .. }));
+                        println!("{:<14} {error}", if called { "called" } else { "lost" });
                     }
                     (kept.lost, kept.seen) = (Instant::now(), error.to_string());
                 }

@@ -271,13 +271,7 @@ impl Communicator {
         let mut buffer = vec![0.0; group.ranks.len() * own.len()];
         let range = chunk_range(buffer.len(), ranks, member);
         buffer[range].copy_from_slice(own);
-        self.post_and_wait(
-            group,
-            &Collective::direct(Kind::AllGather, ranks),
-            member,
-            buffer,
-            label,
-        )
+        self.post_and_wait(group, &Collective::direct(Kind::AllGather, ranks), buffer, label)
     }
 
     /// Keeps the calling thread to one core, another than those of the other ranks of this host as far as
@@ -343,17 +337,27 @@ impl Communicator {
         &mut self,
         group: &Group,
         collective: &Collective,
-        mut buffer: Buffer,
+        buffer: Buffer,
         label: &str,
     ) -> Result<Buffer, Error> {
-        let is_shared = buffer.is_shared();
-        let outcome = self.carry_out(group, collective, &mut buffer, is_shared, label);
-        match (outcome, buffer.0) {
-            (Ok(()), place) => Ok(Buffer(place)),
-            (Err(error), Place::Own(_)) => Err(error),
-            (Err(error), Place::Shared(lease)) => {
-                lease.abandon();
-                Err(error)
+        match buffer.0 {
+            Place::Own(mut elements) => {
+                match self.at_once(group, collective, &mut elements, false, label) {
+                    Some(outcome) => outcome?,
+                    None => elements = self.post_and_wait(group, collective, elements, label)?,
+                }
+                Ok(elements.into())
+            }
+            Place::Shared(mut lease) => {
+                let outcome = match self.at_once(group, collective, &mut lease, true, label) {
+                    Some(outcome) => outcome,
+                    None => self.by_way_of_a_copy(group, collective, &mut lease, label),
+                };
+                if let Err(error) = outcome {
+                    lease.abandon();
+                    return Err(error);
+                }
+                Ok(Buffer(Place::Shared(lease)))
             }
         }
     }
@@ -372,7 +376,8 @@ impl Communicator {
         elements: &mut [f32],
         label: &str,
     ) -> Result<(), Error> {
-        self.carry_out(group, collective, elements, false, label)
+        self.at_once(group, collective, elements, false, label)
+            .unwrap_or_else(|| self.by_way_of_a_copy(group, collective, elements, label))
     }
 
     /// Adds up the elements of all ranks of the group, on all of them to the same bits: by
@@ -407,34 +412,39 @@ impl Communicator {
         self.local.as_ref().is_some_and(|local| local.has(group)) && Local::is_small(elements)
     }
 
-    fn carry_out(
+    /// Carries out a collective on this thread; `None` where that which communicates has to.
+    fn at_once(
         &mut self,
         group: &Group,
         collective: &Collective,
         elements: &mut [f32],
         is_shared: bool,
         label: &str,
+    ) -> Option<Result<(), Error>> {
+        if let Err(error) = self.outcomes.check() {
+            return Some(Err(error));
+        }
+        let (members, ranks) = (collective.members() as usize, group.ranks.len());
+        assert_eq!(members, ranks, "`{label}`: members and ranks");
+        let own = self.rank;
+        assert!(group.member(own).is_some(), "`{label}`: {own} is not in the group");
+        if let Some(local) = self.local.as_mut().filter(|local| local.carries(group, collective)) {
+            return Some(local.run(group, collective, elements, is_shared, label));
+        }
+        match self.native.as_ref()?.run(group, &collective.contract(), elements) {
+            Ok(false) => None,
+            outcome => Some(outcome.map(drop)),
+        }
+    }
+
+    fn by_way_of_a_copy(
+        &mut self,
+        group: &Group,
+        collective: &Collective,
+        elements: &mut [f32],
+        label: &str,
     ) -> Result<(), Error> {
-        self.outcomes.check()?;
-        let member = group.member(self.rank);
-        assert_eq!(
-            collective.members() as usize,
-            group.ranks.len(),
-            "`{label}`: members and ranks"
-        );
-        let member =
-            member.unwrap_or_else(|| panic!("`{label}`: {} is not in the group", self.rank));
-        let carries = |local: &&mut Local| local.carries(group, collective);
-        if let Some(local) = self.local.as_mut().filter(carries) {
-            return local.run(group, collective, elements, is_shared, label);
-        }
-        if let Some(native) = &self.native
-            && native.run(group, &collective.contract(), elements)?
-        {
-            return Ok(());
-        }
-        let buffer = elements.to_vec();
-        let result = self.post_and_wait(group, collective, member, buffer, label)?;
+        let result = self.post_and_wait(group, collective, elements.to_vec(), label)?;
         elements.copy_from_slice(&result);
         Ok(())
     }
@@ -443,10 +453,10 @@ impl Communicator {
         &mut self,
         group: &Group,
         collective: &Collective,
-        member: u32,
         buffer: Vec<f32>,
         label: &str,
     ) -> Result<Vec<f32>, Error> {
+        let member = group.member(self.rank).expect("a rank operates in its own groups");
         let generate = || Arc::new(collective.part(member));
         let part = self.parts.entry((collective.clone(), member)).or_insert_with(generate);
         let (group, action) = (group.clone(), Action::Collective(Arc::clone(part)));

@@ -23,7 +23,7 @@ pub struct Flight {
     /// The last operations that are over, in the order in which they ended, then those under way in
     /// the order of posting.
     pub operations: Vec<Record>,
-    /// The other ranks.
+    /// The other ranks that it has or had a stream with, or lost.
     pub peers: Vec<Peer>,
 }
 

@@ -9,7 +9,8 @@
 //! and `outgoing` the two directions of a stream, `frame` what travels on it, `pulse` whether peers
 //! live, `flight` what is told when one does not, `interprocess` the streams
 //! (`socket`; `shared_memory`, its `ring` and its `segment`), `rendezvous` how the processes of a job
-//! find each other (`lobby`, `handshake`, `message`), `sharing` how those of a host come to share memory,
+//! find each other (`lobby`, `handshake`, `message`), `door` how two of them come to be connected, `sharing`
+//! how those of a host come to share memory,
 //! `topology` which algorithm fits where ranks are.
 //!
 //! Collectives that are waited for at once go another way where all ranks of the group share an `arena`:
@@ -21,6 +22,7 @@ mod board;
 mod buffer;
 mod communicator;
 mod departed;
+mod door;
 mod element;
 mod error;
 mod flight;

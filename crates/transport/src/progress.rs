@@ -63,6 +63,8 @@ enum Lane {
 #[derive(Default)]
 struct Peer {
     gone: Option<Gone>,
+    /// There is a stream, and it was told who is lost.
+    connected: bool,
     pulse: Pulse,
     outgoing: Outgoing,
     incoming: Incoming,
@@ -149,7 +151,8 @@ impl Progress {
         let is_lost = |peer: &Peer| peer.gone.as_ref().is_some_and(|gone| !gone.orderly);
         let lost = self.peers.iter().position(is_lost).map(|index| Rank(index as u32));
         for (index, peer) in self.peers.iter_mut().enumerate() {
-            if index != own && peer.gone.is_none() && !peer.outgoing.broken {
+            let hears = peer.connected || !peer.outgoing.is_idle();
+            if index != own && hears && peer.gone.is_none() && !peer.outgoing.broken {
                 peer.outgoing.push_notice(Header::goodbye(lost));
             }
         }
@@ -170,7 +173,8 @@ impl Progress {
         })
     }
 
-    /// When it is time, tells every peer that this rank lives, and gives up those that are silent.
+    /// When it is time, tells every peer that this rank lives, and gives up those that are silent. With a peer
+    /// that is waited for there is a stream from then on, by which its end is seen.
     fn beat(&mut self) {
         let leaves = self.closing.as_ref().is_some_and(|closing| closing.said_goodbye);
         if leaves || !self.metronome.beats() {
@@ -178,8 +182,15 @@ impl Progress {
         }
         let heartbeat = self.doing().header();
         let mut silent = Vec::new();
+        let awaited: Vec<_> = self.operations.values().flat_map(Active::waiting_for).collect();
         for (index, peer) in self.peers.iter_mut().enumerate() {
-            if index == self.transport.rank().index() || peer.gone.is_some() {
+            let is_own = index == self.transport.rank().index();
+            let hears = peer.connected || awaited.contains(&Rank(index as u32));
+            if is_own || peer.gone.is_some() || !hears {
+                continue;
+            }
+            if !peer.connected {
+                peer.outgoing.push_heartbeat(heartbeat);
                 continue;
             }
             peer.pulse.beat(peer.incoming.is_held());
@@ -208,7 +219,9 @@ impl Progress {
     /// What this rank did last, and what it knows of the others.
     fn flight(&self) -> Flight {
         let own = self.transport.rank();
-        let others = (0..).map(Rank).zip(&self.peers).filter(|(rank, _)| *rank != own);
+        let known =
+            |(rank, peer): &(Rank, &Peer)| *rank != own && (peer.connected || peer.gone.is_some());
+        let others = (0..).map(Rank).zip(&self.peers).filter(known);
         let peer = |(rank, peer): (Rank, &Peer)| flight::Peer {
             rank,
             host: self.transport.host_name(rank).map(|name| name.to_string()),
@@ -241,6 +254,7 @@ impl Progress {
         let mut moved = false;
         for peer in (0..self.transport.ranks()).map(Rank).filter(|peer| *peer != own) {
             if self.peers[peer.index()].gone.is_none() {
+                self.note_connection(peer);
                 moved |= self.write(peer);
                 let read = self.read(peer).unwrap_or_else(|error| self.lose(peer, &error));
                 self.peers[peer.index()].pulse.heard |= read;
@@ -248,6 +262,19 @@ impl Progress {
             }
         }
         moved
+    }
+
+    /// Tells a peer with which there is a stream now who was lost before.
+    fn note_connection(&mut self, peer: Rank) {
+        if self.peers[peer.index()].connected || !self.transport.is_connected(peer) {
+            return;
+        }
+        let lost = |peer: &Peer| peer.gone.as_ref().is_some_and(|gone| !gone.orderly);
+        let ranks = (0..).map(Rank).zip(&self.peers);
+        let lost: Vec<_> = ranks.filter(|(_, peer)| lost(peer)).map(|(rank, _)| rank).collect();
+        let entry = &mut self.peers[peer.index()];
+        entry.connected = true;
+        lost.into_iter().for_each(|rank| entry.outgoing.push_notice(Header::loss(rank)));
     }
 
     /// Starts an operation. Its number is taken even if it fails at once, as on the other ranks.
@@ -388,6 +415,11 @@ impl Progress {
         match header.key.kind {
             Kind::Goodbye => {
                 self.see_off(peer, header.lost());
+                return Ok(true);
+            }
+            Kind::Loss => {
+                self.peers[peer.index()].incoming.header.filled = 0;
+                self.lose_by_hearsay(peer, header.lost());
                 return Ok(true);
             }
             Kind::Abort => return Ok(self.take_abort(peer, header.key)),
@@ -551,14 +583,18 @@ impl Progress {
         true
     }
 
-    /// A peer said goodbye. If it left because it lost another, that one is to be named here too, whose
-    /// end may not have been seen yet.
-    fn see_off(&mut self, peer: Rank, lost: Option<Rank>) {
+    /// A peer says that it has lost another, whose end may not be seen here.
+    fn lose_by_hearsay(&mut self, peer: Rank, lost: Option<Rank>) {
         let known = |rank: &Rank| self.peers.get(rank.index()).is_some_and(|p| p.gone.is_none());
         let own = self.transport.rank();
         if let Some(lost) = lost.filter(|rank| *rank != own && *rank != peer && known(rank)) {
             self.depart(lost, Gone { orderly: false, reason: format!("{peer} lost it") });
         }
+    }
+
+    /// A peer said goodbye. If it left because it lost another, that one is to be named here too.
+    fn see_off(&mut self, peer: Rank, lost: Option<Rank>) {
+        self.lose_by_hearsay(peer, lost);
         let reason = match lost {
             Some(lost) => format!("it left the job after it had lost {lost}"),
             None => "it left the job".into(),
@@ -566,9 +602,16 @@ impl Progress {
         self.depart(peer, Gone { orderly: true, reason });
     }
 
-    /// Closes a peer's stream and fails the operations that cannot do without.
+    /// Closes a peer's stream and fails the operations that cannot do without. That it is lost, those who have no
+    /// stream with it hear from those who have.
     fn depart(&mut self, peer: Rank, gone: Gone) {
         self.departed.note(peer, &gone);
+        if !gone.orderly {
+            let hears = |other: &&mut Peer| other.connected && other.gone.is_none();
+            for other in self.peers.iter_mut().filter(hears) {
+                other.outgoing.push_notice(Header::loss(peer));
+            }
+        }
         let entry = &mut self.peers[peer.index()];
         entry.gone = Some(gone);
         entry.outgoing = Outgoing::default();
