@@ -7,12 +7,14 @@ Two ranks of one thread, each in a network namespace of its own, with a link bet
 by a token bucket (tc, tbf) so that what a rank sends in a step takes as long as the step of one rank
 alone: of two that train alone at once, so that they share caches and memory as the two of a job do.
 Phalanx and PyTorch (DistributedDataParallel, FSDP2; gloo) take turns; each has the rate that its own
-computing asks for. Exposed is what the step takes longer than alone, over what its communication takes.
+computing asks for. Exposed is what the step takes longer than alone, over what its communication takes:
+what ranks waited, which Phalanx tells of its own, and what the transfers took of the cores.
 Needs root, for the namespaces. Prints one line for each system and way of sharding.
 """
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -44,7 +46,8 @@ def join():
         sh(f"ip netns add {space}")
     sh(f"ip link add veth0 netns {SPACES[0]} type veth peer name veth0 netns {SPACES[1]}")
     for space, address in zip(SPACES, ADDRESSES):
-        for command in (f"ip addr add {address}/24 dev veth0", "ip link set veth0 up",
+        # Of large frames headers are less than 1 %: the rate is that of what is sent.
+        for command in (f"ip addr add {address}/24 dev veth0", "ip link set veth0 mtu 9000 up",
                         "ip link set lo up"):
             sh(f"ip netns exec {space} {command}")
 
@@ -75,7 +78,9 @@ def at_once(commands):
         if process.returncode:
             raise SystemExit(f"{process.args}: {error}")
     printed = outputs[0][0]
-    return json.loads(printed[printed.index("{"):])["step_time_s"]
+    run = json.loads(printed[printed.index("{"):])
+    waited = run.get("exposed_communication_s", math.nan) + run.get("pipeline_bubble_s", math.nan)
+    return run["step_time_s"], waited
 
 
 class Phalanx:
@@ -133,12 +138,12 @@ def parameters():
 
 
 def measure(system, way):
-    """The step alone, the step of two, and the share of communication that is exposed."""
+    """The step alone, the step of two, and the shares of communication that are exposed and waited for."""
     shape(None)
-    alone = at_once([system.command(way, 1, rank) for rank in (0, 1)])
+    alone, _ = at_once([system.command(way, 1, rank) for rank in (0, 1)])
     shape(SENT[way] * parameters() / alone)
-    together = at_once([system.command(way, 2, rank) for rank in (0, 1)])
-    return alone, together, (together - alone) / alone
+    together, waited = at_once([system.command(way, 2, rank) for rank in (0, 1)])
+    return alone, together, (together - alone) / alone, waited / alone
 
 
 def main():
@@ -160,9 +165,10 @@ def main():
                     for system in chosen:
                         found[system.name].append(measure(system, way))
                 for name, rounds in found.items():
-                    alone, together, exposed = (statistics.median(r) for r in zip(*rounds))
+                    alone, together, exposed, waited = map(statistics.median, zip(*rounds))
                     print(f"{way:14} {name:8} alone {1e3 * alone:6.0f} ms, two ranks "
-                          f"{1e3 * together:6.0f} ms, exposed {100 * exposed:5.1f} %", flush=True)
+                          f"{1e3 * together:6.0f} ms, exposed {100 * exposed:5.1f} %, "
+                          f"waited for {100 * waited:5.1f} %", flush=True)
         finally:
             for space in SPACES:
                 sh(f"ip netns del {space}")

@@ -107,7 +107,7 @@ class Torchrun:
         script = pathlib.Path(__file__).with_name("torch_restart.py")
         command = [self.a.python, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
         command += ["--max-restarts", str(self.restarts), "--monitor-interval", "0.1"]
-        command += ["--master-port", "0", script, "--shape", json.dumps(SHAPE)]
+        command += ["--standalone", script, "--shape", json.dumps(SHAPE)]
         command += ["--steps", str(self.a.steps), "--save-every", str(self.a.save_every)]
         command += ["--folder", self.place]
         self.starts += 1
@@ -167,6 +167,7 @@ def main():
     arguments.add_argument("--kills", type=int, default=6)
     arguments.add_argument("--save-every", type=int, default=50)
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--kinds", nargs="*", choices=["memory", "disk", "torchrun"])
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--program", default="target/release/phalanx")
     arguments.add_argument("--python", help="an interpreter that has torch")
@@ -174,12 +175,14 @@ def main():
     a.program = str(pathlib.Path(a.program).resolve())
     kills = trace(a.steps, a.kills, a.seed)
     print(f"{a.steps} steps, a checkpoint every {a.save_every}; (step, rank) killed: {kills}")
-    kinds = ["memory", "disk"] + (["torchrun"] if a.python else [])
+    kinds = a.kinds or ["memory", "disk"] + (["torchrun"] if a.python else [])
     found = {(kind, bool(faults)): [] for kind in kinds for faults in ([], kills)}
     for _ in range(a.rounds):
         for kind in kinds:
             for faults in ([], kills):
                 found[kind, bool(faults)].append(run(a, kind, faults))
+                elapsed, cpu = found[kind, bool(faults)][-1]
+                print(f"{kind}, {len(faults)} killed: {elapsed:.1f} s, {cpu:.1f} s of processor", flush=True)
     for kind in kinds:
         clean, faulty = ([min_median_max(found[kind, f], at) for at in (0, 1)] for f in (False, True))
         lost = statistics.median(t for t, _ in found[kind, True]) - statistics.median(

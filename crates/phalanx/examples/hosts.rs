@@ -42,8 +42,16 @@ fn join() -> Result<Communicator, Box<dyn Error>> {
     let Identity { rank, ranks, master, secret, .. } = identity;
     let timeout = Duration::from_secs(20);
     let (identity, shared_memory) = ("hosts".into(), true);
-    let rendezvous =
-        Rendezvous { rank, ranks, address: master, identity, secret, timeout, shared_memory };
+    let rendezvous = Rendezvous {
+        rank,
+        ranks,
+        address: master,
+        identity,
+        secret,
+        timeout,
+        shared_memory,
+        interface: None,
+    };
     let limits = Limits { silence: SILENCE, ..Limits::default() };
     Ok(Communicator::new(Box::new(rendezvous.meet(None)?), limits)?)
 }

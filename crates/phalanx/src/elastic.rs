@@ -89,7 +89,7 @@ mod tests {
         let eight = job(8, "pipeline = 2\ntensor = 2\nmicro_batch = 2");
         assert_eq!(policy(&eight, false).fewer, [6, 4, 2]);
         let mesh = over(&eight, 6).unwrap().layout.mesh;
-        assert_eq!((mesh.data, mesh.tensor, mesh.pipeline), (3, 2, 2));
+        assert_eq!((mesh.data, mesh.tensor, mesh.pipeline), (3, 2, 1));
         let mesh = over(&eight, 2).unwrap().layout.mesh;
         assert_eq!((mesh.data, mesh.tensor, mesh.pipeline), (1, 2, 1));
     }

@@ -38,7 +38,7 @@ impl Machine {
         let segments = measured.segments.iter();
         let profile = Profile {
             cores: cores(),
-            others: others(measured.core_share, ranks * threads),
+            others: others(measured.core_share, ranks, threads),
             ranks_per_host: ranks,
             threads_per_rank: threads,
             segments: segments
@@ -98,13 +98,15 @@ pub fn cores() -> u32 {
     std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32)
 }
 
-/// Threads of other programs on this host, where `threads` of ours that computed at once got such a
-/// share of a core each. With several threads a rank, one's share says that of all.
-fn others(share: f64, threads: u32) -> f64 {
+/// Threads of other programs on this host, where each of so many ranks that computed at once got
+/// such a share of a core. Of ranks with several threads, which wait for each other, that is not known.
+fn others(share: f64, ranks: u32, threads: u32) -> f64 {
     // What interrupts take is no program.
     const UNDISTURBED: f64 = 0.97;
-    let all = f64::from(cores()) / share;
-    if share > UNDISTURBED { 0.0 } else { (all - f64::from(threads)).max(0.0) }
+    if share > UNDISTURBED || threads > 1 {
+        return 0.0;
+    }
+    (f64::from(cores()) / share - f64::from(ranks)).max(0.0)
 }
 
 /// One rank has no link; any figures do for a program without transfers.

@@ -187,9 +187,11 @@ impl<'a, O: Operators> Session<'a, O> {
                 thousands(self.batches.held_out()),
             );
             let ranks = (0..self.job.cluster.accelerators).map(Rank);
-            if let Some(most) =
-                ranks.filter_map(|rank| planned(&self.job, &self.programs, rank)).max()
-            {
+            let counts = self.device.operators.live().is_some();
+            let planned = ranks
+                .filter(|_| counts)
+                .filter_map(|rank| planned(&self.job, &self.programs, rank));
+            if let Some(most) = planned.max() {
                 println!(
                     "memory         {most} planned on the fullest rank, for tensors and transfers"
                 );
@@ -281,7 +283,9 @@ impl<'a, O: Operators> Session<'a, O> {
             match trained {
                 Err(error) if life.lifeline.is_some() && kept.can_go_on_after(&error) => {
                     if self.speaks {
-                        println!("lost           {error}");
+                        let called =
+                            matches!(error.downcast_ref(), Some(train::Error::Called { .. }));
+                        println!("{:<14} {error}", if called { "called" } else { "lost" });
                     }
                     (kept.lost, kept.seen) = (Instant::now(), error.to_string());
                 }
@@ -355,13 +359,10 @@ impl<'a, O: Operators> Session<'a, O> {
             checkpointing::checkpoints(&self.job, self.rank, &kept.path, attempt, start, is_ours)?;
         kept.safekeeping.checkpoints = Some(checkpoints);
         let trained = self.run(&mut worker, kept, life, start.step, &happened);
-        if let Err(error) = &trained
-            && is_loss(error)
-        {
-            // What cannot be written must not hide what went wrong.
-            let (communicator, _) = worker.communication(program::Axis::World);
-            drop(flight_record::write(communicator, &kept.path, number));
-        }
+        // What cannot be written must not hide what went wrong.
+        let failed = trained.as_ref().is_err_and(is_loss);
+        let (communicator, _) = worker.communication(program::Axis::World);
+        drop(flight_record::write(communicator, &kept.path, number, failed));
         let trained = trained?;
         let model_folder = kept.path.join("model");
         train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;

@@ -347,6 +347,7 @@ fn rendezvous(job: &Job, identity: &Identity, resume: Option<&Path>) -> Rendezvo
         secret: identity.secret.clone(),
         timeout: RENDEZVOUS,
         shared_memory: true,
+        interface: environment("PHALANX_INTERFACE").map(Into::into),
     }
 }
 

@@ -90,6 +90,7 @@ impl Communicator {
             secret,
             timeout,
             shared_memory: std::env::var("PHALANX_TRANSPORT").as_deref() != Ok("tcp"),
+            interface: std::env::var("PHALANX_INTERFACE").ok().map(Into::into),
         };
         let listener = listener.and_then(|listener| lock(&listener.listener).take());
         let meet = move || -> Result<_, transport::Error> {

@@ -305,8 +305,16 @@ fn between_processes(
         let secret = Secret::new("the secret of a test").unwrap();
         let timeout = Duration::from_secs(60);
         let rank = Rank(rank);
-        let rendezvous =
-            Rendezvous { rank, ranks, address, identity, secret, timeout, shared_memory };
+        let rendezvous = Rendezvous {
+            rank,
+            ranks,
+            address,
+            identity,
+            secret,
+            timeout,
+            shared_memory,
+            interface: None,
+        };
         let listener = listener.take().filter(|_| rank == Rank(0));
         move || Box::new(rendezvous.meet(listener).unwrap()) as Box<dyn Transport>
     })

@@ -96,6 +96,10 @@ pub struct Communicator {
     cores: u32,
 }
 
+/// From this size of the buffer on, between hosts, it matters more what a collective moves and keeps than how
+/// often ranks wait for each other.
+const MANY_BYTES: usize = 1 << 20;
+
 /// How much sooner than a computing thread the communication thread is scheduled.
 const NICENESS: i32 = -10;
 
@@ -169,6 +173,21 @@ impl Communicator {
     pub fn fitting(&self, kind: Kind, group: &Group) -> Collective {
         let hosts: Vec<_> = group.ranks.iter().map(|rank| self.hosts[rank.index()]).collect();
         fitting(kind, &hosts)
+    }
+
+    /// A collective that the ranks of a group carry out fast on so many elements that are waited for at once:
+    /// [`Collective::direct`] where they share memory or the elements are few. Elsewhere a member that is sent
+    /// several chunks to add up would have to keep all but one, so that it is [`Communicator::fitting`].
+    ///
+    /// # Panics
+    /// When a rank of the group is not in the job.
+    #[must_use]
+    pub fn chosen(&self, kind: Kind, group: &Group, elements: usize) -> Collective {
+        if 4 * elements < MANY_BYTES || self.arena_of(group).is_some() {
+            Collective::direct(kind, group.ranks.len() as u32)
+        } else {
+            self.fitting(kind, group)
+        }
     }
 
     /// Starts an operation; never blocks.
@@ -271,13 +290,7 @@ impl Communicator {
         let mut buffer = vec![0.0; group.ranks.len() * own.len()];
         let range = chunk_range(buffer.len(), ranks, member);
         buffer[range].copy_from_slice(own);
-        self.post_and_wait(
-            group,
-            &Collective::direct(Kind::AllGather, ranks),
-            member,
-            buffer,
-            label,
-        )
+        self.post_and_wait(group, &Collective::direct(Kind::AllGather, ranks), buffer, label)
     }
 
     /// Keeps the calling thread to one core, another than those of the other ranks of this host as far as
@@ -343,17 +356,27 @@ impl Communicator {
         &mut self,
         group: &Group,
         collective: &Collective,
-        mut buffer: Buffer,
+        buffer: Buffer,
         label: &str,
     ) -> Result<Buffer, Error> {
-        let is_shared = buffer.is_shared();
-        let outcome = self.carry_out(group, collective, &mut buffer, is_shared, label);
-        match (outcome, buffer.0) {
-            (Ok(()), place) => Ok(Buffer(place)),
-            (Err(error), Place::Own(_)) => Err(error),
-            (Err(error), Place::Shared(lease)) => {
-                lease.abandon();
-                Err(error)
+        match buffer.0 {
+            Place::Own(mut elements) => {
+                match self.at_once(group, collective, &mut elements, false, label) {
+                    Some(outcome) => outcome?,
+                    None => elements = self.post_and_wait(group, collective, elements, label)?,
+                }
+                Ok(elements.into())
+            }
+            Place::Shared(mut lease) => {
+                let outcome = match self.at_once(group, collective, &mut lease, true, label) {
+                    Some(outcome) => outcome,
+                    None => self.by_way_of_a_copy(group, collective, &mut lease, label),
+                };
+                if let Err(error) = outcome {
+                    lease.abandon();
+                    return Err(error);
+                }
+                Ok(Buffer(Place::Shared(lease)))
             }
         }
     }
@@ -372,12 +395,13 @@ impl Communicator {
         elements: &mut [f32],
         label: &str,
     ) -> Result<(), Error> {
-        self.carry_out(group, collective, elements, false, label)
+        self.at_once(group, collective, elements, false, label)
+            .unwrap_or_else(|| self.by_way_of_a_copy(group, collective, elements, label))
     }
 
-    /// Adds up the elements of all ranks of the group, on all of them to the same bits: by
-    /// [`Collective::direct`], or, if they are few, by gathering them and adding them up on every rank in
-    /// the order of the group.
+    /// Adds up the elements of all ranks of the group, on all of them to the same bits: by the collective that
+    /// is [`Communicator::chosen`], or, if they are few and memory is shared, by gathering them and adding them up
+    /// on every rank in the order of the group.
     ///
     /// # Errors
     /// As [`Communicator::run`].
@@ -397,7 +421,10 @@ impl Communicator {
                 let gather = Collective::direct(Kind::AllGather, ranks);
                 local.gather_and_add(group, &gather, &mut buffer, label).map(|()| buffer)
             }
-            _ => self.run(group, &Collective::direct(Kind::AllReduce, ranks), buffer, label),
+            _ => {
+                let chosen = self.chosen(Kind::AllReduce, group, buffer.len());
+                self.run(group, &chosen, buffer, label)
+            }
         }
     }
 
@@ -407,34 +434,39 @@ impl Communicator {
         self.local.as_ref().is_some_and(|local| local.has(group)) && Local::is_small(elements)
     }
 
-    fn carry_out(
+    /// Carries out a collective on this thread; `None` where that which communicates has to.
+    fn at_once(
         &mut self,
         group: &Group,
         collective: &Collective,
         elements: &mut [f32],
         is_shared: bool,
         label: &str,
+    ) -> Option<Result<(), Error>> {
+        if let Err(error) = self.outcomes.check() {
+            return Some(Err(error));
+        }
+        let (members, ranks) = (collective.members() as usize, group.ranks.len());
+        assert_eq!(members, ranks, "`{label}`: members and ranks");
+        let own = self.rank;
+        assert!(group.member(own).is_some(), "`{label}`: {own} is not in the group");
+        if let Some(local) = self.local.as_mut().filter(|local| local.carries(group, collective)) {
+            return Some(local.run(group, collective, elements, is_shared, label));
+        }
+        match self.native.as_ref()?.run(group, &collective.contract(), elements) {
+            Ok(false) => None,
+            outcome => Some(outcome.map(drop)),
+        }
+    }
+
+    fn by_way_of_a_copy(
+        &mut self,
+        group: &Group,
+        collective: &Collective,
+        elements: &mut [f32],
+        label: &str,
     ) -> Result<(), Error> {
-        self.outcomes.check()?;
-        let member = group.member(self.rank);
-        assert_eq!(
-            collective.members() as usize,
-            group.ranks.len(),
-            "`{label}`: members and ranks"
-        );
-        let member =
-            member.unwrap_or_else(|| panic!("`{label}`: {} is not in the group", self.rank));
-        let carries = |local: &&mut Local| local.carries(group, collective);
-        if let Some(local) = self.local.as_mut().filter(carries) {
-            return local.run(group, collective, elements, is_shared, label);
-        }
-        if let Some(native) = &self.native
-            && native.run(group, &collective.contract(), elements)?
-        {
-            return Ok(());
-        }
-        let buffer = elements.to_vec();
-        let result = self.post_and_wait(group, collective, member, buffer, label)?;
+        let result = self.post_and_wait(group, collective, elements.to_vec(), label)?;
         elements.copy_from_slice(&result);
         Ok(())
     }
@@ -443,10 +475,10 @@ impl Communicator {
         &mut self,
         group: &Group,
         collective: &Collective,
-        member: u32,
         buffer: Vec<f32>,
         label: &str,
     ) -> Result<Vec<f32>, Error> {
+        let member = group.member(self.rank).expect("a rank operates in its own groups");
         let generate = || Arc::new(collective.part(member));
         let part = self.parts.entry((collective.clone(), member)).or_insert_with(generate);
         let (group, action) = (group.clone(), Action::Collective(Arc::clone(part)));

@@ -18,6 +18,8 @@ pub(crate) enum Kind {
     Abort = 0x5048_4c04,
     /// Nothing: the sender lives, and says what it is doing.
     Heartbeat = 0x5048_4c05,
+    /// Nothing: the sender has lost a rank, of which the receiver may see nothing itself.
+    Loss = 0x5048_4c06,
 }
 
 /// Which operation of the job a frame belongs to, up to the rank that sends it.
@@ -46,7 +48,12 @@ impl Header {
         Self { chunk, ..Self::notice(Kind::Goodbye, 0, 0) }
     }
 
-    /// Whom the sender of a goodbye had lost.
+    /// Notice that this rank is lost.
+    pub(crate) fn loss(lost: Rank) -> Self {
+        Self { chunk: lost.0 + 1, ..Self::notice(Kind::Loss, 0, 0) }
+    }
+
+    /// Whom the sender of a goodbye or a notice has lost.
     pub(crate) fn lost(self) -> Option<Rank> {
         self.chunk.checked_sub(1).map(Rank)
     }
@@ -75,6 +82,7 @@ impl Header {
             kind if kind == Kind::Goodbye as u32 => Kind::Goodbye,
             kind if kind == Kind::Abort as u32 => Kind::Abort,
             kind if kind == Kind::Heartbeat as u32 => Kind::Heartbeat,
+            kind if kind == Kind::Loss as u32 => Kind::Loss,
             other => return Err(format!("it sent a frame of unknown kind {other:#x}")),
         };
         let bytes = u64_at(wire, 24);
@@ -118,7 +126,7 @@ mod tests {
         }
 
         #[test]
-        fn random_bytes_are_an_error_or_a_bounded_header(wire: [u8; HEADER_BYTES], kind in 0..7_u32) {
+        fn random_bytes_are_an_error_or_a_bounded_header(wire: [u8; HEADER_BYTES], kind in 0..8_u32) {
             let mut wire = wire;
             wire[..4].copy_from_slice(&(0x5048_4c00 + kind).to_le_bytes());
             if let Ok(header) = Header::decode(&wire, 1 << 20) {

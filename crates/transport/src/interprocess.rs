@@ -1,8 +1,7 @@
 //! Streams between processes: shared memory with the ranks of the same host, TCP with the others,
-//! waited for together.
+//! waited for together. Most are made when they are first written to.
 
-use std::io::{self, ErrorKind, IoSlice};
-use std::net::TcpStream;
+use std::io::{ErrorKind, IoSlice};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,13 +9,13 @@ use mio::event::Event;
 use mio::{Events, Poll, Token};
 use units::Rank;
 
-use crate::segment::Segment;
+use crate::door::{Door, Link};
 use crate::shared_memory::SharedMemory;
 use crate::socket::Socket;
 use crate::{Arena, Error, Transport, Waker};
 
-/// The token of the waker; peers have their rank as token.
-const WAKER: Token = Token(usize::MAX);
+/// The token of the waker; peers have their rank as token, and the door those above.
+pub(crate) const WAKER: Token = Token(usize::MAX);
 
 /// How many readiness events are taken at a time; more stay queued in the kernel.
 const EVENTS: usize = 256;
@@ -27,7 +26,9 @@ pub struct Interprocess {
     rank: Rank,
     /// Of every rank.
     hosts: Vec<Host>,
+    /// By rank; none with this rank itself, and those that are still to be made.
     streams: Vec<Option<Stream>>,
+    door: Door,
     poll: Poll,
     events: Events,
     waker: Arc<mio::Waker>,
@@ -50,45 +51,58 @@ enum Stream {
 }
 
 impl Interprocess {
-    /// Takes over the connections to every rank but `rank`, which has `None` in its place, each
-    /// with the memory that is shared with that peer, if any. `hosts` has every rank's; `arena` is the memory
-    /// that all ranks of this host share.
+    /// Takes over the connections that there are, and the door by which more come; `hosts` has every rank's,
+    /// `arena` is the memory that all ranks of this host share. The waker is that of the poll.
     pub(crate) fn new(
-        rank: Rank,
+        poll: Poll,
+        waker: Arc<mio::Waker>,
         hosts: Vec<Host>,
-        links: Vec<Option<(TcpStream, Option<Segment>)>>,
+        door: Door,
+        links: Vec<(Rank, Link)>,
         arena: Option<Arena>,
     ) -> Result<Self, Error> {
-        let poll = Poll::new().map_err(Error::system("create a poll"))?;
-        let waker =
-            mio::Waker::new(poll.registry(), WAKER).map_err(Error::system("create a waker"))?;
-        let stream = |(peer, link): (usize, Option<(TcpStream, Option<Segment>)>)| {
-            let Some((socket, segment)) = link else {
-                return Ok(None);
-            };
-            let socket = Socket::register(socket, &poll, Token(peer))?;
-            Ok(Some(match segment {
-                None => Stream::Tcp(socket),
-                Some(segment) => {
-                    Stream::Shared(SharedMemory::new(socket, segment, rank.index() < peer))
-                }
-            }))
-        };
-        let streams = links.into_iter().enumerate().map(stream).collect::<io::Result<_>>();
-        let streams = streams.map_err(Error::system("watch a socket"))?;
-        let events = Events::with_capacity(EVENTS);
-        let arena = arena.map(Arc::new);
-        Ok(Self { rank, hosts, streams, poll, events, waker: Arc::new(waker), arena })
+        let (rank, streams) = (door.directory().rank, hosts.iter().map(|_| None).collect());
+        let (events, arena) = (Events::with_capacity(EVENTS), arena.map(Arc::new));
+        let mut made = Self { rank, hosts, streams, door, poll, events, waker, arena };
+        for (peer, link) in links {
+            made.open(peer, link)?;
+        }
+        Ok(made)
     }
 
-    /// Whether the bytes to and from a peer go through memory rather than TCP.
+    fn open(&mut self, peer: Rank, (socket, segment): Link) -> Result<(), Error> {
+        let socket = Socket::register(socket, &self.poll, Token(peer.index()));
+        let socket = socket.map_err(Error::system("watch a socket"))?;
+        self.streams[peer.index()] = Some(match segment {
+            None => Stream::Tcp(socket),
+            Some(segment) => Stream::Shared(SharedMemory::new(socket, segment, self.rank < peer)),
+        });
+        self.door.opened(peer);
+        Ok(())
+    }
+
+    /// Whether the bytes to and from a peer go through memory rather than TCP; before there is a stream, whether
+    /// they are meant to.
     #[must_use]
     pub fn shares_memory_with(&self, peer: Rank) -> bool {
-        matches!(self.streams.get(peer.index()), Some(Some(Stream::Shared(_))))
+        match &self.streams[peer.index()] {
+            Some(stream) => matches!(stream, Stream::Shared(_)),
+            None => self.door.directory().neighbours.ring(self.rank, peer).is_some(),
+        }
     }
 
-    fn stream(&mut self, peer: Rank) -> &mut Stream {
-        self.streams[peer.index()].as_mut().expect("a rank has a stream to every rank but itself")
+    /// The stream with a peer, if it is there by now.
+    ///
+    /// # Errors
+    /// When there will never be one.
+    fn stream(&mut self, peer: Rank) -> Result<Option<&mut Stream>, Error> {
+        match &mut self.streams[peer.index()] {
+            Some(stream) => Ok(Some(stream)),
+            None => match self.door.failure(peer) {
+                Some(reason) => Err(Error::ended(peer, reason)),
+                None => Ok(None),
+            },
+        }
     }
 
     /// The streams that no event of the operating system tells about.
@@ -126,18 +140,27 @@ impl Transport for Interprocess {
         self.hosts[rank.index()].number
     }
 
+    fn is_connected(&self, peer: Rank) -> bool {
+        self.streams[peer.index()].is_some()
+    }
+
     fn try_write(&mut self, peer: Rank, pieces: &[IoSlice<'_>]) -> Result<usize, Error> {
-        let written = match self.stream(peer) {
-            Stream::Tcp(socket) => socket.write(pieces),
-            Stream::Shared(shared) => shared.write(pieces),
+        let written = match self.stream(peer)? {
+            Some(Stream::Tcp(socket)) => socket.write(pieces),
+            Some(Stream::Shared(shared)) => shared.write(pieces),
+            None => {
+                self.door.dial(peer);
+                Ok(0)
+            }
         };
         written.map_err(|error| Error::ended(peer, error))
     }
 
     fn try_read(&mut self, peer: Rank, into: &mut [u8]) -> Result<usize, Error> {
-        let read = match self.stream(peer) {
-            Stream::Tcp(socket) => socket.read(into),
-            Stream::Shared(shared) => shared.read(into),
+        let read = match self.stream(peer)? {
+            Some(Stream::Tcp(socket)) => socket.read(into),
+            Some(Stream::Shared(shared)) => shared.read(into),
+            None => Ok(0),
         };
         read.map_err(|error| Error::ended(peer, error))
     }
@@ -152,9 +175,14 @@ impl Transport for Interprocess {
             polled => polled.map_err(Error::system("wait for the sockets"))?,
         }
         for event in &self.events {
-            if let Some(Some(stream)) = self.streams.get_mut(event.token().0) {
-                stream.note(event);
+            match self.streams.get_mut(event.token().0) {
+                Some(Some(stream)) => stream.note(event),
+                Some(None) => {}
+                None => self.door.note(event),
             }
+        }
+        while let Some((peer, link)) = self.door.next() {
+            self.open(peer, link)?;
         }
         Ok(())
     }

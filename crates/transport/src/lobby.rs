@@ -4,21 +4,24 @@
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use mio::{Events, Interest, Poll, Token};
+use mio::event::Event;
+use mio::{Events, Interest, Poll, Registry, Token};
 use socket2::SockRef;
 
 use crate::handshake::{self, ANSWER_BYTES, Challenge, Secret};
 use crate::message::{PREFIX_BYTES, read_prefix};
 
-/// How many connections may be waiting with an incomplete message; beyond, the oldest is dropped.
-const GUEST_LIMIT: usize = 16 << 10;
+/// How many connections may be waiting with an incomplete message beside those of all ranks; beyond, the oldest
+/// is dropped.
+const STRANGERS_LIMIT: usize = 256;
 
 /// How many connections may wait to be accepted; the kernel may make it fewer.
 const BACKLOG: i32 = 4096;
 
-const LISTENER: Token = Token(usize::MAX);
+/// The token of the listener, beyond those of ranks; those of guests follow.
+const LISTENER: usize = 1 << 32;
 
 /// A connection that has said a whole message.
 pub(crate) struct Guest {
@@ -29,14 +32,18 @@ pub(crate) struct Guest {
     pub body: Vec<u8>,
 }
 
-/// A listener and the connections that have not said a whole message yet.
+/// A listener and the connections that have not said a whole message yet, watched by a poll.
+#[derive(Debug)]
 pub(crate) struct Lobby {
-    poll: Poll,
-    events: Events,
+    registry: Registry,
     listener: mio::net::TcpListener,
     secret: Secret,
     guests: BTreeMap<usize, Speaking>,
+    /// How many may be waiting.
+    room: usize,
     next_token: usize,
+    /// Somebody may be waiting to be accepted.
+    knocked: bool,
     /// Guests with bytes to read.
     ready: Vec<usize>,
     /// How many have failed to prove that they know the secret.
@@ -44,6 +51,7 @@ pub(crate) struct Lobby {
 }
 
 /// A connection in the middle of its message.
+#[derive(Debug)]
 struct Speaking {
     socket: mio::net::TcpStream,
     challenge: Challenge,
@@ -53,16 +61,22 @@ struct Speaking {
 }
 
 impl Lobby {
-    pub(crate) fn new(listener: TcpListener, secret: Secret) -> io::Result<Self> {
+    /// Where so many ranks may come.
+    pub(crate) fn new(
+        listener: TcpListener,
+        secret: Secret,
+        ranks: u32,
+        poll: &Poll,
+    ) -> io::Result<Self> {
         // More than the 128 that the standard library lets wait: those beyond would try again seconds later.
         SockRef::from(&listener).listen(BACKLOG)?;
         listener.set_nonblocking(true)?;
         let mut listener = mio::net::TcpListener::from_std(listener);
-        let poll = Poll::new()?;
-        poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
-        let (events, guests) = (Events::with_capacity(64), BTreeMap::new());
-        let (next_token, ready, strangers) = (0, Vec::new(), 0);
-        Ok(Self { poll, events, listener, secret, guests, next_token, ready, strangers })
+        let registry = poll.registry().try_clone()?;
+        registry.register(&mut listener, Token(LISTENER), Interest::READABLE)?;
+        let (guests, room) = (BTreeMap::new(), ranks as usize + STRANGERS_LIMIT);
+        let (next_token, knocked, ready, strangers) = (LISTENER + 1, false, Vec::new(), 0);
+        Ok(Self { registry, listener, secret, guests, room, next_token, knocked, ready, strangers })
     }
 
     /// How many have connected that do not know the secret.
@@ -71,32 +85,50 @@ impl Lobby {
     }
 
     /// The next connection that has said a whole message; `None` once the deadline has passed.
-    pub(crate) fn next(&mut self, deadline: Instant) -> io::Result<Option<Guest>> {
+    pub(crate) fn await_next(
+        &mut self,
+        poll: &mut Poll,
+        deadline: Instant,
+    ) -> io::Result<Option<Guest>> {
+        let mut events = Events::with_capacity(64);
+        loop {
+            if let Some(guest) = self.next()? {
+                return Ok(Some(guest));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            match poll.poll(&mut events, Some(left)) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                polled => polled?,
+            }
+            events.iter().for_each(|event| self.note(event));
+        }
+    }
+
+    /// Takes note of an event, if it is of this lobby.
+    pub(crate) fn note(&mut self, event: &Event) {
+        match event.token().0 {
+            LISTENER => self.knocked = true,
+            guest if guest > LISTENER => self.ready.push(guest),
+            _ => {}
+        }
+    }
+
+    /// The next connection that has said a whole message by now.
+    pub(crate) fn next(&mut self) -> io::Result<Option<Guest>> {
         loop {
             while let Some(token) = self.ready.pop() {
                 if let Some(guest) = self.hear(token)? {
                     return Ok(Some(guest));
                 }
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if !std::mem::take(&mut self.knocked) {
                 return Ok(None);
             }
-            self.wait(left)?;
-        }
-    }
-
-    fn wait(&mut self, limit: Duration) -> io::Result<()> {
-        match self.poll.poll(&mut self.events, Some(limit)) {
-            Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(()),
-            polled => polled?,
-        }
-        let tokens: Vec<_> = self.events.iter().map(|event| event.token()).collect();
-        if tokens.contains(&LISTENER) {
             self.accept()?;
         }
-        self.ready.extend(tokens.iter().filter(|token| **token != LISTENER).map(|token| token.0));
-        Ok(())
     }
 
     fn accept(&mut self) -> io::Result<()> {
@@ -120,10 +152,10 @@ impl Lobby {
             }
             let token = self.next_token;
             self.next_token += 1;
-            self.poll.registry().register(&mut socket, Token(token), Interest::READABLE)?;
+            self.registry.register(&mut socket, Token(token), Interest::READABLE)?;
             self.guests
                 .insert(token, Speaking { socket, challenge, proven: None, said: Vec::new() });
-            if self.guests.len() > GUEST_LIMIT {
+            if self.guests.len() > self.room {
                 self.guests.pop_first();
             }
         }
@@ -146,7 +178,7 @@ impl Lobby {
         let Ok(Some(version)) = heard else {
             return Ok(None);
         };
-        self.poll.registry().deregister(&mut speaking.socket)?;
+        self.registry.deregister(&mut speaking.socket)?;
         let socket = TcpStream::from(speaking.socket);
         socket.set_nonblocking(false)?;
         // A guest that has just gone is found out when it is spoken to.

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
-use units::{Rank, Seconds};
+use units::{BytesPerSecond, Rank, Seconds};
 
 use crate::communicator::Outcomes;
 use crate::departed::{Departed, Gone};
 use crate::flight::{self, Recorder};
 use crate::frame::{HEADER_BYTES, Header, Key, Kind};
 use crate::incoming::{self, Early, Incoming, Reading, Sink};
+use crate::link::{self, Gauge, SlowLink, WINDOW_BEATS};
 use crate::operation::{Action, Active};
 use crate::outgoing::{Outgoing, Source};
 use crate::pulse::{Doing, LastHeard, Metronome, Pulse};
@@ -46,6 +47,9 @@ pub(crate) struct Progress {
     /// Where data to be added lands first.
     scratch: Vec<f32>,
     metronome: Metronome,
+    /// Heartbeats since links were last compared.
+    beats: u32,
+    slow_links: Vec<SlowLink>,
     recorder: Recorder,
     closing: Option<Closing>,
     departed: Arc<Departed>,
@@ -63,9 +67,15 @@ enum Lane {
 #[derive(Default)]
 struct Peer {
     gone: Option<Gone>,
+    /// There is a stream, and it was told who is lost.
+    connected: bool,
     pulse: Pulse,
     outgoing: Outgoing,
     incoming: Incoming,
+    /// What goes out, and what comes in.
+    gauges: [Gauge; 2],
+    /// What those said when links were last compared.
+    rates: [Option<BytesPerSecond>; 2],
 }
 
 /// The end of the loop, approaching.
@@ -95,6 +105,8 @@ impl Progress {
             peers,
             scratch: vec![0.0; incoming::PIECE_BYTES / 4],
             metronome,
+            beats: 0,
+            slow_links: Vec::new(),
             recorder: Recorder::new(),
             closing: None,
             departed,
@@ -149,7 +161,8 @@ impl Progress {
         let is_lost = |peer: &Peer| peer.gone.as_ref().is_some_and(|gone| !gone.orderly);
         let lost = self.peers.iter().position(is_lost).map(|index| Rank(index as u32));
         for (index, peer) in self.peers.iter_mut().enumerate() {
-            if index != own && peer.gone.is_none() && !peer.outgoing.broken {
+            let hears = peer.connected || !peer.outgoing.is_idle();
+            if index != own && hears && peer.gone.is_none() && !peer.outgoing.broken {
                 peer.outgoing.push_notice(Header::goodbye(lost));
             }
         }
@@ -170,16 +183,29 @@ impl Progress {
         })
     }
 
-    /// When it is time, tells every peer that this rank lives, and gives up those that are silent.
+    /// When it is time, tells every peer that this rank lives, and gives up those that are silent. With a peer
+    /// that is waited for there is a stream from then on, by which its end is seen.
     fn beat(&mut self) {
         let leaves = self.closing.as_ref().is_some_and(|closing| closing.said_goodbye);
         if leaves || !self.metronome.beats() {
             return;
         }
+        self.beats += 1;
+        if self.beats == WINDOW_BEATS {
+            self.beats = 0;
+            self.compare_links();
+        }
         let heartbeat = self.doing().header();
         let mut silent = Vec::new();
+        let awaited: Vec<_> = self.operations.values().flat_map(Active::waiting_for).collect();
         for (index, peer) in self.peers.iter_mut().enumerate() {
-            if index == self.transport.rank().index() || peer.gone.is_some() {
+            let is_own = index == self.transport.rank().index();
+            let hears = peer.connected || awaited.contains(&Rank(index as u32));
+            if is_own || peer.gone.is_some() || !hears {
+                continue;
+            }
+            if !peer.connected {
+                peer.outgoing.push_heartbeat(heartbeat);
                 continue;
             }
             peer.pulse.beat(peer.incoming.is_held());
@@ -198,6 +224,34 @@ impl Progress {
         }
     }
 
+    /// Finds the links that are much slower than others to the same host, or to other hosts.
+    fn compare_links(&mut self) {
+        for Peer { gauges, rates, .. } in &mut self.peers {
+            for (gauge, rate) in gauges.iter_mut().zip(rates) {
+                *rate = gauge.read().or(*rate);
+            }
+        }
+        let own = self.transport.host(self.transport.rank());
+        let peers = (0..self.transport.ranks()).map(Rank);
+        let (near, far): (Vec<_>, Vec<_>) =
+            peers.partition(|peer| self.transport.host(*peer) == own);
+        for peers in [near, far] {
+            let rates = peers.iter().flat_map(|peer| self.peers[peer.index()].rates);
+            let median = link::median_if_uneven(rates.flatten());
+            for (peer, way) in peers.into_iter().flat_map(|peer| [(peer, 0), (peer, 1)]) {
+                let Peer { gauges, rates, .. } = &mut self.peers[peer.index()];
+                let Some(rate) = rates[way] else { continue };
+                let slow = median.filter(|median| link::is_slow(rate, *median));
+                let was_named = std::mem::replace(&mut gauges[way].named, slow.is_some());
+                if let Some(median) = slow.filter(|_| !was_named) {
+                    let host = self.transport.host_name(peer).map(|name| name.to_string());
+                    let towards = way == 0;
+                    self.slow_links.push(SlowLink { peer, host, towards, rate, median });
+                }
+            }
+        }
+    }
+
     /// What this rank is doing: the oldest operation under way.
     fn doing(&self) -> Doing {
         let oldest = self.operations.values().find(|operation| !operation.failed);
@@ -208,13 +262,17 @@ impl Progress {
     /// What this rank did last, and what it knows of the others.
     fn flight(&self) -> Flight {
         let own = self.transport.rank();
-        let others = (0..).map(Rank).zip(&self.peers).filter(|(rank, _)| *rank != own);
+        let known =
+            |(rank, peer): &(Rank, &Peer)| *rank != own && (peer.connected || peer.gone.is_some());
+        let others = (0..).map(Rank).zip(&self.peers).filter(known);
         let peer = |(rank, peer): (Rank, &Peer)| flight::Peer {
             rank,
             host: self.transport.host_name(rank).map(|name| name.to_string()),
             doing: peer.pulse.doing,
             missed_heartbeats: peer.pulse.missed,
             gone: peer.gone.as_ref().map(|gone| gone.reason.clone()),
+            sends: peer.rates[0],
+            receives: peer.rates[1],
         };
         let under_way = self.operations.values().filter(|operation| !operation.failed);
         Flight {
@@ -222,6 +280,7 @@ impl Progress {
             posted: self.recorder.posted(),
             operations: self.recorder.operations(under_way),
             peers: others.map(peer).collect(),
+            slow_links: self.slow_links.clone(),
         }
     }
 
@@ -241,6 +300,7 @@ impl Progress {
         let mut moved = false;
         for peer in (0..self.transport.ranks()).map(Rank).filter(|peer| *peer != own) {
             if self.peers[peer.index()].gone.is_none() {
+                self.note_connection(peer);
                 moved |= self.write(peer);
                 let read = self.read(peer).unwrap_or_else(|error| self.lose(peer, &error));
                 self.peers[peer.index()].pulse.heard |= read;
@@ -248,6 +308,19 @@ impl Progress {
             }
         }
         moved
+    }
+
+    /// Tells a peer with which there is a stream now who was lost before.
+    fn note_connection(&mut self, peer: Rank) {
+        if self.peers[peer.index()].connected || !self.transport.is_connected(peer) {
+            return;
+        }
+        let lost = |peer: &Peer| peer.gone.as_ref().is_some_and(|gone| !gone.orderly);
+        let ranks = (0..).map(Rank).zip(&self.peers);
+        let lost: Vec<_> = ranks.filter(|(_, peer)| lost(peer)).map(|(rank, _)| rank).collect();
+        let entry = &mut self.peers[peer.index()];
+        entry.connected = true;
+        lost.into_iter().for_each(|rank| entry.outgoing.push_notice(Header::loss(rank)));
     }
 
     /// Starts an operation. Its number is taken even if it fails at once, as on the other ranks.
@@ -344,7 +417,10 @@ impl Progress {
     }
 
     fn finish_write(&mut self, peer: Rank, source: Option<Source>) {
-        self.peers[peer.index()].outgoing.finish();
+        let Peer { outgoing, gauges, .. } = &mut self.peers[peer.index()];
+        if let Some((bytes, since)) = outgoing.finish() {
+            gauges[0].count(bytes, since);
+        }
         if let Some((ticket, step)) = source {
             let operation = self.operations.get_mut(&ticket).expect("it was being written");
             if operation.failed {
@@ -390,6 +466,11 @@ impl Progress {
                 self.see_off(peer, header.lost());
                 return Ok(true);
             }
+            Kind::Loss => {
+                self.peers[peer.index()].incoming.header.filled = 0;
+                self.lose_by_hearsay(peer, header.lost());
+                return Ok(true);
+            }
             Kind::Abort => return Ok(self.take_abort(peer, header.key)),
             Kind::Heartbeat => {
                 let Peer { pulse, incoming, .. } = &mut self.peers[peer.index()];
@@ -432,8 +513,10 @@ impl Progress {
     }
 
     fn finish_read(&mut self, peer: Rank) {
-        let incoming = &mut self.peers[peer.index()].incoming;
-        let Reading { header, sink, .. } = incoming.reading.take().expect("a frame was read");
+        let Peer { incoming, gauges, .. } = &mut self.peers[peer.index()];
+        let reading = incoming.reading.take().expect("a frame was read");
+        let Reading { header, sink, begun, .. } = reading;
+        gauges[1].count(header.bytes, begun);
         match sink {
             Sink::Discard => {}
             Sink::Early(payload) => incoming.keep(Early { header, payload }),
@@ -551,14 +634,18 @@ impl Progress {
         true
     }
 
-    /// A peer said goodbye. If it left because it lost another, that one is to be named here too, whose
-    /// end may not have been seen yet.
-    fn see_off(&mut self, peer: Rank, lost: Option<Rank>) {
+    /// A peer says that it has lost another, whose end may not be seen here.
+    fn lose_by_hearsay(&mut self, peer: Rank, lost: Option<Rank>) {
         let known = |rank: &Rank| self.peers.get(rank.index()).is_some_and(|p| p.gone.is_none());
         let own = self.transport.rank();
         if let Some(lost) = lost.filter(|rank| *rank != own && *rank != peer && known(rank)) {
             self.depart(lost, Gone { orderly: false, reason: format!("{peer} lost it") });
         }
+    }
+
+    /// A peer said goodbye. If it left because it lost another, that one is to be named here too.
+    fn see_off(&mut self, peer: Rank, lost: Option<Rank>) {
+        self.lose_by_hearsay(peer, lost);
         let reason = match lost {
             Some(lost) => format!("it left the job after it had lost {lost}"),
             None => "it left the job".into(),
@@ -566,9 +653,16 @@ impl Progress {
         self.depart(peer, Gone { orderly: true, reason });
     }
 
-    /// Closes a peer's stream and fails the operations that cannot do without.
+    /// Closes a peer's stream and fails the operations that cannot do without. That it is lost, those who have no
+    /// stream with it hear from those who have.
     fn depart(&mut self, peer: Rank, gone: Gone) {
         self.departed.note(peer, &gone);
+        if !gone.orderly {
+            let hears = |other: &&mut Peer| other.connected && other.gone.is_none();
+            for other in self.peers.iter_mut().filter(hears) {
+                other.outgoing.push_notice(Header::loss(peer));
+            }
+        }
         let entry = &mut self.peers[peer.index()];
         entry.gone = Some(gone);
         entry.outgoing = Outgoing::default();

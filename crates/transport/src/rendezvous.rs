@@ -2,25 +2,27 @@
 //!
 //! Every connection begins with the handshake, in which both sides prove to know the job's secret.
 //! Every other rank says hello to rank 0. Once all have, rank 0 answers everyone with the table of
-//! addresses, or with the reason why the job does not start. Then each rank connects to the ranks
-//! below it and accepts those above; the connection to rank 0 stays. Last, ranks of one host set up
-//! the memory that they share.
+//! addresses, or with the reason why the job does not start. The connection to rank 0 stays, so that
+//! rank 0 sees who dies and can tell all others; any two other ranks are connected when they need it.
+//! Last, the ranks of one host connect to the lowest of them and set up the memory that they share.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mio::Poll;
 use serde::{Deserialize, Serialize};
 use units::Rank;
 
+use crate::door::{Directory, Door, INTERFACE, Link, connect};
 use crate::handshake::{self, Secret};
-use crate::interprocess::Host;
+use crate::interprocess::{Host, WAKER};
 use crate::lobby::Lobby;
-use crate::message::{VERSION, encode, receive, send, send_encoded, time_left};
-use crate::sharing::{self, Pairs};
-use crate::{Error, Interprocess};
+use crate::message::{VERSION, encode, receive, send, send_encoded};
+use crate::sharing::{self, Neighbours};
+use crate::{Arena, Error, Interprocess};
 
 /// The first pause between two attempts to connect; it doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -48,6 +50,8 @@ pub struct Rendezvous {
     pub timeout: Duration,
     /// Whether to use memory rather than TCP with the ranks of the same host that do so too.
     pub shared_memory: bool,
+    /// The network interface to use, such as `eth0`; that which leads to rank 0 if none is named.
+    pub interface: Option<Arc<str>>,
 }
 
 /// What a rank says to rank 0. Later versions of the protocol keep `rank`.
@@ -97,11 +101,10 @@ enum Verdict {
     Refused { rank: Rank, reason: String },
 }
 
-/// What a rank says to a lower rank other than 0.
-#[derive(Debug, Serialize, Deserialize)]
-struct Greeting {
-    job: u64,
-    rank: Rank,
+/// What all ranks wait for events with.
+struct Watch {
+    poll: Poll,
+    waker: Arc<mio::Waker>,
 }
 
 impl Rendezvous {
@@ -120,54 +123,66 @@ impl Rendezvous {
         if self.address.ip().is_unspecified() {
             return Err(self.failed("name the address of one interface, reachable by every rank"));
         }
+        let watch = Watch::new().map_err(Error::system("watch sockets"))?;
         match self.rank {
-            Rank(0) if self.ranks == 1 => self.alone(),
-            Rank(0) => self.host(listener, deadline),
-            _ => self.join(deadline),
+            Rank(0) => self.host(listener, watch, deadline),
+            _ => self.join(watch, deadline),
         }
-    }
-
-    fn alone(&self) -> Result<Interprocess, Error> {
-        let host = Host { name: host_name().into(), number: 0 };
-        Interprocess::new(self.rank, vec![host], vec![None], None)
     }
 
     /// Rank 0: gathers everyone's hello and answers.
     fn host(
         &self,
         listener: Option<TcpListener>,
+        mut watch: Watch,
         deadline: Instant,
     ) -> Result<Interprocess, Error> {
-        let listener = match listener {
-            Some(listener) => listener,
-            None => TcpListener::bind(self.address)
-                .map_err(|e| self.failed(format!("cannot listen: {e}")))?,
+        let (sockets, job, roster) = match (self.ranks, listener) {
+            (1, _) => self.roster_of(Vec::new()),
+            (_, Some(listener)) => self.receive_all(listener, &mut watch.poll, deadline)?,
+            (_, None) => {
+                let listener = TcpListener::bind(self.address)
+                    .map_err(|e| self.failed(format!("cannot listen: {e}")))?;
+                self.receive_all(listener, &mut watch.poll, deadline)?
+            }
         };
-        let (sockets, job, roster) = self.receive_all(listener, deadline)?;
-        self.connected(sockets, job, &roster, deadline)
+        let directory = self.directory(job, &roster);
+        let mut links = Vec::new();
+        for (peer, socket) in (1..).map(Rank).zip(sockets) {
+            let link = match directory.neighbours.ring(self.rank, peer) {
+                None => (socket, None),
+                Some(_) => receive(&socket, deadline)
+                    .and_then(|greeting| directory.welcome(socket, &greeting, deadline))
+                    .map_err(|error| self.silent(peer, &error))?,
+            };
+            links.push((peer, link));
+        }
+        let arena = self.offer_arena(&directory, &links, deadline)?;
+        let door = Door::new(directory, None, Arc::clone(&watch.waker));
+        Interprocess::new(watch.poll, watch.waker, roster.hosts(), door, links, arena)
     }
 
-    /// Waits for everyone and answers; the connections by rank.
+    /// Waits for everyone and answers; the connections from rank 1 on.
     fn receive_all(
         &self,
         listener: TcpListener,
+        poll: &mut Poll,
         deadline: Instant,
-    ) -> Result<(Vec<Option<TcpStream>>, u64, Roster), Error> {
+    ) -> Result<(Vec<TcpStream>, u64, Roster), Error> {
         let mut arrived = Vec::new();
-        let outcome = self.gather(listener, deadline, &mut arrived);
-        let (job, roster) = self.roster(&mut arrived);
+        let outcome = self.gather(listener, poll, deadline, &mut arrived);
+        let (sockets, job, roster) = self.roster_of(arrived);
         let verdict = match &outcome {
             Ok(()) => Verdict::Start { job, roster: roster.clone() },
             Err((rank, reason)) => Verdict::Refused { rank: *rank, reason: reason.clone() },
         };
         let verdict = encode(&verdict).map_err(Error::system("write down who is where"))?;
-        for (socket, _) in &arrived {
+        for socket in &sockets {
             // Whoever cannot be told any more sees the connection end.
             drop(send_encoded(socket, &verdict, deadline));
         }
         outcome.map_err(|(rank, reason)| Error::Refused { rank, reason })?;
-        let sockets = arrived.into_iter().map(|(socket, _)| Some(socket));
-        Ok((std::iter::once(None).chain(sockets).collect(), job, roster))
+        Ok((sockets, job, roster))
     }
 
     /// Waits until every other rank has arrived. After an objection it still waits for the others,
@@ -175,15 +190,17 @@ impl Rendezvous {
     fn gather(
         &self,
         listener: TcpListener,
+        poll: &mut Poll,
         deadline: Instant,
         arrived: &mut Vec<(TcpStream, Hello)>,
     ) -> Result<(), (Rank, String)> {
         let system = |error: io::Error| (self.rank, format!("its sockets failed: {error}"));
-        let mut lobby = Lobby::new(listener, self.secret.clone()).map_err(system)?;
+        let lobby = Lobby::new(listener, self.secret.clone(), self.ranks, poll);
+        let mut lobby = lobby.map_err(system)?;
         let mut objection = None;
         let mut told = 0;
         while arrived.len() + told + 1 < self.ranks as usize {
-            let Some(guest) = lobby.next(deadline).map_err(system)? else {
+            let Some(guest) = lobby.await_next(poll, deadline).map_err(system)? else {
                 return Err(objection.unwrap_or_else(|| self.missing(arrived, lobby.strangers())));
             };
             let Ok(hello) = serde_json::from_slice::<Hello>(&guest.body) else {
@@ -238,8 +255,8 @@ impl Rendezvous {
         (missing[0], reason)
     }
 
-    /// Orders who has arrived by rank; the number of the job, and how others reach its ranks.
-    fn roster(&self, arrived: &mut [(TcpStream, Hello)]) -> (u64, Roster) {
+    /// Orders who has arrived by rank: the connections, the number of the job, and how others reach its ranks.
+    fn roster_of(&self, mut arrived: Vec<(TcpStream, Hello)>) -> (Vec<TcpStream>, u64, Roster) {
         arrived.sort_by_key(|(_, hello)| hello.rank);
         let (place, seat) = self.seat(self.address);
         let mut roster = Roster::default();
@@ -248,7 +265,7 @@ impl Rendezvous {
         arrived.iter().for_each(|(_, hello)| roster.add(&hello.place, hello.seat, &mut known));
         // The standard library's per-process random seed tells this job from any other.
         let job = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), self.address);
-        (job, roster)
+        (arrived.into_iter().map(|(socket, _)| socket).collect(), job, roster)
     }
 
     fn seat(&self, address: SocketAddr) -> (Place, Seat) {
@@ -256,14 +273,44 @@ impl Rendezvous {
         (place, Seat { address, place: 0, shares_memory: self.shared_memory })
     }
 
-    /// Another rank: says hello to rank 0, then meets its peers.
-    fn join(&self, deadline: Instant) -> Result<Interprocess, Error> {
+    fn directory(&self, job: u64, roster: &Roster) -> Directory {
+        let shares =
+            |seat: &Seat| seat.shares_memory && roster.places[seat.place as usize].host.is_some();
+        let host = |seat: &Seat| Some(seat.place).filter(|_| shares(seat));
+        Directory {
+            rank: self.rank,
+            job,
+            secret: self.secret.clone(),
+            addresses: roster.seats.iter().map(|seat| seat.address).collect(),
+            neighbours: Neighbours(roster.seats.iter().map(host).collect()),
+            interface: self.interface.clone(),
+        }
+    }
+
+    /// Another rank: says hello to rank 0, then sees to the memory of its host.
+    fn join(&self, mut watch: Watch, deadline: Instant) -> Result<Interprocess, Error> {
         let (host, listener, job, roster) = self.arrive(deadline)?;
-        let mut sockets: Vec<_> = roster.seats.iter().map(|_| None).collect();
-        sockets[0] = Some(host);
-        self.connect_lower(&mut sockets, &roster.seats, job, deadline)?;
-        self.accept_higher(&mut sockets, listener, job, deadline)?;
-        self.connected(sockets, job, &roster, deadline)
+        let failed = |e: io::Error| self.failed(format!("cannot accept peers: {e}"));
+        let lobby = Lobby::new(listener, self.secret.clone(), self.ranks, &watch.poll);
+        let mut lobby = lobby.map_err(failed)?;
+        let directory = self.directory(job, &roster);
+        let link = match directory.neighbours.ring(self.rank, Rank(0)) {
+            None => (host, None),
+            Some(_) => self.greet(&directory, host, Rank(0), deadline)?,
+        };
+        let mut links = Vec::from([(Rank(0), link)]);
+        let arena = match directory.neighbours.arena(self.rank) {
+            None => None,
+            Some(ranks) if ranks[0] == self.rank => {
+                let peers =
+                    self.await_all(&ranks[1..], &directory, &mut lobby, &mut watch, deadline)?;
+                links.extend(peers);
+                self.offer_arena(&directory, &links, deadline)?
+            }
+            Some(ranks) => self.join_arena(&directory, ranks, &mut links, deadline)?,
+        };
+        let door = Door::new(directory, Some(lobby), Arc::clone(&watch.waker));
+        Interprocess::new(watch.poll, watch.waker, roster.hosts(), door, links, arena)
     }
 
     /// Says hello to rank 0 and hears where everyone is: one message each way, however many ranks there
@@ -286,70 +333,75 @@ impl Rendezvous {
         }
     }
 
-    /// Every rank: sets up shared memory where it can be, now that all are connected.
-    fn connected(
+    /// Lets in the other ranks of the host, and whoever else comes.
+    fn await_all(
         &self,
-        sockets: Vec<Option<TcpStream>>,
-        job: u64,
-        roster: &Roster,
+        ranks: &[Rank],
+        directory: &Directory,
+        lobby: &mut Lobby,
+        watch: &mut Watch,
         deadline: Instant,
-    ) -> Result<Interprocess, Error> {
-        let shared = |seat: &Seat| roster.place(seat).host.clone().filter(|_| seat.shares_memory);
-        let hosts: Vec<_> = roster.seats.iter().map(shared).collect();
-        let pairs = Pairs { rank: self.rank, job, hosts: &hosts, sockets: &sockets, deadline };
-        let silent = |(peer, error)| {
-            self.failed(format!("no word from {peer} about shared memory: {error}"))
-        };
-        let segments = pairs.share().map_err(silent)?;
-        let arena = pairs.share_arena().map_err(silent)?;
-        let link = |(socket, segment): (Option<_>, _)| socket.map(|socket| (socket, segment));
-        let links = sockets.into_iter().zip(segments).map(link).collect();
-        Interprocess::new(self.rank, roster.hosts(), links, arena)
-    }
-
-    fn connect_lower(
-        &self,
-        sockets: &mut [Option<TcpStream>],
-        seats: &[Seat],
-        job: u64,
-        deadline: Instant,
-    ) -> Result<(), Error> {
-        let lower = 1..self.rank.index();
-        for (socket, seat) in sockets[lower.clone()].iter_mut().zip(&seats[lower]) {
-            let address = seat.address;
-            let stream = self.connect_patiently(address, deadline)?;
-            send(&stream, &Greeting { job, rank: self.rank }, deadline)
-                .map_err(|e| self.failed(format!("cannot greet a peer at {address}: {e}")))?;
-            *socket = Some(stream);
-        }
-        Ok(())
-    }
-
-    fn accept_higher(
-        &self,
-        sockets: &mut [Option<TcpStream>],
-        listener: TcpListener,
-        job: u64,
-        deadline: Instant,
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<(Rank, Link)>, Error> {
         let failed = |e: io::Error| self.failed(format!("cannot accept peers: {e}"));
-        let mut lobby = Lobby::new(listener, self.secret.clone()).map_err(failed)?;
-        let own = self.rank.index();
-        while let Some(missing) = (own + 1..sockets.len()).find(|peer| sockets[*peer].is_none()) {
-            let Some(guest) = lobby.next(deadline).map_err(failed)? else {
-                let missing = Rank(missing as u32);
+        let mut links = Vec::new();
+        let here = |links: &[(Rank, Link)], rank| links.iter().any(|(peer, _)| *peer == rank);
+        while let Some(missing) = ranks.iter().find(|rank| !here(&links, **rank)) {
+            let Some(guest) = lobby.await_next(&mut watch.poll, deadline).map_err(failed)? else {
                 return Err(self.failed(format!("{missing} did not connect to {}", self.rank)));
             };
-            let Ok(greeting) = serde_json::from_slice::<Greeting>(&guest.body) else {
-                continue;
-            };
-            let peer = greeting.rank.index();
-            let expected = peer > own && sockets.get(peer).is_some_and(Option::is_none);
-            if expected && greeting.job == job {
-                sockets[peer] = Some(guest.socket);
+            if let Some(greeting) = directory.greeting(&guest) {
+                // Who cannot be answered has gone, and is missed.
+                let link = directory.welcome(guest.socket, &greeting, deadline).ok();
+                links.extend(link.map(|link| (greeting.rank, link)));
             }
         }
-        Ok(())
+        Ok(links)
+    }
+
+    /// The lowest rank of a host: makes the memory that all there share.
+    fn offer_arena(
+        &self,
+        directory: &Directory,
+        links: &[(Rank, Link)],
+        deadline: Instant,
+    ) -> Result<Option<Arena>, Error> {
+        let Some(ranks) = directory.neighbours.arena(self.rank) else {
+            return Ok(None);
+        };
+        let peers = links.iter().filter(|(peer, _)| ranks.contains(peer));
+        let peers: Vec<_> = peers.map(|(peer, (socket, _))| (*peer, socket)).collect();
+        sharing::offer_arena(directory.job, ranks.clone(), &peers, deadline)
+            .map_err(|(peer, error)| self.silent(peer, &error))
+    }
+
+    /// Another rank of the host: connects to the lowest, and takes what that offers.
+    fn join_arena(
+        &self,
+        directory: &Directory,
+        ranks: Vec<Rank>,
+        links: &mut Vec<(Rank, Link)>,
+        deadline: Instant,
+    ) -> Result<Option<Arena>, Error> {
+        let leader = ranks[0];
+        if leader != Rank(0) {
+            let socket = self.connect_patiently(directory.addresses[leader.index()], deadline)?;
+            links.push((leader, self.greet(directory, socket, leader, deadline)?));
+        }
+        let (_, (socket, _)) = links.last().expect("there is a connection to rank 0");
+        sharing::join_arena(directory.job, ranks, self.rank, socket, deadline)
+            .map_err(|error| self.silent(leader, &error))
+    }
+
+    fn greet(
+        &self,
+        directory: &Directory,
+        socket: TcpStream,
+        peer: Rank,
+        deadline: Instant,
+    ) -> Result<Link, Error> {
+        let greeted = directory.greet(socket, peer, deadline);
+        let link = greeted.and_then(|link| link.ok_or_else(|| ErrorKind::AlreadyExists.into()));
+        link.map_err(|error| self.silent(peer, &error))
     }
 
     /// Connects, again and again while nobody listens yet, and shakes hands.
@@ -367,8 +419,11 @@ impl Rendezvous {
     fn knock(&self, address: SocketAddr, deadline: Instant) -> Result<TcpStream, Error> {
         let mut pause = FIRST_PAUSE;
         loop {
-            match connect(address, deadline) {
+            match connect(address, self.interface.as_deref(), deadline) {
                 Ok(socket) => return Ok(socket),
+                Err(error) if error.kind() == INTERFACE => {
+                    return Err(self.failed(error.to_string()));
+                }
                 Err(error) if Instant::now() + pause >= deadline => {
                     let reason = format!(
                         "{} cannot connect to {address} within {:?}: {error}; is it running there?",
@@ -382,8 +437,20 @@ impl Rendezvous {
         }
     }
 
+    fn silent(&self, peer: Rank, error: &io::Error) -> Error {
+        self.failed(format!("no word from {peer} about shared memory: {error}"))
+    }
+
     fn failed(&self, reason: impl Into<String>) -> Error {
         Error::Rendezvous { address: self.address, reason: reason.into() }
+    }
+}
+
+impl Watch {
+    fn new() -> io::Result<Self> {
+        let poll = Poll::new()?;
+        let waker = Arc::new(mio::Waker::new(poll.registry(), WAKER)?);
+        Ok(Self { poll, waker })
     }
 }
 
@@ -404,10 +471,6 @@ impl Roster {
     fn is_for(&self, ranks: u32) -> bool {
         let known = |seat: &Seat| (seat.place as usize) < self.places.len();
         self.seats.len() == ranks as usize && self.seats.iter().all(known)
-    }
-
-    fn place(&self, seat: &Seat) -> &Place {
-        &self.places[seat.place as usize]
     }
 
     /// Every rank's host.
@@ -452,19 +515,14 @@ fn listen_beside(host: &TcpStream) -> io::Result<TcpListener> {
     TcpListener::bind((interface, 0))
 }
 
-/// The sizes of the socket buffers are left to the kernel, which adapts them to several MB; setting
-/// them would cap them at a limit that is often smaller.
-fn connect(address: SocketAddr, deadline: Instant) -> io::Result<TcpStream> {
-    let socket = TcpStream::connect_timeout(&address, time_left(deadline)?)?;
-    socket.set_nodelay(true)?;
-    Ok(socket)
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
 
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::Transport;
     use crate::message::SENT;
 
     /// More ranks than a process may have files, were it not raised.
@@ -475,7 +533,6 @@ mod tests {
         raise_file_limit();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(100);
         let secret = Secret::new("the secret of a test").unwrap();
         let rendezvous = |rank| Rendezvous {
             rank: Rank(rank),
@@ -485,33 +542,26 @@ mod tests {
             secret: secret.clone(),
             timeout: Duration::from_secs(100),
             shared_memory: false,
+            interface: None,
         };
-        let begin = Instant::now();
         std::thread::scope(|scope| {
             let join = |rank| {
                 let rendezvous = rendezvous(rank);
-                let arrive = move || {
-                    let (_, _, job, roster) = rendezvous.arrive(deadline).unwrap();
-                    (job, roster, SENT.get())
-                };
-                std::thread::Builder::new()
-                    .stack_size(256 << 10)
-                    .spawn_scoped(scope, arrive)
-                    .unwrap()
+                let meet = move || (rendezvous.meet(None).unwrap(), SENT.get());
+                std::thread::Builder::new().stack_size(256 << 10).spawn_scoped(scope, meet).unwrap()
             };
             let others: Vec<_> = (1..RANKS).map(join).collect();
-            let host = rendezvous(0);
-            let (sockets, job, roster) = host.receive_all(listener, deadline).unwrap();
-            assert_eq!((sockets.len(), SENT.get()), (RANKS as usize, RANKS - 1));
-            assert_eq!(roster.places.len(), 1, "one host");
+            let host = rendezvous(0).meet(Some(listener)).unwrap();
+            assert_eq!(SENT.get(), RANKS - 1);
+            let connected = |end: &Interprocess| {
+                (0..RANKS).map(Rank).filter(|peer| end.is_connected(*peer)).collect::<Vec<_>>()
+            };
+            assert_eq!(connected(&host).len() as u32, RANKS - 1);
             for other in others {
-                let (told, theirs, sent) = other.join().unwrap();
-                assert_eq!((told, sent), (job, 1));
-                let address = |seat: &Seat| seat.address;
-                assert!(theirs.seats.iter().map(address).eq(roster.seats.iter().map(address)));
+                let (other, sent) = other.join().unwrap();
+                assert_eq!((connected(&other), sent), (vec![Rank(0)], 1));
             }
         });
-        println!("{RANKS} ranks met in {:?}", begin.elapsed());
     }
 
     /// Each rank has a listener and both ends of a connection here.
@@ -519,6 +569,33 @@ mod tests {
         use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
         let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
         setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    }
+
+    proptest! {
+        /// A roster from the wire is refused, or can be used.
+        #[test]
+        fn whatever_rank_0_answers_is_an_error_or_of_use(
+            at in any::<prop::sample::Index>(),
+            bytes in prop::collection::vec(any::<u8>(), 0..4),
+        ) {
+            let place = Place { name: "n".into(), host: Some("h".into()) };
+            let seat = Seat {
+                address: SocketAddr::from((Ipv4Addr::LOCALHOST, 1)),
+                place: 0,
+                shares_memory: true,
+            };
+            let roster = Roster { places: vec![place; 2], seats: vec![seat; 3] };
+            let mut wire = serde_json::to_vec(&Verdict::Start { job: 1, roster }).unwrap();
+            let at = at.index(wire.len());
+            let end = (at + bytes.len()).min(wire.len());
+            wire.splice(at..end, bytes);
+            if let Ok(Verdict::Start { roster, .. }) = serde_json::from_slice(&wire)
+                && roster.is_for(3)
+            {
+                prop_assert_eq!(roster.hosts().len(), 3);
+            }
+            let _: Result<Hello, _> = serde_json::from_slice(&wire);
+        }
     }
 
     #[test]

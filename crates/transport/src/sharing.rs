@@ -1,20 +1,18 @@
-//! Which ranks share memory, and how they come to: once all are connected, the lower rank of each pair on
-//! one host offers memory and the higher one says whether it could open it. If anything is in the way, the
-//! two go on over TCP. Then the lowest rank of the host offers memory that all map, or nobody does.
+//! Which ranks share memory, and how those of a host come to share some that all map: the lowest rank there
+//! offers it, and all use it or nobody does.
 
 use std::io;
 use std::net::TcpStream;
 use std::time::Instant;
 
-use serde::Serialize;
 use units::Rank;
 
 use crate::Arena;
 use crate::arena::MOST_RANKS;
 use crate::message::{receive, send};
-use crate::segment::{Location, Segment};
+use crate::segment::Location;
 
-/// The most memory that all ranks of a host share with each other, in bytes.
+/// The most memory that all ranks of a host share pair by pair, in bytes.
 const HOST_BYTES: u64 = 256 << 20;
 
 /// The largest ring in bytes. From 256 KiB on, more is hardly faster while both ranks run, but lets
@@ -32,120 +30,72 @@ pub(crate) fn host() -> Option<String> {
     Some(format!("{} {}", boot.trim(), processes.display()))
 }
 
-/// The pairs of one rank that are to share memory.
-pub(crate) struct Pairs<'a> {
-    pub rank: Rank,
-    /// A number that other jobs do not have.
-    pub job: u64,
-    /// The host of each rank, if it is willing to share.
-    pub hosts: &'a [Option<String>],
-    /// The connections to the other ranks, blocking.
-    pub sockets: &'a [Option<TcpStream>],
-    pub deadline: Instant,
+/// By rank: the number of its host, if it is willing to share memory there.
+#[derive(Debug, Clone)]
+pub(crate) struct Neighbours(pub Vec<Option<u32>>);
+
+impl Neighbours {
+    /// The size of each of the two rings that a pair is to share, the same for all pairs of a host.
+    pub(crate) fn ring(&self, rank: Rank, peer: Rank) -> Option<usize> {
+        let here = self.of(rank);
+        here.contains(&peer).then(|| ring_capacity(here.len() as u64)).flatten()
+    }
+
+    /// The ranks, in order, that are to share an arena with a rank, itself among them; none if it is not
+    /// worth while, or too many.
+    pub(crate) fn arena(&self, rank: Rank) -> Option<Vec<Rank>> {
+        Some(self.of(rank)).filter(|ranks| (2..=MOST_RANKS).contains(&ranks.len()))
+    }
+
+    /// The willing ranks of a rank's host, in order; none if it is not willing itself.
+    fn of(&self, rank: Rank) -> Vec<Rank> {
+        let own = self.0[rank.index()];
+        let ranks = (0..).map(Rank).zip(&self.0);
+        ranks.filter(|(_, host)| own.is_some() && **host == own).map(|(rank, _)| rank).collect()
+    }
 }
 
-impl Pairs<'_> {
-    /// Sets up what can be shared; the memory by peer.
-    ///
-    /// # Errors
-    /// When a peer does not answer: who has it, the rank and what happened.
-    pub(crate) fn share(&self) -> Result<Vec<Option<Segment>>, (Rank, io::Error)> {
-        let mut segments: Vec<_> = self.sockets.iter().map(|_| None).collect();
-        let Some(capacity) = self.capacity() else {
-            return Ok(segments);
-        };
-        // All offer, then all answer: nobody waits for someone who waits.
-        let mut offered = Vec::new();
-        for (peer, socket) in self.neighbours().filter(|(peer, _)| *peer > self.rank) {
-            let made = Segment::create(self.mark(peer), capacity).ok();
-            let offer = made.as_ref().map(|(_, file)| Location::of(file));
-            self.tell(peer, socket, &offer)?;
-            offered.push((peer, socket, made));
-        }
-        for (peer, socket) in self.neighbours().filter(|(peer, _)| *peer < self.rank) {
-            let offer: Option<Location> = self.hear(peer, socket)?;
-            let open = |at| Segment::open(at, self.mark(peer), capacity).ok();
-            segments[peer.index()] = offer.and_then(open);
-            let answer = segments[peer.index()].is_some();
-            self.tell(peer, socket, &answer)?;
-        }
-        for (peer, socket, made) in offered {
-            let accepted: bool = self.hear(peer, socket)?;
-            segments[peer.index()] = made.map(|(segment, _)| segment).filter(|_| accepted);
-        }
-        Ok(segments)
+/// Makes the memory that all `ranks` of a host are to share and offers it to all others, the peers.
+///
+/// # Errors
+/// When a peer does not answer: which, and what happened.
+pub(crate) fn offer_arena(
+    job: u64,
+    ranks: Vec<Rank>,
+    peers: &[(Rank, &TcpStream)],
+    deadline: Instant,
+) -> Result<Option<Arena>, (Rank, io::Error)> {
+    let arena = Arena::create(job, ranks, 0).ok();
+    let offer = arena.as_ref().map(Arena::location);
+    let tell = |word: &dyn Fn(&TcpStream) -> io::Result<()>| {
+        peers.iter().try_for_each(|(peer, socket)| word(socket).map_err(|error| (*peer, error)))
+    };
+    tell(&|socket| send(socket, &offer, deadline))?;
+    let mut everyone = arena.is_some();
+    for (peer, socket) in peers {
+        everyone &= receive::<bool>(socket, deadline).map_err(|error| (*peer, error))?;
     }
+    tell(&|socket| send(socket, &everyone, deadline))?;
+    Ok(arena.filter(|_| everyone))
+}
 
-    /// Sets up the memory that all willing ranks of this host share; none if it cannot be had by all.
-    ///
-    /// # Errors
-    /// As [`Pairs::share`].
-    pub(crate) fn share_arena(&self) -> Result<Option<Arena>, (Rank, io::Error)> {
-        let peers: Vec<_> = self.neighbours().collect();
-        let mut ranks: Vec<_> = peers.iter().map(|(peer, _)| *peer).chain([self.rank]).collect();
-        ranks.sort_unstable();
-        if !(2..=MOST_RANKS).contains(&ranks.len()) {
-            return Ok(None);
-        }
-        let own = ranks.partition_point(|rank| *rank < self.rank);
-        if own > 0 {
-            let (leader, socket) = peers[0];
-            let offer: Option<Location> = self.hear(leader, socket)?;
-            let arena = offer.and_then(|at| Arena::open(at, self.job, ranks, own).ok());
-            self.tell(leader, socket, &arena.is_some())?;
-            let everyone: bool = self.hear(leader, socket)?;
-            return Ok(arena.filter(|_| everyone));
-        }
-        let arena = Arena::create(self.job, ranks, own).ok();
-        let offer = arena.as_ref().map(Arena::location);
-        for (peer, socket) in &peers {
-            self.tell(*peer, socket, &offer)?;
-        }
-        let mut everyone = arena.is_some();
-        for (peer, socket) in &peers {
-            everyone &= self.hear::<bool>(*peer, socket)?;
-        }
-        for (peer, socket) in &peers {
-            self.tell(*peer, socket, &everyone)?;
-        }
-        Ok(arena.filter(|_| everyone))
-    }
-
-    fn tell(
-        &self,
-        peer: Rank,
-        socket: &TcpStream,
-        message: &impl Serialize,
-    ) -> Result<(), (Rank, io::Error)> {
-        send(socket, message, self.deadline).map_err(|error| (peer, error))
-    }
-
-    fn hear<T: serde::de::DeserializeOwned>(
-        &self,
-        peer: Rank,
-        socket: &TcpStream,
-    ) -> Result<T, (Rank, io::Error)> {
-        receive(socket, self.deadline).map_err(|error| (peer, error))
-    }
-
-    /// The peers on this rank's host, if both are willing.
-    fn neighbours(&self) -> impl Iterator<Item = (Rank, &TcpStream)> {
-        let own = self.hosts[self.rank.index()].as_ref();
-        let peers = (0..).map(Rank).zip(self.hosts).zip(self.sockets);
-        peers.filter_map(move |((peer, host), socket)| {
-            (host.is_some() && host.as_ref() == own).then_some((peer, socket.as_ref()?))
-        })
-    }
-
-    fn capacity(&self) -> Option<usize> {
-        ring_capacity(self.neighbours().count() as u64 + 1)
-    }
-
-    /// The same for both ranks of a pair, and for no other pair.
-    fn mark(&self, peer: Rank) -> u64 {
-        let (lower, higher) = (self.rank.min(peer), self.rank.max(peer));
-        self.job ^ (u64::from(lower.0) << 32 | u64::from(higher.0))
-    }
+/// Takes up the offer of the lowest rank of the host.
+///
+/// # Errors
+/// When it does not come.
+pub(crate) fn join_arena(
+    job: u64,
+    ranks: Vec<Rank>,
+    own: Rank,
+    leader: &TcpStream,
+    deadline: Instant,
+) -> io::Result<Option<Arena>> {
+    let own = ranks.partition_point(|rank| *rank < own);
+    let offer: Option<Location> = receive(leader, deadline)?;
+    let arena = offer.and_then(|at| Arena::open(at, job, ranks, own).ok());
+    send(leader, &arena.is_some(), deadline)?;
+    let everyone: bool = receive(leader, deadline)?;
+    Ok(arena.filter(|_| everyone))
 }
 
 /// The size of each ring in bytes when every two of so many ranks share two; `None` when memory is
@@ -169,5 +119,19 @@ mod tests {
             let rings = ranks * (ranks - 1) * ring_capacity(ranks).unwrap_or(0) as u64;
             assert!(rings <= HOST_BYTES, "{ranks} ranks");
         }
+    }
+
+    #[test]
+    fn willing_ranks_of_a_host_share_memory() {
+        let neighbours = Neighbours(vec![Some(0), Some(1), None, Some(0), Some(1), Some(2)]);
+        let arena = |rank| neighbours.arena(Rank(rank));
+        assert_eq!(
+            [arena(3), arena(1)],
+            [Some(vec![Rank(0), Rank(3)]), Some(vec![Rank(1), Rank(4)])]
+        );
+        assert_eq!([arena(2), arena(5)], [None, None]);
+        let ring = |rank, peer| neighbours.ring(Rank(rank), Rank(peer));
+        assert!(ring(0, 3).is_some() && ring(0, 3) == ring(3, 0));
+        assert_eq!([ring(0, 1), ring(2, 3), ring(3, 2), ring(2, 5)], [None; 4]);
     }
 }

@@ -32,6 +32,12 @@ pub trait Transport: Send {
         0
     }
 
+    /// Whether there is a stream with a peer by now. If not, the first write has it made, which takes no byte
+    /// before it is there, or the peer does so; [`Transport::wait`] returns then.
+    fn is_connected(&self, _peer: Rank) -> bool {
+        true
+    }
+
     /// Writes as much of `pieces`, one after the other, as the stream takes now; how many bytes.
     ///
     /// # Errors

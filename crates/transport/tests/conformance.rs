@@ -13,8 +13,8 @@ use collective::{
 };
 use mesh::{MakeMesh, run};
 use transport::{
-    Action, Combine, Communicator, Doing, Element, Error, Group, Limits, Operation, Reduction,
-    Ticket,
+    Action, Combine, Communicator, Doing, Element, Error, Group, InProcess, Limits, Operation,
+    Reduction, Ticket, Transport,
 };
 use units::{Bytes, Rank};
 
@@ -52,6 +52,7 @@ on_every_transport!(
     different_operations_in_the_same_place_are_noticed,
     a_failed_collective_fails_for_those_who_post_it_later,
     garbage_on_a_stream_is_a_lost_peer,
+    frames_that_come_twice_or_too_early_do_no_harm,
     at_once_collectives_have_the_same_bits,
     at_once_the_order_of_groups_is_each_rank_s_own,
     at_once_a_lost_peer_is_named,
@@ -535,13 +536,83 @@ fn a_silent_rank_is_named_with_what_the_others_do(make: MakeMesh) {
         let Error::PeerLost { peer: Rank(2), reason, last_heard, .. } = &error else {
             panic!("{error}");
         };
-        assert_eq!(reason, "not a word from it for 500ms: it is stopped, or the way to it is cut");
+        let own = "not a word from it for 500ms: it is stopped, or the way to it is cut";
+        let told = format!("{} lost it", Rank(1 - communicator.rank().0));
+        assert!(reason == own || *reason == told, "{error}");
         let gradients = Doing::Collective { group: 0, sequence: 0 };
         assert!(last_heard.0.contains(&(communicator.rank(), gradients)), "{error}");
         assert!(last_heard.0.iter().all(|(rank, _)| *rank != Rank(2)), "{error}");
         done.wait();
     });
     drop(stopped);
+}
+
+/// Between ranks 1 and 2 of a ring a hundredth of what the others have; both name it, and nobody names another.
+#[test]
+fn a_slow_link_is_named_at_both_ends() {
+    let throttle = |end: Box<dyn Transport>| -> Box<dyn Transport> {
+        match end.rank() {
+            Rank(1) => Box::new(mesh::Throttled::new(end, Rank(2), 8e6)),
+            _ => end,
+        }
+    };
+    let mesh = InProcess::mesh(4).into_iter();
+    let mesh = mesh.map(|end| throttle(Box::new(end))).collect();
+    let found = run(mesh, lively(Duration::from_secs(60)), |mut communicator| {
+        for _ in 0..4 {
+            let ring = Collective::ring(Kind::AllReduce, 4);
+            let action = Action::Collective(Arc::new(ring.part(communicator.rank().0)));
+            let ticket = post(&mut communicator, &all(4), action, vec![1.0; 1 << 19], "gradients");
+            communicator.wait(ticket).unwrap();
+        }
+        let slow = communicator.flight().unwrap().slow_links.into_iter();
+        slow.map(|link| (link.peer.0, link.towards)).collect::<Vec<_>>()
+    });
+    assert_eq!(found, [vec![], vec![(2, true)], vec![(1, false)], vec![]]);
+}
+
+/// A rank sees streams with rank 0, which all have, and with those that it has had to do with.
+#[test]
+fn ranks_are_connected_when_they_need_it() {
+    run(mesh::tcp(6), Limits::default(), |mut communicator| {
+        let own = communicator.rank().0;
+        communicator.barrier(&group(1, &[0, 1, 2, 3, 4, 5])).unwrap();
+        let peers = |flight: transport::Flight| {
+            flight.peers.into_iter().map(|peer| peer.rank.0).collect::<Vec<_>>()
+        };
+        let all_but = |own| (0..6).filter(|rank| *rank != own).collect::<Vec<_>>();
+        assert_eq!(peers(communicator.flight().unwrap()), all_but(own));
+    });
+    run(mesh::tcp(6), Limits::default(), |mut communicator| {
+        let own = communicator.rank().0;
+        if own > 0 {
+            let ring = Collective::ring(Kind::AllReduce, 5);
+            let group = group(1, &[1, 2, 3, 4, 5]);
+            let action = Action::Collective(Arc::new(ring.part(own - 1)));
+            let ticket = post(&mut communicator, &group, action, vec![1.0; 100], "sum");
+            assert_eq!(communicator.wait(ticket).unwrap().buffer, vec![5.0; 100]);
+            let flight = communicator.flight().unwrap();
+            let peers: Vec<_> = flight.peers.iter().map(|peer| peer.rank.0).collect();
+            let mut neighbours = vec![0, (own + 3) % 5 + 1, own % 5 + 1];
+            neighbours.sort_unstable();
+            assert_eq!(peers, neighbours);
+        }
+    });
+}
+
+/// Rank 3 has had nothing to do with those who wait for it or wait for who waits for it.
+#[test]
+fn the_end_of_a_rank_without_streams_is_told() {
+    let mut mesh = mesh::tcp(4);
+    drop(mesh.pop());
+    run(mesh, Limits::default(), |mut communicator| {
+        let own = communicator.rank().0;
+        let from = Rank(own + 1);
+        let receive = Action::Receive { from };
+        let ticket = post(&mut communicator, &all(4), receive, vec![0.0], "from the next");
+        let error = communicator.wait(ticket).unwrap_err();
+        assert!(matches!(&error, Error::PeerLost { peer, .. } if *peer == from), "{error}");
+    });
 }
 
 fn a_rank_that_computes_for_long_is_not_silent(make: MakeMesh) {
@@ -665,6 +736,31 @@ fn garbage_on_a_stream_is_a_lost_peer(make: MakeMesh) {
         });
         drop(stranger);
     }
+}
+
+fn frames_that_come_twice_or_too_early_do_no_harm(make: MakeMesh) {
+    let mut mesh = make(2);
+    let mut stranger = mesh.pop().unwrap();
+    let frame = |sequence: u64, value: f32| {
+        let (point_to_point, chunk, world, bytes) = (0x5048_4c02_u32, 0_u32, 0_u64, 4_u64);
+        let head = [point_to_point.to_le_bytes(), chunk.to_le_bytes()].concat();
+        let key = [world.to_le_bytes(), sequence.to_le_bytes(), bytes.to_le_bytes()].concat();
+        [head, key, value.to_le_bytes().to_vec()].concat()
+    };
+    let sent = [frame(1, 2.0), frame(0, 1.0), frame(0, 9.0), frame(1, 9.0), frame(2, 3.0)].concat();
+    let mut left = &sent[..];
+    while !left.is_empty() {
+        left = &left[stranger.try_write(Rank(0), &[IoSlice::new(left)]).unwrap()..];
+    }
+    run(mesh, Limits::default(), |mut communicator| {
+        let mut receive = || {
+            let action = Action::Receive { from: Rank(1) };
+            post(&mut communicator, &all(2), action, vec![0.0], "receive")
+        };
+        let tickets = [receive(), receive(), receive()];
+        let received = tickets.map(|ticket| communicator.wait(ticket).unwrap().buffer[0]);
+        assert_eq!(received, [1.0, 2.0, 3.0]);
+    });
 }
 
 /// A pause that differs from call to call and rank to rank: none, a yield, or a busy while.

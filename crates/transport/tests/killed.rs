@@ -92,8 +92,16 @@ fn meet(
 ) -> Communicator {
     let (identity, timeout) = ("job".into(), Duration::from_secs(60));
     let secret = Secret::new("the secret of a test").unwrap();
-    let rendezvous =
-        Rendezvous { rank, ranks: 2, address, identity, secret, timeout, shared_memory };
+    let rendezvous = Rendezvous {
+        rank,
+        ranks: 2,
+        address,
+        identity,
+        secret,
+        timeout,
+        shared_memory,
+        interface: None,
+    };
     let transport = rendezvous.meet(listener).unwrap();
     assert_eq!(transport.shares_memory_with(Rank(1 - rank.0)), shared_memory);
     let early = if rank == Rank(1) { Bytes(1) } else { Limits::default().early };

@@ -14,7 +14,16 @@ use units::Rank;
 fn rendezvous(rank: u32, ranks: u32, address: SocketAddr) -> Rendezvous {
     let (identity, timeout) = ("job".into(), Duration::from_secs(60));
     let (rank, secret) = (Rank(rank), mesh::secret());
-    Rendezvous { rank, ranks, address, identity, secret, timeout, shared_memory: true }
+    Rendezvous {
+        rank,
+        ranks,
+        address,
+        identity,
+        secret,
+        timeout,
+        shared_memory: true,
+        interface: None,
+    }
 }
 
 fn listener() -> (TcpListener, SocketAddr) {
@@ -144,6 +153,13 @@ fn who_is_no_rank_is_told_nothing() {
     let mut heard = Vec::new();
     joined.read_to_end(&mut heard).unwrap();
     assert!(heard.is_empty());
+}
+
+#[test]
+fn a_taken_port_is_named() {
+    let (_listener, address) = listener();
+    let reason = rendezvous(0, 2, address).meet(None).unwrap_err().to_string();
+    assert!(reason.contains(&address.to_string()) && reason.contains("cannot listen"), "{reason}");
 }
 
 #[test]

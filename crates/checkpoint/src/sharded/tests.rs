@@ -2,10 +2,11 @@
 
 mod damage;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use model::{Block, Config, Rotary};
@@ -273,6 +274,72 @@ fn what_is_missing_or_twice_is_no_checkpoint() {
     let overlap = commit(&*store, progress(1), 0, 2, &config()).unwrap_err();
     assert!(matches!(overlap, Error::Overlap { .. }), "{overlap}");
     assert_eq!(newest(&store), None);
+}
+
+#[test]
+fn older_manifests_are_read_and_newer_ones_refused() {
+    let (_, store) = two();
+    let name = format!("{}/manifest.json", commit::folder_name(20, 0));
+    let bytes = store.get(&name, 0..store.length(&name).unwrap()).unwrap();
+    let text = String::from_utf8(bytes).unwrap();
+    // The first version is this one without rows, which chunks have none of.
+    for (version, found) in [("1", Some(20)), ("3", Some(10))] {
+        let other = text.replacen("\"version\":2", &format!("\"version\":{version}"), 1);
+        store.put(&name, &[other.as_bytes()]).unwrap();
+        assert_eq!(newest(&store), found);
+    }
+    let (_, rejected) = Checkpoint::newest(&store, &config()).unwrap();
+    let said = rejected[0].error.to_string();
+    assert!(said.contains("it has version 3, this program reads 1 to 2"), "{said}");
+}
+
+/// A store whose listings are late: what was there at first is in all of them.
+struct Late {
+    store: Arc<dyn Store>,
+    first: Mutex<BTreeMap<String, Vec<String>>>,
+}
+
+impl Store for Late {
+    fn put(&self, name: &str, pieces: &[&[u8]]) -> io::Result<()> {
+        self.store.put(name, pieces)
+    }
+
+    fn get(&self, name: &str, range: Range<u64>) -> io::Result<Vec<u8>> {
+        self.store.get(name, range)
+    }
+
+    fn length(&self, name: &str) -> io::Result<u64> {
+        self.store.length(name)
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        let now = self.store.list(folder)?;
+        let mut first = self.first.lock().unwrap();
+        Ok(first.entry(folder.to_owned()).or_insert(now).clone())
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.store.remove(name)
+    }
+
+    fn remove_folder(&self, folder: &str) -> io::Result<()> {
+        self.store.remove_folder(folder)
+    }
+
+    fn place(&self, name: &str) -> String {
+        self.store.place(name)
+    }
+}
+
+#[test]
+fn a_late_listing_hides_what_is_there_and_shows_nothing_that_is_not() {
+    let (_, store) = two();
+    let late: Arc<dyn Store> =
+        Arc::new(Late { store: Arc::clone(&store), first: Mutex::default() });
+    assert_eq!(newest(&late), Some(20));
+    save(&*store, 30, 2, 0).unwrap();
+    // Those before are removed, and still listed.
+    assert_eq!((newest(&late), newest(&store)), (None, Some(30)));
 }
 
 #[test]

@@ -87,7 +87,7 @@ impl<O: Operators> Stage<O> {
             let w = self.window(block, low.down);
             let down = self.operators.product(x, w, low.down(r, self.config.hidden as usize));
             self.operators.set_columns(&mut narrow, narrow_width, low.first, &down);
-            let normed = self.normed(&narrow, narrow_width, low, block)[1].clone();
+            let [_, normed, _] = self.normed(&narrow, narrow_width, low, block);
             let up = self.operators.product(&normed, self.window(block, low.up), low.up(r));
             self.operators.set_columns(&mut heads, heads_width, low.heads, &up);
         }

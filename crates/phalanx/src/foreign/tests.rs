@@ -131,6 +131,7 @@ fn hugging_face_dimensions_are_those_of_the_catalogue() {
         "vocab_size": 129280, "tie_word_embeddings": false, "rms_norm_eps": 1e-06,
         "rope_theta": 10000, "n_routed_experts": 256, "num_experts_per_tok": 8,
         "moe_intermediate_size": 2048, "n_shared_experts": 1, "first_k_dense_replace": 3,
+        "scoring_func": "sigmoid", "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5,
         "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "kv_lora_rank": 512,
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}"#;
     let (text, unknown) = imported(config);

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use crate::place::Place;
-use crate::repository::{read, root};
+use crate::repository::{read, root, sources};
 
 /// What a page leaves out of an output: any text in a line, any lines on a line of its own.
 const ELISION: char = '…';
@@ -51,6 +51,21 @@ fn every_link_leads_somewhere_and_every_page_is_in_the_summary() {
             if path.is_dir() {
                 folders.push(path);
             }
+        }
+    }
+}
+
+#[test]
+fn every_fault_is_held_by_tests_that_there_are() {
+    let atlas = read(&source().join("faults.md"));
+    let rows = atlas.lines().skip_while(|line| !line.starts_with("| fault |")).skip(2);
+    let sources: String = sources().iter().map(|(_, path)| read(path)).collect();
+    for row in rows.take_while(|line| line.starts_with('|')) {
+        let held_by = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        let names: Vec<&str> = held_by.split(", ").map(|name| name.trim_matches('`')).collect();
+        for name in names {
+            let test = sources.contains(&format!("fn {name}(")) && !name.is_empty();
+            assert!(test || root().join(name).is_file(), "no test {name}: {row}");
         }
     }
 }

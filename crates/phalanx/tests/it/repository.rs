@@ -91,7 +91,7 @@ fn a_crate_is_called_like_its_folder_and_keeps_the_common_lints() {
 }
 
 /// Every Rust source of the repository, with its crate.
-fn sources() -> Vec<(String, PathBuf)> {
+pub fn sources() -> Vec<(String, PathBuf)> {
     let pattern = root().join("crates/*/**/*.rs");
     let paths = glob::glob(pattern.to_str().unwrap()).unwrap().map(Result::unwrap);
     let folder = root().join("crates");
@@ -112,6 +112,14 @@ fn unsafe_code_stays_where_it_belongs() {
         let found = code.flat_map(|line| line.split(|c: char| !c.is_alphanumeric() && c != '_'));
         let found = found.filter(|found| *found == word).count();
         assert!(found == 0 || UNSAFE.contains(&name.as_str()), "{}", path.display());
+    }
+}
+
+#[test]
+fn what_decides_reads_no_wall_clock() {
+    for (name, path) in sources() {
+        let decides = ["train", "transport", "checkpoint", "sim"].contains(&name.as_str());
+        assert!(!decides || !read(&path).contains("SystemTime"), "{}", path.display());
     }
 }
 

@@ -69,10 +69,11 @@ pub struct Shares {
 }
 
 impl Reliability {
-    /// The mean time between failures that no copy in memory makes good.
+    /// The mean time between failures that no copy in memory makes good; three centuries where copies
+    /// make all good.
     fn between_losses(&self) -> Seconds {
         let lost = 1.0 - self.memory.map_or(0.0, |memory| memory.covers);
-        Seconds(self.between_failures.0 / lost.max(f64::MIN_POSITIVE))
+        Seconds((self.between_failures.0 / lost).min(1e10))
     }
 
     fn down(&self) -> Seconds {

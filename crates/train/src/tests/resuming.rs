@@ -1,7 +1,10 @@
 //! A run that is saved, stopped and gone on with is the run that was never stopped.
 
+use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex};
 
 use checkpoint::sharded::{Checkpoint, Progress, Saver, Setup};
 use checkpoint::store::simulated::{Faults, SimulatedDisk};
@@ -181,6 +184,63 @@ fn a_full_disk_does_not_stop_training() {
         let keeping = Keeping { asynchronous, ..Keeping::in_store(&store) };
         let trained = train_keeping(&job, &layout, in_process(4), &keeping);
         assert!(trained == train(&job, &layout));
+        assert_eq!(Checkpoint::names(&*store).unwrap().len(), 0);
+    }
+}
+
+/// A store in which rank 1's files cannot be written, which it learns only after rank 0 has looked for
+/// them several times.
+struct Sluggish {
+    store: Arc<dyn Store>,
+    looks: (Mutex<u32>, Condvar),
+}
+
+impl Store for Sluggish {
+    fn put(&self, name: &str, pieces: &[&[u8]]) -> io::Result<()> {
+        if !name.contains("rank-00001") {
+            return self.store.put(name, pieces);
+        }
+        let (looks, looked) = &self.looks;
+        *looked.wait_while(looks.lock().unwrap(), |looks| *looks < 3).unwrap() = 0;
+        Err(io::ErrorKind::StorageFull.into())
+    }
+
+    fn get(&self, name: &str, range: Range<u64>) -> io::Result<Vec<u8>> {
+        self.store.get(name, range)
+    }
+
+    fn length(&self, name: &str) -> io::Result<u64> {
+        self.store.length(name)
+    }
+
+    fn list(&self, folder: &str) -> io::Result<Vec<String>> {
+        *self.looks.0.lock().unwrap() += 1;
+        self.looks.1.notify_all();
+        self.store.list(folder)
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.store.remove(name)
+    }
+
+    fn remove_folder(&self, folder: &str) -> io::Result<()> {
+        self.store.remove_folder(folder)
+    }
+
+    fn place(&self, name: &str) -> String {
+        self.store.place(name)
+    }
+}
+
+#[test]
+fn nobody_hangs_on_a_rank_whose_write_is_slow_to_fail() {
+    let (job, layout) = (Job::new(false), layout(2, 2, 1, Shard::Optimizer));
+    let expected = train(&job, &layout);
+    for asynchronous in [true, false] {
+        let sluggish = Sluggish { store: memory().1, looks: Default::default() };
+        let store: Arc<dyn Store> = Arc::new(sluggish);
+        let keeping = Keeping { asynchronous, ..Keeping::in_store(&store) };
+        assert!(train_keeping(&job, &layout, in_process(4), &keeping) == expected);
         assert_eq!(Checkpoint::names(&*store).unwrap().len(), 0);
     }
 }

@@ -13,7 +13,7 @@ use transport::{
 use units::Rank;
 
 #[allow(unused_imports, reason = "each test file uses its own part")]
-pub use disturbed::{Disturbed, disturbed};
+pub use disturbed::{Disturbed, Throttled, disturbed};
 
 /// Makes the ends of a mesh of so many ranks, in rank order.
 pub type MakeMesh = fn(u32) -> Vec<Box<dyn Transport>>;
@@ -66,8 +66,16 @@ pub fn meet(identities: Vec<String>, shares: fn(Rank) -> bool) -> Vec<Result<Int
     let join = |(rank, identity)| {
         let (rank, shared_memory) = (Rank(rank), shares(Rank(rank)));
         let secret = secret();
-        let rendezvous =
-            Rendezvous { rank, ranks, address, identity, secret, timeout, shared_memory };
+        let rendezvous = Rendezvous {
+            rank,
+            ranks,
+            address,
+            identity,
+            secret,
+            timeout,
+            shared_memory,
+            interface: None,
+        };
         let listener = listener.take();
         thread::spawn(move || rendezvous.meet(listener))
     };

@@ -1,8 +1,5 @@
 //! Crashes, damage and malice: what is loaded is what was saved, or nothing.
 
-use std::io;
-use std::sync::Mutex;
-
 use serde_json::Value;
 
 use super::super::manifest::seal;
