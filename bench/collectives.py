@@ -3,6 +3,7 @@
 MPICH, oneCCL and Gloo (through PyTorch), taking turns. Prints a table and what the machine itself allows.
 
     bench/collectives.py [--ranks 2,4,8] [--sizes 1024,65536,...] [--rounds 3] [--seconds 0.2] [--peers open-mpi,mpich,...]
+    bench/collectives.py --tcp      all over TCP on loopback, beside Gloo, which knows nothing else
 
 Installs what it lacks: MPIs by apt-get, oneCCL and PyTorch into virtual environments under target/peers (the Python of
 $PHALANX_PYTHON is used if it has PyTorch). Peers are bound to cores as they recommend, and get the faster of in-place and
@@ -115,7 +116,11 @@ def mpich(program):
     return lambda ranks, arguments: ["mpirun.mpich", "-np", ranks, *bound(ranks), program, *arguments]
 
 
-def competitors(names, phalanx):
+def competitors(names, phalanx, tcp):
+    if tcp:
+        yield Peer("phalanx", ours(phalanx, "--tcp"))
+        yield gloo()
+        return
     yield Peer("phalanx", ours(phalanx))
     yield Peer("phalanx, own memory", ours(phalanx, "--buffers", "own"))
     if "open-mpi" in names:
@@ -128,7 +133,11 @@ def competitors(names, phalanx):
         variables = {"LD_LIBRARY_PATH": f"{ccl}/lib", "I_MPI_FABRICS": "shm", "CCL_ATL_TRANSPORT": "mpi", "CCL_WORKER_COUNT": "1", "CCL_LOG_LEVEL": "error"}
         yield Peer("oneCCL", lambda ranks, arguments: [ccl / "bin/mpiexec.hydra", "-np", ranks, program, *arguments], variables)
     if "gloo" in names:
-        yield Peer("Gloo", torchrun(python_with_torch()), {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"})
+        yield gloo()
+
+
+def gloo():
+    return Peer("Gloo", torchrun(python_with_torch()), {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"})
 
 
 def size_of(size):
@@ -148,6 +157,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", default="0.2", help="how long to measure each cell")
     parser.add_argument("--peers", default="open-mpi,mpich,oneccl,gloo")
+    parser.add_argument("--tcp", action="store_true", help="TCP on loopback, beside Gloo")
     parser.add_argument("--phalanx", default=ROOT / "target/release/phalanx", type=Path)
     parser.add_argument("--prefix", default="", help="a command that runs each of the benchmarks, such as chrt")
     parser.add_argument("--json", type=Path, help="where to write every figure")
@@ -156,7 +166,7 @@ def main():
     WORK.mkdir(parents=True, exist_ok=True)
     sizes = options.sizes.split(",")
     all_ranks = [int(ranks) for ranks in options.ranks.split(",")]
-    peers = list(competitors(options.peers.split(","), options.phalanx))
+    peers = list(competitors(options.peers.split(","), options.phalanx, options.tcp))
     figures, probes = {}, []
     for turn in range(options.rounds):
         for ranks in all_ranks:
@@ -187,12 +197,13 @@ def report(figures, probes, names):
     ratios = {}
     for (kind, ranks, size), by_peer in sorted(figures.items(), key=lambda row: (KINDS.index(row[0][0]), *row[0][1:])):
         median = {name: statistics.median(cell["median_s"] for cell in cells) for name, cells in by_peer.items()}
-        limit = statistics.median(cell["limit_s"] for cell in by_peer["phalanx"])
+        limits = [cell["limit_s"] for cell in by_peer["phalanx"] if cell["limit_s"]]
+        of_limit = f"{100 * statistics.median(limits) / median['phalanx']:.0f} %" if limits else "-"
         rivals = [median[name] for name in names if not name.startswith("phalanx") and name in median]
         ratio = min(rivals) / median["phalanx"] if rivals else math.nan
         ratios[kind, ranks, size] = ratio
         times = " | ".join(duration(median[name]) for name in names)
-        print(f"| {kind} | {ranks} | {size_of(size)} | {times} | {ratio:.2f} | {100 * limit / median['phalanx']:.0f} % |")
+        print(f"| {kind} | {ranks} | {size_of(size)} | {times} | {ratio:.2f} | {of_limit} |")
     if ratios and not math.isnan(min(ratios.values())):
         summary("all cells", ratios.values())
         summary("from 16 MiB", [ratio for (_, _, size), ratio in ratios.items() if size >= 16 << 20])

@@ -17,7 +17,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MIB = 1 << 20
-MODEL = {"model.layers": 8, "model.hidden": 384, "model.heads": 6, "model.kv_heads": 3,
+MODEL = {"model.layers": 8, "model.hidden": 384, "model.heads": 6, "model.kv_heads": 2,
          "model.feed_forward": 1024, "model.vocabulary": 2048, "training.sequence": 64}
 LAYOUTS = {
     "data 4": (4, {"layout.shard": "none"}),

@@ -77,7 +77,7 @@ enum Place {
 struct Cell {
     kind: Kind,
     bytes: Bytes,
-    algorithm: &'static str,
+    algorithm: String,
     rounds: u32,
     /// The slowest rank's time of every repetition, sorted.
     times: Vec<Seconds>,
@@ -200,8 +200,8 @@ impl Bench<'_> {
 
     /// Checks and times a collective.
     fn cell(&mut self, kind: Kind, bytes: Bytes) -> Result<Cell> {
-        let collective = Collective::direct(kind, self.communicator.ranks());
         let elements = bytes.0 as usize / 4;
+        let collective = self.communicator.chosen(kind, &self.world, elements);
         let mut buffer = match self.args.buffers {
             Place::Shared => self.communicator.buffer(elements),
             Place::Own => vec![0.0; elements].into(),
@@ -234,9 +234,9 @@ impl Bench<'_> {
         times.sort_by(|a, b| a.0.total_cmp(&b.0));
         let gathers = kind == Kind::AllReduce && self.communicator.gathers(&self.world, elements);
         let (algorithm, rounds) = match () {
-            () if self.communicator.is_native() => ("MPI's", 0),
-            () if gathers => ("gather", 1),
-            () => ("direct", collective.cost(bytes).rounds),
+            () if self.communicator.is_native() => ("MPI's".into(), 0),
+            () if gathers => ("gather".into(), 1),
+            () => (collective.algorithm().to_string(), collective.cost(bytes).rounds),
         };
         Ok(Cell { kind, bytes, algorithm, rounds, times })
     }

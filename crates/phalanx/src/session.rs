@@ -359,13 +359,10 @@ impl<'a, O: Operators> Session<'a, O> {
             checkpointing::checkpoints(&self.job, self.rank, &kept.path, attempt, start, is_ours)?;
         kept.safekeeping.checkpoints = Some(checkpoints);
         let trained = self.run(&mut worker, kept, life, start.step, &happened);
-        if let Err(error) = &trained
-            && is_loss(error)
-        {
-            // What cannot be written must not hide what went wrong.
-            let (communicator, _) = worker.communication(program::Axis::World);
-            drop(flight_record::write(communicator, &kept.path, number));
-        }
+        // What cannot be written must not hide what went wrong.
+        let failed = trained.as_ref().is_err_and(is_loss);
+        let (communicator, _) = worker.communication(program::Axis::World);
+        drop(flight_record::write(communicator, &kept.path, number, failed));
         let trained = trained?;
         let model_folder = kept.path.join("model");
         train::export(&mut worker, &self.programs.step, &self.job.model, &model_folder)?;

@@ -3,6 +3,7 @@
     own.py phalanx [WORD...]    only tests with one of these words in their names
 
 Tests that want accelerators, more ranks or another backend's peculiarities skip themselves, as they do for Gloo.
+Those of a receive that does not say from whom are left out: this backend refuses it.
 """
 
 import os
@@ -49,6 +50,7 @@ class Told(unittest.TextTestResult):
 if __name__ == "__main__":
     names = unittest.TestLoader().getTestCaseNames(Own)
     names = [name for name in names if not WORDS or any(word in name for word in WORDS)]
+    names = [name for name in names if "send_recv_any_source" not in name]
     with open(os.devnull, "w") as quiet:
         result = unittest.TextTestRunner(quiet, resultclass=Told).run(unittest.TestSuite(map(Own, names)))
     for test, why in result.failures + result.errors:

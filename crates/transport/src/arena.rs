@@ -40,6 +40,9 @@ const PAGE_BYTES: usize = 4 << 10;
 
 const LARGE_BYTES: usize = 2 << 20;
 
+/// The word that says whether ranks share cores, behind the mark.
+const SHARES_CORES: usize = 8;
+
 /// The addresses, not the memory, that each rank's buffers may take up.
 const REGION_BYTES: usize = 64 << 30;
 
@@ -81,9 +84,17 @@ impl Arena {
         let control = control_bytes(ranks.len()) as u64;
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, control)?;
         rustix::fs::fcntl_add_seals(&file, SEALS)?;
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let shares_cores = ranks.len() > cores;
         let arena = Self::map(file, ranks, own)?;
+        arena.word(SHARES_CORES).store(shares_cores.into(), Release);
         arena.word(0).store(mark, Release);
         Ok(arena)
+    }
+
+    /// Whether there were more ranks than cores for the one that made it: all ranks have the same answer.
+    pub(crate) fn shares_cores(&self) -> bool {
+        self.word(SHARES_CORES).load(Acquire) != 0
     }
 
     /// Where other processes find it.

@@ -96,6 +96,10 @@ pub struct Communicator {
     cores: u32,
 }
 
+/// From this size of the buffer on, between hosts, it matters more what a collective moves and keeps than how
+/// often ranks wait for each other.
+const MANY_BYTES: usize = 1 << 20;
+
 /// How much sooner than a computing thread the communication thread is scheduled.
 const NICENESS: i32 = -10;
 
@@ -169,6 +173,21 @@ impl Communicator {
     pub fn fitting(&self, kind: Kind, group: &Group) -> Collective {
         let hosts: Vec<_> = group.ranks.iter().map(|rank| self.hosts[rank.index()]).collect();
         fitting(kind, &hosts)
+    }
+
+    /// A collective that the ranks of a group carry out fast on so many elements that are waited for at once:
+    /// [`Collective::direct`] where they share memory or the elements are few. Elsewhere a member that is sent
+    /// several chunks to add up would have to keep all but one, so that it is [`Communicator::fitting`].
+    ///
+    /// # Panics
+    /// When a rank of the group is not in the job.
+    #[must_use]
+    pub fn chosen(&self, kind: Kind, group: &Group, elements: usize) -> Collective {
+        if 4 * elements < MANY_BYTES || self.arena_of(group).is_some() {
+            Collective::direct(kind, group.ranks.len() as u32)
+        } else {
+            self.fitting(kind, group)
+        }
     }
 
     /// Starts an operation; never blocks.
@@ -380,9 +399,9 @@ impl Communicator {
             .unwrap_or_else(|| self.by_way_of_a_copy(group, collective, elements, label))
     }
 
-    /// Adds up the elements of all ranks of the group, on all of them to the same bits: by
-    /// [`Collective::direct`], or, if they are few, by gathering them and adding them up on every rank in
-    /// the order of the group.
+    /// Adds up the elements of all ranks of the group, on all of them to the same bits: by the collective that
+    /// is [`Communicator::chosen`], or, if they are few and memory is shared, by gathering them and adding them up
+    /// on every rank in the order of the group.
     ///
     /// # Errors
     /// As [`Communicator::run`].
@@ -402,7 +421,10 @@ impl Communicator {
                 let gather = Collective::direct(Kind::AllGather, ranks);
                 local.gather_and_add(group, &gather, &mut buffer, label).map(|()| buffer)
             }
-            _ => self.run(group, &Collective::direct(Kind::AllReduce, ranks), buffer, label),
+            _ => {
+                let chosen = self.chosen(Kind::AllReduce, group, buffer.len());
+                self.run(group, &chosen, buffer, label)
+            }
         }
     }
 

@@ -280,3 +280,71 @@ pub(crate) fn connect(
     socket.set_tcp_nodelay(true)?;
     Ok(socket.into())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn directory() -> Directory {
+        Directory {
+            rank: Rank(1),
+            job: 7,
+            secret: Secret::new("the secret of a test").unwrap(),
+            addresses: vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 1)); 4],
+            neighbours: Neighbours(vec![Some(0); 4]),
+            interface: None,
+        }
+    }
+
+    fn said(body: Vec<u8>) -> Guest {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        Guest { socket, version: VERSION, body }
+    }
+
+    #[test]
+    fn only_peers_of_the_job_are_let_in() {
+        let greeting = |job, rank| serde_json::to_vec(&Greeting { job, rank, memory: None });
+        let let_in =
+            |job, rank| directory().greeting(&said(greeting(job, Rank(rank)).unwrap())).is_some();
+        assert!(let_in(7, 0) && let_in(7, 3));
+        assert!(!let_in(8, 0), "another job");
+        assert!(!let_in(7, 1) && !let_in(7, 4), "this rank, and none");
+        let old = Guest { version: VERSION - 1, ..said(greeting(7, Rank(0)).unwrap()) };
+        assert!(directory().greeting(&old).is_none());
+    }
+
+    #[test]
+    fn an_interface_that_is_not_there_is_named() {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        let error = connect(address, Some("none0"), Instant::now() + DIAL_LIMIT).unwrap_err();
+        assert_eq!(error.kind(), INTERFACE);
+        assert!(error.to_string().contains("`none0`"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_guest_says_is_a_greeting_of_a_peer_or_none(
+            random in prop::collection::vec(any::<u8>(), 0..200),
+            at in any::<prop::sample::Index>(),
+            byte: u8,
+            ours: bool,
+        ) {
+            let memory = "{\"process\":1,\"descriptor\":2}";
+            let mut body = format!("{{\"job\":7,\"rank\":3,\"memory\":{memory}}}").into_bytes();
+            if ours {
+                let at = at.index(body.len());
+                body[at] = byte;
+            } else {
+                body = random;
+            }
+            if let Some(greeting) = directory().greeting(&said(body)) {
+                prop_assert!(greeting.job == 7 && greeting.rank != Rank(1) && greeting.rank.0 < 4);
+            }
+        }
+    }
+}

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Serialize, Serializer};
-use units::{Bytes, Rank, Seconds};
+use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
+use crate::SlowLink;
 use crate::operation::Active;
 use crate::pulse::Doing;
 
@@ -25,6 +26,8 @@ pub struct Flight {
     pub operations: Vec<Record>,
     /// The other ranks that it has or had a stream with, or lost.
     pub peers: Vec<Peer>,
+    /// The links that were found to be much slower than others, in the order in which they were.
+    pub slow_links: Vec<SlowLink>,
 }
 
 /// An operation.
@@ -68,6 +71,10 @@ pub struct Peer {
     pub missed_heartbeats: u32,
     /// How its stream ended.
     pub gone: Option<String>,
+    /// How fast frames of 64 KiB and more went to it when there last were enough to tell.
+    pub sends: Option<BytesPerSecond>,
+    /// How fast they came from it.
+    pub receives: Option<BytesPerSecond>,
 }
 
 /// Keeps the last operations.

@@ -2,6 +2,7 @@
 //! kept until their operation is posted.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Instant;
 
 use collective::{Action, Step};
 
@@ -44,6 +45,8 @@ pub(crate) struct Early {
 pub(crate) struct Reading {
     pub header: Header,
     pub sink: Sink,
+    /// When its header was here.
+    pub begun: Instant,
     /// Payload bytes read so far.
     pub done: usize,
     /// The first bytes of an element that is to be combined, as many as are here.
@@ -139,7 +142,7 @@ impl Incoming {
 impl Reading {
     /// A frame of which nothing but the header is read.
     pub(crate) fn new(header: Header, sink: Sink) -> Self {
-        Self { header, sink, done: 0, carry: [0; 8] }
+        Self { header, sink, begun: Instant::now(), done: 0, carry: [0; 8] }
     }
 
     /// Whether the payload is complete.

@@ -7,7 +7,7 @@
 //!
 //! From the outside in: `communicator` is the handle, `progress` the loop of its thread, `incoming`
 //! and `outgoing` the two directions of a stream, `frame` what travels on it, `pulse` whether peers
-//! live, `flight` what is told when one does not, `interprocess` the streams
+//! live, `link` how fast the ways to them are, `flight` what is told when one does not, `interprocess` the streams
 //! (`socket`; `shared_memory`, its `ring` and its `segment`), `rendezvous` how the processes of a job
 //! find each other (`lobby`, `handshake`, `message`), `door` how two of them come to be connected, `sharing`
 //! how those of a host come to share memory,
@@ -31,6 +31,7 @@ mod handshake;
 mod in_process;
 mod incoming;
 mod interprocess;
+mod link;
 mod lobby;
 mod local;
 mod message;
@@ -61,6 +62,7 @@ pub use flight::{Flight, Peer, Record};
 pub use handshake::{Secret, accept as demand_proof, connect as prove};
 pub use in_process::InProcess;
 pub use interprocess::Interprocess;
+pub use link::SlowLink;
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
 pub use operation::{Action, Group, Operation};

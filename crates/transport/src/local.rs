@@ -21,6 +21,10 @@ use crate::{Error, Group, LastHeard, reduction};
 /// How large pieces are that go by way of other memory: two of them are still in a core's own cache.
 const PIECE_BYTES: usize = 256 << 10;
 
+/// How large they are where ranks share cores: each piece waits until all ranks have had their turn, which takes
+/// longer than memory does.
+const SHARED_PIECE_BYTES: usize = 4 << 20;
+
 /// Collectives among the ranks that share an arena.
 #[derive(Debug)]
 pub(crate) struct Local {
@@ -255,7 +259,9 @@ impl Local {
         let cut = matches!(algorithm, Algorithm::Direct | Algorithm::Ring);
         // The first chunk is the longest, so that all members cut alike.
         let longest = run.range(Chunks::one(0)).len();
-        let pieces = if cut { (4 * longest).div_ceil(PIECE_BYTES).max(1) } else { 1 };
+        let shares_cores = self.board.arena.shares_cores();
+        let piece = if shares_cores { SHARED_PIECE_BYTES } else { PIECE_BYTES };
+        let pieces = if cut { (4 * longest).div_ceil(piece).max(1) } else { 1 };
         let half: usize = lengths.iter().map(|length| length.div_ceil(pieces)).sum();
         let small = lengths.iter().all(|length| 4 * length <= INLINE_BYTES);
         let room = self.staging.as_ref().map_or(0, |staging| staging.len());

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::IoSlice;
+use std::time::Instant;
 
 use crate::frame::{HEADER_BYTES, Header, Kind};
 use crate::operation::Active;
@@ -27,6 +28,8 @@ pub(crate) struct Outgoing {
 pub(crate) struct Writing {
     /// Where the payload is; a notice has none.
     pub source: Option<Source>,
+    /// When its first byte could move.
+    pub begun: Instant,
     header: [u8; HEADER_BYTES],
     sent: usize,
     total: usize,
@@ -72,9 +75,9 @@ impl Outgoing {
         self.current.as_mut()
     }
 
-    /// Notes that the current frame is written.
-    pub(crate) fn finish(&mut self) {
-        self.current = None;
+    /// Takes away the current frame, which is written: how many bytes, and since when.
+    pub(crate) fn finish(&mut self) -> Option<(u64, Instant)> {
+        self.current.take().map(|writing| (writing.total as u64, writing.begun))
     }
 
     /// Drops an operation's frames that are not begun.
@@ -92,7 +95,7 @@ impl Outgoing {
 impl Writing {
     fn new(source: Option<Source>, header: Header) -> Self {
         let total = HEADER_BYTES + header.bytes as usize;
-        Self { source, header: header.encode(), sent: 0, total }
+        Self { source, begun: Instant::now(), header: header.encode(), sent: 0, total }
     }
 
     /// The next bytes of the frame.

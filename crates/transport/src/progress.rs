@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
-use units::{Rank, Seconds};
+use units::{BytesPerSecond, Rank, Seconds};
 
 use crate::communicator::Outcomes;
 use crate::departed::{Departed, Gone};
 use crate::flight::{self, Recorder};
 use crate::frame::{HEADER_BYTES, Header, Key, Kind};
 use crate::incoming::{self, Early, Incoming, Reading, Sink};
+use crate::link::{self, Gauge, SlowLink, WINDOW_BEATS};
 use crate::operation::{Action, Active};
 use crate::outgoing::{Outgoing, Source};
 use crate::pulse::{Doing, LastHeard, Metronome, Pulse};
@@ -46,6 +47,9 @@ pub(crate) struct Progress {
     /// Where data to be added lands first.
     scratch: Vec<f32>,
     metronome: Metronome,
+    /// Heartbeats since links were last compared.
+    beats: u32,
+    slow_links: Vec<SlowLink>,
     recorder: Recorder,
     closing: Option<Closing>,
     departed: Arc<Departed>,
@@ -68,6 +72,10 @@ struct Peer {
     pulse: Pulse,
     outgoing: Outgoing,
     incoming: Incoming,
+    /// What goes out, and what comes in.
+    gauges: [Gauge; 2],
+    /// What those said when links were last compared.
+    rates: [Option<BytesPerSecond>; 2],
 }
 
 /// The end of the loop, approaching.
@@ -97,6 +105,8 @@ impl Progress {
             peers,
             scratch: vec![0.0; incoming::PIECE_BYTES / 4],
             metronome,
+            beats: 0,
+            slow_links: Vec::new(),
             recorder: Recorder::new(),
             closing: None,
             departed,
@@ -180,6 +190,11 @@ impl Progress {
         if leaves || !self.metronome.beats() {
             return;
         }
+        self.beats += 1;
+        if self.beats == WINDOW_BEATS {
+            self.beats = 0;
+            self.compare_links();
+        }
         let heartbeat = self.doing().header();
         let mut silent = Vec::new();
         let awaited: Vec<_> = self.operations.values().flat_map(Active::waiting_for).collect();
@@ -209,6 +224,34 @@ impl Progress {
         }
     }
 
+    /// Finds the links that are much slower than others to the same host, or to other hosts.
+    fn compare_links(&mut self) {
+        for Peer { gauges, rates, .. } in &mut self.peers {
+            for (gauge, rate) in gauges.iter_mut().zip(rates) {
+                *rate = gauge.read().or(*rate);
+            }
+        }
+        let own = self.transport.host(self.transport.rank());
+        let peers = (0..self.transport.ranks()).map(Rank);
+        let (near, far): (Vec<_>, Vec<_>) =
+            peers.partition(|peer| self.transport.host(*peer) == own);
+        for peers in [near, far] {
+            let rates = peers.iter().flat_map(|peer| self.peers[peer.index()].rates);
+            let median = link::median_if_uneven(rates.flatten());
+            for (peer, way) in peers.into_iter().flat_map(|peer| [(peer, 0), (peer, 1)]) {
+                let Peer { gauges, rates, .. } = &mut self.peers[peer.index()];
+                let Some(rate) = rates[way] else { continue };
+                let slow = median.filter(|median| link::is_slow(rate, *median));
+                let was_named = std::mem::replace(&mut gauges[way].named, slow.is_some());
+                if let Some(median) = slow.filter(|_| !was_named) {
+                    let host = self.transport.host_name(peer).map(|name| name.to_string());
+                    let towards = way == 0;
+                    self.slow_links.push(SlowLink { peer, host, towards, rate, median });
+                }
+            }
+        }
+    }
+
     /// What this rank is doing: the oldest operation under way.
     fn doing(&self) -> Doing {
         let oldest = self.operations.values().find(|operation| !operation.failed);
@@ -228,6 +271,8 @@ impl Progress {
             doing: peer.pulse.doing,
             missed_heartbeats: peer.pulse.missed,
             gone: peer.gone.as_ref().map(|gone| gone.reason.clone()),
+            sends: peer.rates[0],
+            receives: peer.rates[1],
         };
         let under_way = self.operations.values().filter(|operation| !operation.failed);
         Flight {
@@ -235,6 +280,7 @@ impl Progress {
             posted: self.recorder.posted(),
             operations: self.recorder.operations(under_way),
             peers: others.map(peer).collect(),
+            slow_links: self.slow_links.clone(),
         }
     }
 
@@ -371,7 +417,10 @@ impl Progress {
     }
 
     fn finish_write(&mut self, peer: Rank, source: Option<Source>) {
-        self.peers[peer.index()].outgoing.finish();
+        let Peer { outgoing, gauges, .. } = &mut self.peers[peer.index()];
+        if let Some((bytes, since)) = outgoing.finish() {
+            gauges[0].count(bytes, since);
+        }
         if let Some((ticket, step)) = source {
             let operation = self.operations.get_mut(&ticket).expect("it was being written");
             if operation.failed {
@@ -464,8 +513,10 @@ impl Progress {
     }
 
     fn finish_read(&mut self, peer: Rank) {
-        let incoming = &mut self.peers[peer.index()].incoming;
-        let Reading { header, sink, .. } = incoming.reading.take().expect("a frame was read");
+        let Peer { incoming, gauges, .. } = &mut self.peers[peer.index()];
+        let reading = incoming.reading.take().expect("a frame was read");
+        let Reading { header, sink, begun, .. } = reading;
+        gauges[1].count(header.bytes, begun);
         match sink {
             Sink::Discard => {}
             Sink::Early(payload) => incoming.keep(Early { header, payload }),

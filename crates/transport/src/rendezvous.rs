@@ -519,6 +519,8 @@ fn listen_beside(host: &TcpStream) -> io::Result<TcpListener> {
 mod tests {
     use std::net::Ipv4Addr;
 
+    use proptest::prelude::*;
+
     use super::*;
     use crate::Transport;
     use crate::message::SENT;
@@ -567,6 +569,33 @@ mod tests {
         use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
         let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
         setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    }
+
+    proptest! {
+        /// A roster from the wire is refused, or can be used.
+        #[test]
+        fn whatever_rank_0_answers_is_an_error_or_of_use(
+            at in any::<prop::sample::Index>(),
+            bytes in prop::collection::vec(any::<u8>(), 0..4),
+        ) {
+            let place = Place { name: "n".into(), host: Some("h".into()) };
+            let seat = Seat {
+                address: SocketAddr::from((Ipv4Addr::LOCALHOST, 1)),
+                place: 0,
+                shares_memory: true,
+            };
+            let roster = Roster { places: vec![place; 2], seats: vec![seat; 3] };
+            let mut wire = serde_json::to_vec(&Verdict::Start { job: 1, roster }).unwrap();
+            let at = at.index(wire.len());
+            let end = (at + bytes.len()).min(wire.len());
+            wire.splice(at..end, bytes);
+            if let Ok(Verdict::Start { roster, .. }) = serde_json::from_slice(&wire)
+                && roster.is_for(3)
+            {
+                prop_assert_eq!(roster.hosts().len(), 3);
+            }
+            let _: Result<Hello, _> = serde_json::from_slice(&wire);
+        }
     }
 
     #[test]

@@ -13,8 +13,8 @@ use collective::{
 };
 use mesh::{MakeMesh, run};
 use transport::{
-    Action, Combine, Communicator, Doing, Element, Error, Group, Limits, Operation, Reduction,
-    Ticket,
+    Action, Combine, Communicator, Doing, Element, Error, Group, InProcess, Limits, Operation,
+    Reduction, Ticket, Transport,
 };
 use units::{Bytes, Rank};
 
@@ -545,6 +545,30 @@ fn a_silent_rank_is_named_with_what_the_others_do(make: MakeMesh) {
         done.wait();
     });
     drop(stopped);
+}
+
+/// Between ranks 1 and 2 of a ring a hundredth of what the others have; both name it, and nobody names another.
+#[test]
+fn a_slow_link_is_named_at_both_ends() {
+    let throttle = |end: Box<dyn Transport>| -> Box<dyn Transport> {
+        match end.rank() {
+            Rank(1) => Box::new(mesh::Throttled::new(end, Rank(2), 8e6)),
+            _ => end,
+        }
+    };
+    let mesh = InProcess::mesh(4).into_iter();
+    let mesh = mesh.map(|end| throttle(Box::new(end))).collect();
+    let found = run(mesh, lively(Duration::from_secs(60)), |mut communicator| {
+        for _ in 0..4 {
+            let ring = Collective::ring(Kind::AllReduce, 4);
+            let action = Action::Collective(Arc::new(ring.part(communicator.rank().0)));
+            let ticket = post(&mut communicator, &all(4), action, vec![1.0; 1 << 19], "gradients");
+            communicator.wait(ticket).unwrap();
+        }
+        let slow = communicator.flight().unwrap().slow_links.into_iter();
+        slow.map(|link| (link.peer.0, link.towards)).collect::<Vec<_>>()
+    });
+    assert_eq!(found, [vec![], vec![(2, true)], vec![(1, false)], vec![]]);
 }
 
 /// A rank sees streams with rank 0, which all have, and with those that it has had to do with.

@@ -96,7 +96,7 @@ fn connect(
 ) -> io::Result<TcpStream> {
     let deadline = Instant::now() + patience;
     let mut socket = loop {
-        match prove(record) {
+        match prove(record, patience) {
             Ok(socket) => break socket,
             // It would say so again.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(error),

@@ -23,6 +23,8 @@ const LOOK: Duration = Duration::from_millis(50);
 const WORDS: usize = 1000;
 /// How long a coordinator may take to answer when somebody turns to it.
 const LIMIT: Duration = Duration::from_secs(1);
+/// And when a process has just started, as many may at once on a busy host.
+pub(super) const FIRST: Duration = Duration::from_secs(30);
 
 /// The connection. When it breaks and nobody takes over, the run saves and stops.
 pub struct Lifeline {
@@ -66,7 +68,7 @@ impl Lifeline {
         let Control { record, seat, incarnation, register, fenced, ranks_per_host } = control;
         let register = register.as_deref().map(Register::at).transpose()?;
         let fence = if fenced { FENCE.as_millis() as u64 } else { u64::MAX };
-        let socket = greet(&record, Some(seat), incarnation)?;
+        let socket = greet(&record, Some((seat, incarnation)), FIRST)?;
         let reader = socket.try_clone()?;
         let link = Mutex::new(Link { socket, ready: None });
         let (step, granted) = (AtomicU64::new(0), AtomicU64::new(fence));
@@ -279,7 +281,7 @@ impl Shared {
     }
 
     fn turn_to(&self, record: &Record) -> io::Result<TcpStream> {
-        let mut socket = greet(record, Some(self.seat), self.incarnation)?;
+        let mut socket = greet(record, Some((self.seat, self.incarnation)), LIMIT)?;
         let reader = socket.try_clone()?;
         let mut link = self.lock();
         if let Some(ready) = &link.ready {
@@ -291,20 +293,22 @@ impl Shared {
 }
 
 /// Connects to a coordinator and says who this is: a process of a seat, or somebody who only watches.
-fn greet(record: &Record, seat: Option<Seat>, incarnation: u64) -> io::Result<TcpStream> {
-    let mut socket = prove(record)?;
+fn greet(record: &Record, who: Option<(Seat, u64)>, limit: Duration) -> io::Result<TcpStream> {
+    let mut socket = prove(record, limit)?;
+    let (seat, incarnation) = who.unzip();
+    let incarnation = incarnation.unwrap_or_default();
     say(&mut socket, Word::Hello { seat, incarnation, process: std::process::id() })?;
     Ok(socket)
 }
 
 /// Connects to a coordinator; both prove to know the run's secret.
-pub(super) fn prove(record: &Record) -> io::Result<TcpStream> {
+pub(super) fn prove(record: &Record, limit: Duration) -> io::Result<TcpStream> {
     let nowhere = || io::Error::from(io::ErrorKind::NotFound);
     let address = record.address.ok_or_else(nowhere)?;
     let secret = Secret::new(&record.secret).ok_or_else(nowhere)?;
-    let socket = TcpStream::connect_timeout(&address, LIMIT)?;
+    let socket = TcpStream::connect_timeout(&address, limit)?;
     socket.set_nodelay(true)?;
-    transport::prove(&socket, &secret, Instant::now() + LIMIT)?;
+    transport::prove(&socket, &secret, Instant::now() + limit)?;
     socket.set_read_timeout(None)?;
     socket.set_write_timeout(None)?;
     Ok(socket)
@@ -318,11 +322,11 @@ pub(super) fn watch(record: &Record, silence: Duration) {
 
 /// Whether a coordinator answers.
 pub(super) fn answers(record: &Record) -> bool {
-    greet(record, None, 0).and_then(|mut socket| ask(&mut socket, LIMIT)).is_ok()
+    greet(record, None, LIMIT).and_then(|mut socket| ask(&mut socket, LIMIT)).is_ok()
 }
 
 fn listen_to(record: &Record, silence: Duration) -> io::Result<()> {
-    let mut socket = greet(record, None, 0)?;
+    let mut socket = greet(record, None, silence)?;
     loop {
         ask(&mut socket, silence)?;
         std::thread::sleep(HEARTBEAT);

@@ -24,9 +24,6 @@ const TICK: Duration = Duration::from_millis(50);
 /// How long ranks have to end by themselves once a run has failed.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// How long whoever connects may take to prove that it knows the secret.
-const PROOF: Duration = Duration::from_secs(5);
-
 /// How often the coordinator looks whether another has taken over.
 const CONFIRM: Duration = Duration::from_secs(1);
 
@@ -553,7 +550,7 @@ fn accept(listener: &TcpListener, secret: &Secret, tell: &Sender<Heard>) {
     for (connection, socket) in (0..).zip(listener.incoming().flatten()) {
         let (secret, tell) = (secret.clone(), tell.clone());
         std::thread::spawn(move || {
-            if transport::demand_proof(&socket, &secret, Instant::now() + PROOF).is_ok() {
+            if transport::demand_proof(&socket, &secret, Instant::now() + lifeline::FIRST).is_ok() {
                 listen(socket, connection, &tell);
             }
         });

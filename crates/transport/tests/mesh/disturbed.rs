@@ -1,9 +1,9 @@
 //! A network that is late, in pieces, and gone when least expected: streams whose every call moves what
-//! seeded chance lets it, and that end after so many bytes if they are told to.
+//! seeded chance lets it, and that end after so many bytes if they are told to; and a stream that is slow.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::io::IoSlice;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use transport::{Error, Transport, Waker};
 use units::Rank;
@@ -113,4 +113,63 @@ impl Transport for Disturbed {
 pub fn disturbed(ranks: u32) -> Vec<Box<dyn Transport>> {
     let ends = super::in_process(ranks).into_iter();
     ends.map(|end| Box::new(Disturbed::new(end, 7, u64::MAX)) as Box<dyn Transport>).collect()
+}
+
+/// One rank's streams, of which the one to a peer is slow: it takes so many bytes a second.
+pub struct Throttled {
+    inner: Box<dyn Transport>,
+    slow: Rank,
+    bytes_per_s: f64,
+    begin: Instant,
+    sent: usize,
+    owes: bool,
+}
+
+impl Throttled {
+    pub fn new(inner: Box<dyn Transport>, slow: Rank, bytes_per_s: f64) -> Self {
+        Self { inner, slow, bytes_per_s, begin: Instant::now(), sent: 0, owes: false }
+    }
+}
+
+impl Transport for Throttled {
+    fn rank(&self) -> Rank {
+        self.inner.rank()
+    }
+
+    fn ranks(&self) -> u32 {
+        self.inner.ranks()
+    }
+
+    fn try_write(&mut self, peer: Rank, pieces: &[IoSlice<'_>]) -> Result<usize, Error> {
+        if peer != self.slow {
+            return self.inner.try_write(peer, pieces);
+        }
+        let due = (self.bytes_per_s * self.begin.elapsed().as_secs_f64()) as usize;
+        let mut left = due.saturating_sub(self.sent);
+        let cut = |piece: &IoSlice<'_>| {
+            let length = piece.len().min(left);
+            left -= length;
+            length
+        };
+        let lengths: Vec<_> = pieces.iter().map(cut).collect();
+        self.owes = lengths.iter().sum::<usize>() < pieces.iter().map(|piece| piece.len()).sum();
+        let pieces = pieces.iter().zip(lengths);
+        let pieces: Vec<_> = pieces.map(|(piece, length)| IoSlice::new(&piece[..length])).collect();
+        let written = self.inner.try_write(peer, &pieces)?;
+        self.sent += written;
+        Ok(written)
+    }
+
+    fn try_read(&mut self, peer: Rank, into: &mut [u8]) -> Result<usize, Error> {
+        self.inner.try_read(peer, into)
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) -> Result<(), Error> {
+        let soon = Some(Duration::from_millis(1));
+        self.inner.wait(if std::mem::take(&mut self.owes) { soon } else { timeout })
+    }
+
+    fn waker(&self) -> Waker {
+        self.inner.waker()
+    }
 }

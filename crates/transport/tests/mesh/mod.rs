@@ -13,7 +13,7 @@ use transport::{
 use units::Rank;
 
 #[allow(unused_imports, reason = "each test file uses its own part")]
-pub use disturbed::{Disturbed, disturbed};
+pub use disturbed::{Disturbed, Throttled, disturbed};
 
 /// Makes the ends of a mesh of so many ranks, in rank order.
 pub type MakeMesh = fn(u32) -> Vec<Box<dyn Transport>>;
