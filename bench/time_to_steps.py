@@ -18,6 +18,7 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -97,6 +98,13 @@ class Phalanx:
         return survive.process_of(launcher.pid, rank)
 
 
+def free_port():
+    """A port that nobody has at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 class Torchrun:
     """torchrun starts the ranks, and starts all of them again when one is lost."""
 
@@ -107,7 +115,7 @@ class Torchrun:
         script = pathlib.Path(__file__).with_name("torch_restart.py")
         command = [self.a.python, "-m", "torch.distributed.run", "--nproc-per-node", "4"]
         command += ["--max-restarts", str(self.restarts), "--monitor-interval", "0.1"]
-        command += ["--standalone", script, "--shape", json.dumps(SHAPE)]
+        command += ["--master-port", str(free_port()), script, "--shape", json.dumps(SHAPE)]
         command += ["--steps", str(self.a.steps), "--save-every", str(self.a.save_every)]
         command += ["--folder", self.place]
         self.starts += 1

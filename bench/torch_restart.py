@@ -40,7 +40,10 @@ def main():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo")
+    # Without names of its own a start finds the addresses of ranks that are gone, and connects to nobody.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=int(os.environ["WORLD_SIZE"]))
     model = pytorch.Llama(shape)
     optimizer = pytorch.adamw(model, "fused")
     checkpoint, step = a.folder / "checkpoint.pt", 0

@@ -133,7 +133,7 @@ impl Architecture {
                     Llama | Mistral | Qwen3 | Mixtral | Qwen3Moe => shared_width == 0,
                 };
                 // Those of every so many layers are counted from the first.
-                let counted = self == Qwen3Moe && u64::from(dense_layers) % u64::from(every) == 0;
+                let counted = self == Qwen3Moe && dense_layers.is_multiple_of(every);
                 [
                     ("experts.shared_width", !shared),
                     ("experts.dense_layers", self == Mixtral && dense_layers > 0),
@@ -145,8 +145,8 @@ impl Architecture {
             ("sliding_window.full_every", alternates && self != Qwen3),
             ("query_key_norm", config.query_key_norm && !normed),
         ];
-        let keys = of_attention.into_iter().chain(of_experts.into_iter().flatten());
-        keys.into_iter().find(|(_, differs)| *differs).map(|(key, _)| key)
+        let mut keys = of_attention.into_iter().chain(of_experts.into_iter().flatten());
+        keys.find(|(_, differs)| *differs).map(|(key, _)| key)
     }
 }
 

@@ -251,13 +251,15 @@ fn every_command_says_what_it_takes() {
       <JOB>  The job file
 
     Options:
-          --set <KEY=VALUE>  Replace a key of the job file, as in --set training.steps=20; may be repeated
-          --json             Print one JSON object instead of text
-          --resume <RUN>     Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
-          --chaos <SPEC>     Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
-          --standby          Start nothing yet: take over when the launcher that [recovery] register names is lost
-          --metrics <PORT>   Answer Prometheus on this port of this machine: [metrics] port
-      -h, --help             Print help
+          --set <KEY=VALUE>        Replace a key of the job file, as in --set training.steps=20; may be repeated
+          --json                   Print one JSON object instead of text
+          --resume <RUN>           Go on from the newest checkpoint of an earlier run, whatever its layout; in a new folder
+          --chaos <SPEC>           Inject faults: kill:2@7 kills rank 2 after step 7, kill~50#1 a random rank every 50 steps (seed 1), stop halts it, flip flips a bit of its state; several with commas
+          --standby                Start nothing yet: take over when the launcher that [recovery] register names is lost
+          --listen <ADDRESS:PORT>  Coordinate ranks of several hosts, which reach this one here: [launch] `ranks_per_host` of each that joins
+          --join <HOST:PORT>       Start ranks on this host for the launcher that listens there; more hosts than needed are spare
+          --metrics <PORT>         Answer Prometheus on this port of this machine: [metrics] port
+      -h, --help                   Print help
     ");
     insta::assert_snapshot!(place.succeed(&["plan", "--help"]), @r"
     Find the best layouts of a job on its cluster, and say why; on this machine, show its layout

@@ -34,6 +34,10 @@ pub struct Traffic {
     /// Mean time of a rank's step outside of its program (data, logging, bookkeeping, collecting
     /// garbage): exponential like the delays, and all wait for the longest.
     pub step: Seconds,
+    /// From the end of a step's program to the start of the next, on all ranks alike: what the driver of
+    /// the run does between steps.
+    #[serde(default)]
+    pub between: Seconds,
 }
 
 fn whole() -> f64 {
@@ -118,7 +122,7 @@ impl Calibration {
     /// What a step of `ranks` ranks takes outside of its program, by the same expectation.
     #[must_use]
     pub fn outside(&self, ranks: u32) -> Seconds {
-        self.traffic.step * harmonic(ranks)
+        self.traffic.between + self.traffic.step * harmonic(ranks)
     }
 
     /// The time that `share` of steps stay below, of a step of `ranks` ranks that is expected to take

@@ -477,7 +477,10 @@ impl Coordinator {
                 None => vec![],
             },
             Event::Joined { host } => {
-                self.make_room(host, Phase::Down { until: now }, now);
+                // Where another coordinator was before, so may be processes of it.
+                let before = now < self.alone;
+                let phase = if before { Phase::Unheard } else { Phase::Down { until: now } };
+                self.make_room(host, phase, now);
                 self.hosts[host as usize] = true;
                 self.tick(now)
             }

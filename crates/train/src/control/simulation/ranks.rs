@@ -120,8 +120,7 @@ impl World {
             let last = Generation { number, seats, ..Generation::default() };
             let last = std::mem::replace(&mut self.generation, last);
             if last.works {
-                let who = |seat: Seat| (seat, self.processes[seat.index()].who);
-                self.before = last.seats.into_iter().flatten().map(who).collect();
+                self.before = last.began;
             }
             self.survived.generations += 1;
             self.survived.smaller += u64::from(ranks < self.plan.ranks);
@@ -222,6 +221,8 @@ impl World {
                 process.copies.keep_ward(Holding { step, ranks, of: ward }, state);
             }
         }
+        let who = |seat: &Seat| (*seat, self.processes[seat.index()].who);
+        self.generation.began = seats.iter().map(who).collect();
         self.generation.works = true;
         self.calm = self.calm.max(self.now);
         for seat in seats {
@@ -243,7 +244,9 @@ impl World {
             seats.iter().map(|seat| copies(seat).holdings()).collect();
         if self.bug == Some(Bug::RecoversHalf) {
             let newest = *holdings.iter().flatten().max_by_key(|holding| holding.step)?;
-            return seats.iter().find_map(|seat| copies(seat).get(newest).copied());
+            let held =
+                |of| seats.iter().find_map(|seat| copies(seat).get(Holding { of, ..newest }));
+            return Some(together((0..newest.ranks).map(Rank).map(|of| held(of).copied())));
         }
         let ranks = seats.len() as u32;
         if self.bug == Some(Bug::MixesSpreads) {
@@ -257,10 +260,7 @@ impl World {
         let parts = (0..).map(Rank).zip(holders).map(|(of, holder)| {
             copies(&seats[holder.index()]).get(Holding { step, ranks, of }).copied()
         });
-        // Of a part of another spread nothing comes out.
-        let parts: Vec<State> = parts.map(|part| part.unwrap_or(State::START)).collect();
-        let same = parts.iter().all(|part| *part == parts[0]);
-        Some(if same { parts[0] } else { State { value: 0, ..parts[0] } })
+        Some(together(parts))
     }
 
     /// A rank begins a step.
@@ -440,4 +440,11 @@ fn keep_arrived(process: &mut Process) {
         process.arrived.remove(0);
         process.copies.keep_ward(holding, state);
     }
+}
+
+/// The state that parts of it make: nothing that is right unless all are there and of one spread.
+fn together(parts: impl Iterator<Item = Option<State>>) -> State {
+    let parts: Vec<State> = parts.map(|part| part.unwrap_or(State::START)).collect();
+    let same = parts.iter().all(|part| *part == parts[0]);
+    if same { parts[0] } else { State { value: 0, ..parts[0] } }
 }

@@ -176,6 +176,8 @@ pub struct Generation {
     pub met: u32,
     /// It has begun to train.
     pub works: bool,
+    /// With these processes.
+    pub began: Vec<(Seat, Who)>,
     /// Somebody is missing.
     pub broken: bool,
     /// Ranks that have come to the exchange of the step at hand.
