@@ -448,6 +448,12 @@ impl Coordinator {
 
     /// What to do about an event while nobody else decides.
     fn answer(&mut self, now: Seconds, event: Event) -> Vec<Action> {
+        if let Event::Alive { seat, .. } | Event::Ready { seat, .. } = event
+            && now < self.alone
+        {
+            // It may be heard before its host.
+            self.make_room(seat.0 / self.policy.seats_per_host, Phase::Unheard, now);
+        }
         match event {
             Event::Alive { seat, incarnation, step, asked } => {
                 let Some(member) = self.current(seat, incarnation) else { return vec![] };
@@ -485,6 +491,7 @@ impl Coordinator {
                 self.tick(now)
             }
             Event::Departed { host } => {
+                self.make_room(host, Phase::Unheard, now);
                 // Its processes may go on without it, and are heard of if they do.
                 self.hosts[host as usize] = false;
                 let first = host * self.policy.seats_per_host;
