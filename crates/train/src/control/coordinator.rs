@@ -493,7 +493,8 @@ impl Coordinator {
             Event::Departed { host } => {
                 self.make_room(host, Phase::Unheard, now);
                 // Its processes may go on without it, and are heard of if they do.
-                self.hosts[host as usize] = false;
+                let Some(there) = self.hosts.get_mut(host as usize) else { return vec![] };
+                *there = false;
                 let first = host * self.policy.seats_per_host;
                 for seat in (first..first + self.policy.seats_per_host).map(Seat) {
                     // One that comes up nevertheless is granted no time.
@@ -827,6 +828,12 @@ mod tests {
             _ => None,
         };
         actions.iter().filter_map(seat).collect()
+    }
+
+    #[test]
+    fn a_host_that_never_joined_may_depart() {
+        let mut run = Run::on(1, policy(4));
+        assert_eq!(run.hear(Event::Departed { host: 1 }), []);
     }
 
     #[test]
