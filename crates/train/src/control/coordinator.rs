@@ -491,7 +491,6 @@ impl Coordinator {
                 self.tick(now)
             }
             Event::Departed { host } => {
-                self.make_room(host, Phase::Unheard, now);
                 // Its processes may go on without it, and are heard of if they do.
                 let Some(there) = self.hosts.get_mut(host as usize) else { return vec![] };
                 *there = false;
