@@ -388,7 +388,9 @@ impl Coordinator {
         let Counts { ready, working, unknown, .. } = self.counts;
         let could_meet = working + unknown == 0 && self.policy.fitting(ready) > 0;
         let patience = self.patient.filter(|_| could_meet).map(|until| until.0);
-        let limits = self.members.iter().enumerate().filter_map(limit).chain(patience);
+        let complete = self.ranks == 0 && could_meet && ready >= self.policy.ranks;
+        let alone = complete.then_some(self.alone.0);
+        let limits = self.members.iter().enumerate().filter_map(limit).chain(patience).chain(alone);
         limits.min_by(f64::total_cmp).filter(|limit| limit.is_finite()).map(Seconds)
     }
 
@@ -552,7 +554,9 @@ impl Coordinator {
         }
         let ranks = self.policy.fitting(ready);
         let in_vain = self.patient.is_some_and(|until| now >= until);
-        if ranks == 0 || (ranks < self.policy.ranks && !in_vain) {
+        // Others may work on hosts of which nothing was heard yet.
+        let alone = now >= self.alone || self.ranks > 0;
+        if ranks == 0 || !alone || (ranks < self.policy.ranks && !in_vain) {
             return vec![];
         }
         let seats = self.placed(ranks);
