@@ -23,7 +23,8 @@ fn layout(job: &Job, ranks: u32) -> Option<Layout> {
     }
     let given = PartialLayout::of(&job.layout);
     let sizes = (1..=job.layout.micro_batch).rev();
-    let sizes: Vec<u64> = sizes.filter(|size| job.layout.micro_batch % size == 0).collect();
+    let sizes: Vec<u64> =
+        sizes.filter(|size| job.layout.micro_batch.is_multiple_of(*size)).collect();
     (1..=job.layout.mesh.pipeline).rev().find_map(|pipeline| {
         let whole = pipeline == job.layout.mesh.pipeline;
         sizes.iter().find_map(|size| {

@@ -423,11 +423,11 @@ impl Shared {
         }
         state.left -= 1;
         self.changed.notify_all();
-        if state.left == 0 {
-            if let Some((listener, number)) = state.listener.take() {
-                // Nobody listens any more when Python ends.
-                let _ = listener.send(number);
-            }
+        if state.left == 0
+            && let Some((listener, number)) = state.listener.take()
+        {
+            // Nobody listens any more when Python ends.
+            let _ = listener.send(number);
         }
     }
 

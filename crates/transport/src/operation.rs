@@ -241,7 +241,10 @@ impl Active {
 
     /// The elements of a step's chunks.
     pub(crate) fn chunk(&self, index: usize) -> &[f32] {
-        self.lent().map_or_else(|| &self.buffer[self.range(index)], |elements| elements)
+        match self.lent() {
+            Some(elements) => elements,
+            None => &self.buffer[self.range(index)],
+        }
     }
 
     /// The elements of a step's chunks, to be written.

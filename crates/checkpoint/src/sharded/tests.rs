@@ -14,6 +14,8 @@ use proptest::prelude::*;
 use units::Rank;
 
 use super::manifest::{file_name, part_name, unseal};
+use std::iter;
+
 use super::*;
 use crate::Error;
 use crate::hugging_face::{Dtype, Weights};
@@ -93,7 +95,7 @@ impl Layout {
         match self.spread {
             Spread::Chunks => vec![part(elements, rank, self.ranks)],
             Spread::Replicas if rank > 0 => vec![],
-            Spread::Replicas => vec![0..elements],
+            Spread::Replicas => iter::once(0..elements).collect(),
             Spread::Columns => {
                 let tensor = if self.ranks.is_multiple_of(2) { 2 } else { self.ranks };
                 let columns = part(WIDTH, rank % tensor, tensor);

@@ -295,6 +295,7 @@ fn every_command_says_what_it_takes() {
           --trace <FILE>        Write the predicted step for Perfetto
           --chakra <FOLDER>     Write the step as Chakra execution traces, one for each kind of rank, into a new folder
           --chakra-every-rank   Write a Chakra trace for every rank
+          --faults              Play weeks of such steps under failures too, with the code that recovers runs: [goodput] says how often
       -h, --help                Print help
     ");
 }

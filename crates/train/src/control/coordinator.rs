@@ -388,7 +388,9 @@ impl Coordinator {
         let Counts { ready, working, unknown, .. } = self.counts;
         let could_meet = working + unknown == 0 && self.policy.fitting(ready) > 0;
         let patience = self.patient.filter(|_| could_meet).map(|until| until.0);
-        let limits = self.members.iter().enumerate().filter_map(limit).chain(patience);
+        let complete = self.ranks == 0 && could_meet && ready >= self.policy.ranks;
+        let alone = complete.then_some(self.alone.0);
+        let limits = self.members.iter().enumerate().filter_map(limit).chain(patience).chain(alone);
         limits.min_by(f64::total_cmp).filter(|limit| limit.is_finite()).map(Seconds)
     }
 
@@ -448,6 +450,12 @@ impl Coordinator {
 
     /// What to do about an event while nobody else decides.
     fn answer(&mut self, now: Seconds, event: Event) -> Vec<Action> {
+        if let Event::Alive { seat, .. } | Event::Ready { seat, .. } = event
+            && now < self.alone
+        {
+            // It may be heard before its host.
+            self.make_room(seat.0 / self.policy.seats_per_host, Phase::Unheard, now);
+        }
         match event {
             Event::Alive { seat, incarnation, step, asked } => {
                 let Some(member) = self.current(seat, incarnation) else { return vec![] };
@@ -486,7 +494,8 @@ impl Coordinator {
             }
             Event::Departed { host } => {
                 // Its processes may go on without it, and are heard of if they do.
-                self.hosts[host as usize] = false;
+                let Some(there) = self.hosts.get_mut(host as usize) else { return vec![] };
+                *there = false;
                 let first = host * self.policy.seats_per_host;
                 for seat in (first..first + self.policy.seats_per_host).map(Seat) {
                     // One that comes up nevertheless is granted no time.
@@ -545,7 +554,9 @@ impl Coordinator {
         }
         let ranks = self.policy.fitting(ready);
         let in_vain = self.patient.is_some_and(|until| now >= until);
-        if ranks == 0 || (ranks < self.policy.ranks && !in_vain) {
+        // Others may work on hosts of which nothing was heard yet.
+        let alone = now >= self.alone || self.ranks > 0;
+        if ranks == 0 || !alone || (ranks < self.policy.ranks && !in_vain) {
             return vec![];
         }
         let seats = self.placed(ranks);
@@ -820,6 +831,12 @@ mod tests {
             _ => None,
         };
         actions.iter().filter_map(seat).collect()
+    }
+
+    #[test]
+    fn a_host_that_never_joined_may_depart() {
+        let mut run = Run::on(1, policy(4));
+        assert_eq!(run.hear(Event::Departed { host: 1 }), []);
     }
 
     #[test]

@@ -363,7 +363,8 @@ impl World {
         let process = self.process(seat);
         process.generation = None;
         keep_arrived(process);
-        self.say_ready(seat);
+        // It may have lost its launcher since they agreed on the step.
+        if process.orphaned { self.end(seat, End::Failed) } else { self.say_ready(seat) }
     }
 
     /// Once nothing bad has happened for long, no generation goes on with fewer ranks than there could be.

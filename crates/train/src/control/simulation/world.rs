@@ -304,7 +304,7 @@ pub const FENCE: f64 = 6.0;
 
 pub fn policy(plan: &Plan) -> Policy {
     let time = |limit, limited| Seconds(if limited { limit } else { f64::INFINITY });
-    let fits = |ranks: &u32| plan.divisor > 0 && ranks % plan.divisor == 0;
+    let fits = |ranks: &u32| plan.divisor > 0 && ranks.is_multiple_of(plan.divisor);
     Policy {
         ranks: plan.ranks,
         fewer: (1..plan.ranks).rev().filter(fits).collect(),
