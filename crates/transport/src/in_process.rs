@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 use std::io::{IoSlice, Read, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use units::Rank;
 
+use crate::signal::Signal;
 use crate::{Error, Transport, Waker};
 
 /// How many bytes a pipe of [`InProcess::mesh`] holds.
@@ -135,33 +136,5 @@ impl Contents {
     fn pop(&mut self, into: &mut [u8]) -> usize {
         let first = self.bytes.read(into).expect("reading from memory succeeds");
         first + self.bytes.read(&mut into[first..]).expect("reading from memory succeeds")
-    }
-}
-
-/// Tells a waiting rank that something changed; stays raised until it has looked.
-#[derive(Debug, Default)]
-struct Signal {
-    raised: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Signal {
-    fn raise(&self) {
-        *self.raised.lock().expect("nothing panics while it holds a signal") = true;
-        self.changed.notify_one();
-    }
-
-    fn wait(&self, timeout: Option<Duration>) {
-        let raised = self.raised.lock().expect("nothing panics while it holds a signal");
-        let mut raised = match timeout {
-            None => self.changed.wait_while(raised, |raised| !*raised),
-            Some(limit) => self
-                .changed
-                .wait_timeout_while(raised, limit, |raised| !*raised)
-                .map(|(raised, _)| raised)
-                .map_err(|poisoned| std::sync::PoisonError::new(poisoned.into_inner().0)),
-        }
-        .expect("nothing panics while it holds a signal");
-        *raised = false;
     }
 }

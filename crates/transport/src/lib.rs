@@ -49,6 +49,7 @@ mod ring;
 mod segment;
 mod shared_memory;
 mod sharing;
+mod signal;
 mod socket;
 mod stream;
 mod topology;

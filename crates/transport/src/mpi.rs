@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ffi::c_int;
 use std::io::IoSlice;
 use std::mem::{self, MaybeUninit};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use std::{fmt, ptr, thread};
 
@@ -21,6 +21,7 @@ use ::mpi::{Threading, ffi};
 use collective::{Contract, Kind, chunk_range};
 use units::Rank;
 
+use crate::signal::Signal;
 use crate::{Error, Group, Native, Transport, Waker};
 
 /// The longest message.
@@ -199,11 +200,12 @@ impl Transport for Mpi {
         let begun = Instant::now();
         let left = || timeout.map_or(DOZE, |limit| limit.saturating_sub(begun.elapsed()));
         let mut doze = Duration::from_micros(10);
-        while !self.signal.lower() && !self.has_news()? && !left().is_zero() {
+        let mut pause = Duration::ZERO;
+        while !self.signal.wait(Some(pause)) && !self.has_news()? && !left().is_zero() {
             if begun.elapsed() < KEEN {
                 thread::yield_now();
             } else {
-                self.signal.wait(doze.min(left()));
+                pause = doze.min(left());
                 doze = (doze * 2).min(DOZE);
             }
         }
@@ -528,33 +530,4 @@ fn begin(least: Threading) -> Result<Universe, Error> {
 
 fn refused(reason: &str) -> Error {
     Error::System { action: "use MPI", reason: reason.into() }
-}
-
-/// Ends a wait from another thread; stays raised until it was seen.
-#[derive(Debug, Default)]
-struct Signal {
-    raised: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Signal {
-    fn raised(&self) -> MutexGuard<'_, bool> {
-        self.raised.lock().expect("nothing panics while it holds a signal")
-    }
-
-    fn raise(&self) {
-        *self.raised() = true;
-        self.changed.notify_one();
-    }
-
-    /// Whether it was raised.
-    fn lower(&self) -> bool {
-        mem::take(&mut *self.raised())
-    }
-
-    /// Waits until it is raised, for so long.
-    fn wait(&self, limit: Duration) {
-        let raised = self.raised();
-        drop(self.changed.wait_timeout_while(raised, limit, |raised| !*raised));
-    }
 }
