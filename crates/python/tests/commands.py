@@ -77,6 +77,8 @@ def errors_are_what_the_command_says():
 
 
 def an_interrupt_ends_planning():
+    # Where a shell starts this in the background, interrupts are ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     begun = time.monotonic()
     try:

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use collective::{Collective, Kind};
 use compute::{Microbatch, Operators, ProductDims, Stage, StageSpec, Window};
@@ -20,8 +20,11 @@ use crate::worker::{Clock, Device, Worker, seconds};
 
 /// How long each of the two timed phases goes on at least, and its least number of steps.
 const PHASE: (Seconds, usize) = (Seconds(2.0), 3);
-/// Messages of the latency measurement, and the size of the ones that measure bandwidth.
+/// Messages of the latency measurement, and the time that their sender computes before each: in a step,
+/// whoever is to move a message, or waits for it, has fallen asleep meanwhile, and waking takes longest.
 const PINGS: usize = 200;
+const APART: Duration = Duration::from_micros(500);
+/// The size of the messages that measure bandwidth.
 const LARGE_ELEMENTS: usize = 4 << 20;
 const LARGE_REPEATS: usize = 4;
 
@@ -353,14 +356,17 @@ impl Pair<'_> {
     fn measure(&mut self) -> Result<LinkTimes, transport::Error> {
         self.message(Rank(0), false)?;
         self.message(Rank(1), false)?;
-        let (start, busy) = (Instant::now(), seconds(ClockId::ProcessCPUTime));
+        let (mut round_trips, busy) = (Vec::new(), seconds(ClockId::ProcessCPUTime));
         for _ in 0..PINGS {
-            self.message(Rank(0), false)?;
-            self.message(Rank(1), false)?;
+            let start = Instant::now();
+            self.ping(Rank(0))?;
+            self.ping(Rank(1))?;
+            round_trips.push(Seconds(start.elapsed().as_secs_f64()));
         }
-        let each = 1.0 / (2 * PINGS) as f64;
-        let latency = Seconds(start.elapsed().as_secs_f64() * each);
-        let transfer_cpu = (seconds(ClockId::ProcessCPUTime) - busy) * each;
+        let apart = Seconds(APART.as_secs_f64());
+        let latency = Seconds::median(round_trips) * 0.5 - apart;
+        let busy = (seconds(ClockId::ProcessCPUTime) - busy) * (1.0 / PINGS as f64);
+        let transfer_cpu = (busy - apart) * 0.5;
         self.message(Rank(0), true)?;
         let start = Instant::now();
         let (sending, receiving) = (self.large(Rank(0))?, self.large(Rank(1))?);
@@ -369,17 +375,27 @@ impl Pair<'_> {
         let (sent, received) =
             if self.own == Rank(0) { (sending, receiving) } else { (receiving, sending) };
         let reducing = self.reduce()?;
-        let per_byte = |time: Seconds| Seconds((time.0 / bytes.as_f64()).max(0.0));
+        let at_least_zero = |time: Seconds| Seconds(time.0.max(0.0));
+        let per_byte = |time: Seconds| at_least_zero(time * (1.0 / bytes.as_f64()));
         // A reduce-scatter of two ranks sends, receives and reduces half the buffer on each.
         let reduced = Seconds(2.0 * reducing.0 - sent.0 - received.0);
         Ok(LinkTimes {
-            latency,
-            transfer_cpu,
+            latency: at_least_zero(latency),
+            transfer_cpu: at_least_zero(transfer_cpu),
             bandwidth,
             send_cpu: per_byte(sent),
             receive_cpu: per_byte(received),
             reduce_cpu: per_byte(reduced),
         })
+    }
+
+    /// Moves a small message after `from` has computed for a while.
+    fn ping(&mut self, from: Rank) -> Result<(), transport::Error> {
+        let start = Instant::now();
+        while self.own == from && start.elapsed() < APART {
+            std::hint::spin_loop();
+        }
+        self.message(from, false)
     }
 
     /// Moves one message from `from` to the other rank.
