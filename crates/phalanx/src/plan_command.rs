@@ -168,9 +168,8 @@ impl<'p> Report<'p> {
     }
 
     fn neighbours(&self) -> Vec<String> {
-        let outside = self.planner.described.outside(self.program.mesh.ranks());
-        let neighbours = self.planned.neighbours();
-        neighbours.iter().map(|neighbour| lost(self.best(), neighbour, outside)).collect()
+        let neighbours = self.planned.neighbours.iter();
+        neighbours.map(|neighbour| lost(self.best(), neighbour)).collect()
     }
 
     fn json(&self, options: &PlanOptions) -> Value {

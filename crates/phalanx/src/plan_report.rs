@@ -2,9 +2,8 @@
 
 use std::fmt::Write;
 
-use plan::search::Found;
 use plan::{Layout, Recompute, Schedule, Shard};
-use program::{Axis, Program};
+use program::{Axis, Breakdown, Program, Work};
 use units::{Bytes, Seconds};
 
 use crate::output::{columns, percent, thousands};
@@ -215,34 +214,60 @@ fn of_layer(program: &Program, axis: Axis) -> Bytes {
 }
 
 /// Why another value of a key is not better, in a line.
-pub fn lost(best: &Plan, neighbour: &Neighbour, outside: Seconds) -> String {
-    let Neighbour { key, value, found } = neighbour;
-    let Some(found) = found else { return format!("{key} {value}: nothing fits") };
-    let estimate = &found.estimate;
-    let time = estimate.step_time + outside;
-    let more = 100.0 * (time / best.estimate.step_time - 1.0);
-    let because = because(best, found);
-    format!("{key} {value}: {more:+.1} % at best ({}): {because}", short(&found.layout))
+pub fn lost(best: &Plan, Neighbour { key, value, best: other }: &Neighbour) -> String {
+    // Like is compared with like.
+    let (mine, theirs) = match (&best.times, &other.times) {
+        (Some(_), Some(_)) => (best.step_time(), other.step_time()),
+        _ => (best.estimate.step_time, other.estimate.step_time),
+    };
+    let more = 100.0 * (theirs / mine - 1.0);
+    let because = because(best, other);
+    format!("{key} {value}: {more:+.1} % at best ({}): {because}", short(&other.layout))
+}
+
+/// Where a step's time goes, by simulation or by the closed form.
+fn parts(
+    estimate: &plan::estimate::Estimate,
+    simulated: Option<&Breakdown>,
+) -> [(&'static str, Seconds); 5] {
+    let [computing, within, bubble, data, update] = match simulated {
+        Some(mean) => {
+            let update = mean.work.get(&Work::Update).copied().unwrap_or_default();
+            let exposed = |is: fn(Axis) -> bool| {
+                mean.exposed.iter().filter(|(axis, _)| is(**axis)).map(|(_, time)| *time).sum()
+            };
+            let within =
+                exposed(|axis| matches!(axis, Axis::Tensor | Axis::Context | Axis::Expert));
+            let data =
+                exposed(|axis| matches!(axis, Axis::Data | Axis::Replica | Axis::ExpertData));
+            let between = exposed(|axis| matches!(axis, Axis::Pipeline | Axis::PipelineBack));
+            [mean.compute - update, within, mean.bubble + between, data, update]
+        }
+        None => {
+            let computing = estimate.computing - estimate.update;
+            let within = (estimate.turns - computing).max(Seconds::ZERO);
+            [computing, within, estimate.bubble, estimate.data, estimate.update]
+        }
+    };
+    [
+        ("computing", computing),
+        ("exposed transfers within layers", within),
+        ("bubble", bubble),
+        ("exposed transfers of the data axis", data),
+        ("the update", update),
+    ]
 }
 
 /// The part of a step that grew most.
-fn because(best: &Plan, found: &Found) -> String {
-    let parts = |estimate: &plan::estimate::Estimate| {
-        let computing = estimate.computing - estimate.update;
-        let within = (estimate.turns - computing).max(Seconds::ZERO);
-        [
-            ("computing", computing),
-            ("exposed transfers within layers", within),
-            ("bubble", estimate.bubble),
-            ("exposed transfers of the data axis", estimate.data),
-            ("the update", estimate.update),
-        ]
+fn because(best: &Plan, other: &Plan) -> String {
+    let (mine, theirs) = match (best.breakdown(), other.breakdown()) {
+        (Some(mine), Some(theirs)) => {
+            (parts(&best.estimate, Some(&mine)), parts(&other.estimate, Some(&theirs)))
+        }
+        _ => (parts(&best.estimate, None), parts(&other.estimate, None)),
     };
-    let mine = parts(&best.estimate);
-    let grown = parts(&found.estimate)
-        .into_iter()
-        .zip(mine)
-        .map(|((name, theirs), (_, mine))| (name, theirs - mine));
+    let grown =
+        theirs.into_iter().zip(mine).map(|((name, theirs), (_, mine))| (name, theirs - mine));
     let most = grown.max_by(|a, b| a.1.0.total_cmp(&b.1.0));
     match most.filter(|(_, more)| more.0 > 0.0) {
         Some((name, more)) => format!("{name} +{more}"),

@@ -15,9 +15,10 @@ use units::{Joules, Seconds};
 use crate::described::{Costing, Described};
 use crate::job::{Draft, Job};
 
-/// Layouts that are simulated: of the fastest, and of those that no other beats in time, memory
-/// and energy at once.
+/// Layouts that are simulated: of the fastest by the closed form, and more of them as long as it promises
+/// less than the best simulated takes; and of those that no other beats in time, memory and energy at once.
 const SIMULATED: usize = 24;
+const MOST_SIMULATED: usize = 96;
 const SIMULATED_OF_FRONT: usize = 16;
 /// How much longer than the fastest a plan may take that is worth a look for its memory or energy.
 const SLOWEST: f64 = 2.0;
@@ -70,6 +71,8 @@ pub struct Planned {
     pub plans: Vec<Plan>,
     /// Of them, those that no other beats in time, memory, energy and goodput at once; by time.
     pub front: Vec<usize>,
+    /// The best with other values of each key.
+    pub neighbours: Vec<Neighbour>,
     /// The best with its axes in every order on the accelerators, the fastest first.
     pub placements: Vec<Plan>,
     /// The fastest of every family, by the closed form.
@@ -137,6 +140,12 @@ impl<'a> Planner<'a> {
             return Err(self.nothing(&outcome, &problem));
         }
         let mut plans = self.simulated(&outcome)?;
+        let mut neighbours = self.neighbours(&plans, &outcome.families)?;
+        // Where the closed form was too careful, the way leads on from there.
+        while let Some(better) = faster(&neighbours, plans[0].step_time()) {
+            plans.insert(0, better.clone());
+            neighbours = self.neighbours(&plans, &outcome.families)?;
+        }
         let placements = self.placements(&plans[0])?;
         if let Some(better) =
             placements.first().filter(|best| best.step_time() < plans[0].step_time())
@@ -144,7 +153,7 @@ impl<'a> Planner<'a> {
             plans.insert(0, better.clone());
         }
         let front = front(&plans);
-        Ok(Planned { plans, front, placements, outcome })
+        Ok(Planned { plans, front, neighbours, placements, outcome })
     }
 
     /// A plan with its axes in every order on the accelerators, the fastest first; nothing where
@@ -189,8 +198,25 @@ impl<'a> Planner<'a> {
         let fastest = 0..plans.len().min(SIMULATED);
         let front = front(&plans);
         let step = front.len().div_ceil(SIMULATED_OF_FRONT).max(1);
-        let chosen: BTreeSet<usize> = fastest.chain(front.into_iter().step_by(step)).collect();
-        let chosen: Vec<usize> = chosen.into_iter().collect();
+        let mut chosen: BTreeSet<usize> = fastest.chain(front.into_iter().step_by(step)).collect();
+        let mut more: Vec<usize> = chosen.iter().copied().collect();
+        let mut simulated = Vec::new();
+        while !more.is_empty() {
+            simulated.extend(self.simulate_all(&plans, &more)?);
+            simulated.sort_by(|(a, one), (b, other): &(usize, Plan)| {
+                one.step_time().0.total_cmp(&other.step_time().0).then(a.cmp(b))
+            });
+            let best = simulated[0].1.step_time();
+            let promises =
+                |index: &usize| plans[*index].step_time() < best && !chosen.contains(index);
+            more = (0..plans.len().min(MOST_SIMULATED)).filter(promises).take(SIMULATED).collect();
+            chosen.extend(&more);
+        }
+        Ok(simulated.into_iter().map(|(_, plan)| plan).collect())
+    }
+
+    /// Those of the plans that are chosen, simulated, each with its place among them all.
+    fn simulate_all(&self, plans: &[Plan], chosen: &[usize]) -> Result<Vec<(usize, Plan)>> {
         let next = AtomicUsize::new(0);
         let work = || {
             let mut done = Vec::new();
@@ -203,11 +229,26 @@ impl<'a> Planner<'a> {
             let workers: Vec<_> = (0..self.threads).map(|_| scope.spawn(work)).collect();
             workers.into_iter().map(|worker| worker.join().expect("no plan panics")).collect()
         });
-        let mut plans: Vec<(usize, Plan)> = shares?.into_iter().flatten().collect();
-        plans.sort_by(|(a, one), (b, other)| {
-            one.step_time().0.total_cmp(&other.step_time().0).then(a.cmp(b))
-        });
-        Ok(plans.into_iter().map(|(_, plan)| plan).collect())
+        Ok(shares?.into_iter().flatten().collect())
+    }
+
+    /// Why not a little more or less of everything: the best of the other values of each key, simulated.
+    fn neighbours(&self, plans: &[Plan], families: &[Found]) -> Result<Vec<Neighbour>> {
+        let others = others(families, &Family::of(&plans[0].layout));
+        let promising = |other: &Other| {
+            let found = families.iter().find(|found| (other.has)(&Family::of(&found.layout)));
+            self.plan_of(found.expect("a family has this value"))
+        };
+        let promising: Vec<Plan> = others.iter().map(promising).collect();
+        let all: Vec<usize> = (0..promising.len()).collect();
+        let mut simulated = self.simulate_all(&promising, &all)?;
+        simulated.sort_by_key(|(index, _)| *index);
+        let neighbour = |(Other { key, value, has }, (_, plan)): (Other, (usize, Plan))| {
+            let known = plans.iter().find(|plan| has(&Family::of(&plan.layout)));
+            let faster = known.filter(|known| known.step_time() <= plan.step_time());
+            Neighbour { key, value, best: faster.cloned().unwrap_or(plan) }
+        };
+        Ok(others.into_iter().zip(simulated).map(neighbour).collect())
     }
 
     fn plan_of(&self, found: &Found) -> Plan {
@@ -292,68 +333,73 @@ fn front(plans: &[Plan]) -> Vec<usize> {
     front
 }
 
-/// The fastest of the families with the next smaller or larger value of a key, all else free.
-pub struct Neighbour<'p> {
+/// The fastest plan with another value of a key, all else free.
+#[derive(Debug, Clone)]
+pub struct Neighbour {
     pub key: &'static str,
     pub value: String,
-    /// Nothing with this value fits.
-    pub found: Option<&'p Found>,
+    pub best: Plan,
+}
+
+/// The fastest of them, if that takes less than a limit.
+fn faster(neighbours: &[Neighbour], limit: Seconds) -> Option<&Plan> {
+    let plans = neighbours.iter().map(|neighbour| &neighbour.best);
+    let best = plans.min_by(|one, other| one.step_time().0.total_cmp(&other.step_time().0));
+    best.filter(|best| best.step_time() < limit)
 }
 
 /// A degree of a family of layouts.
 type Degree = fn(&Family) -> u64;
 
-impl Planned {
-    /// Why not a little more or less of everything: the best of the other values of each key.
-    pub fn neighbours(&self) -> Vec<Neighbour<'_>> {
-        let best = Family::of(&self.plans[0].layout);
-        let keys: [(&'static str, Degree); 6] = [
-            ("tensor", |family| family.degrees[0].into()),
-            ("context", |family| family.degrees[1].into()),
-            ("expert", |family| family.degrees[2].into()),
-            ("pipeline", |family| family.degrees[3].into()),
-            ("virtual_stages", |family| family.virtual_stages.into()),
-            ("micro_batch", |family| family.micro_batch),
-        ];
-        let mut neighbours = Vec::new();
-        for (key, of) in keys {
-            let found = |wanted: u64| {
-                let with = |found: &&Found| of(&Family::of(&found.layout)) == wanted;
-                self.outcome.families.iter().find(with)
-            };
-            let values: BTreeSet<u64> =
-                self.outcome.families.iter().map(|found| of(&Family::of(&found.layout))).collect();
-            let mine = of(&best);
-            let below = values.range(..mine).next_back();
-            let above = values.range(mine + 1..).next();
-            neighbours.extend(below.into_iter().chain(above).map(|value| Neighbour {
-                key,
-                value: value.to_string(),
-                found: found(*value),
-            }));
-        }
-        neighbours.extend(self.other_words(&best));
-        neighbours
-    }
+/// Another value of a key, and which families have it.
+struct Other {
+    key: &'static str,
+    value: String,
+    has: Box<dyn Fn(&Family) -> bool>,
+}
 
-    /// The same of keys whose values are words.
-    fn other_words(&self, best: &Family) -> Vec<Neighbour<'_>> {
-        let mut seen = BTreeSet::from([best.shard.0]);
-        let mut recomputed = BTreeSet::from([best.recompute]);
-        let mut neighbours = Vec::new();
-        for found in &self.outcome.families {
-            let family = Family::of(&found.layout);
-            if seen.insert(family.shard.0) {
-                let value = crate::plan_report::shard(&found.layout);
-                neighbours.push(Neighbour { key: "shard", value, found: Some(found) });
-            }
-            if recomputed.insert(family.recompute) {
-                let value = crate::plan_report::recompute(&found.layout);
-                neighbours.push(Neighbour { key: "recompute", value, found: Some(found) });
-            }
-        }
-        neighbours
+/// The next smaller and larger value of each degree, and all other words.
+fn others(families: &[Found], best: &Family) -> Vec<Other> {
+    let keys: [(&'static str, Degree); 6] = [
+        ("tensor", |family| family.degrees[0].into()),
+        ("context", |family| family.degrees[1].into()),
+        ("expert", |family| family.degrees[2].into()),
+        ("pipeline", |family| family.degrees[3].into()),
+        ("virtual_stages", |family| family.virtual_stages.into()),
+        ("micro_batch", |family| family.micro_batch),
+    ];
+    let mut others = Vec::new();
+    for (key, of) in keys {
+        let values: BTreeSet<u64> =
+            families.iter().map(|found| of(&Family::of(&found.layout))).collect();
+        let mine = of(best);
+        let near = [values.range(..mine).next_back(), values.range(mine + 1..).next()];
+        others.extend(near.into_iter().flatten().map(|&wanted| Other {
+            key,
+            value: wanted.to_string(),
+            has: Box::new(move |family| of(family) == wanted),
+        }));
     }
+    let mut seen = BTreeSet::from([best.shard.0]);
+    let mut recomputed = BTreeSet::from([best.recompute]);
+    for Found { layout, .. } in families {
+        let Family { shard, recompute, .. } = Family::of(layout);
+        if seen.insert(shard.0) {
+            let (value, has) = (
+                crate::plan_report::shard(layout),
+                Box::new(move |family: &Family| family.shard.0 == shard.0),
+            );
+            others.push(Other { key: "shard", value, has });
+        }
+        if recomputed.insert(recompute) {
+            let (value, has) = (
+                crate::plan_report::recompute(layout),
+                Box::new(move |family: &Family| family.recompute == recompute),
+            );
+            others.push(Other { key: "recompute", value, has });
+        }
+    }
+    others
 }
 
 #[cfg(test)]
