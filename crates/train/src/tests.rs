@@ -17,7 +17,9 @@ use model::{Block, Config, LatentAttention, Llama3Scaling, Rotary};
 use plan::{Batch, Layout, Schedule, Shard, lower, lower_evaluation, lower_outer};
 use program::Mesh;
 use tempfile::TempDir;
-use transport::{Communicator, InProcess, Limits, Rendezvous, Secret, Transport};
+use transport::{
+    Apart, Communicator, Compression, InProcess, Limits, Rendezvous, Secret, Transport,
+};
 use units::Rank;
 
 use crate::state::block_runs;
@@ -133,6 +135,8 @@ struct Job {
     spike: f64,
     /// How groups that train apart meet.
     outer: OuterOptimizer,
+    /// How gradients travel between hosts.
+    compress: Option<Compression>,
 }
 
 impl Job {
@@ -146,6 +150,7 @@ impl Job {
             masked: false,
             spike: 0.0,
             outer: OuterOptimizer::default(),
+            compress: None,
         }
     }
 
@@ -226,10 +231,11 @@ fn run_rank(
         optimizer: job.optimizer(),
     };
     let communicator = Communicator::new(transport, Limits::default()).unwrap();
-    let Ok(mut worker) = Worker::new(device, &programs.step, communicator, |block, values| {
+    let Ok(worker) = Worker::new(device, &programs.step, communicator, |block, values| {
         Stage::<Cpu>::fresh(&job.config, 11, block, values);
         Ok::<(), Infallible>(())
     });
+    let mut worker = worker.compressing(job.compress);
     let mut view =
         View { steps: Vec::new(), evaluations: Vec::new(), live: [0; 3], held: Vec::new() };
     let mut settings = job.settings();
@@ -449,6 +455,28 @@ fn data_parallelism_changes_nothing_at_any_shard_level() {
     every_layout_trains_the_same(
         SHARDS.into_iter().flat_map(|shard| cases.map(|(data, mb)| layout(data, 1, mb, shard))),
     );
+}
+
+/// Four ranks on two hosts: nearly the same losses, and to the bit the same every time and on all ranks.
+#[test]
+fn gradients_compressed_between_hosts_train_nearly_the_same() {
+    let on_two_hosts = || {
+        let apart = |end| Box::new(Apart::new(Box::new(end), 2)) as Box<dyn Transport>;
+        InProcess::mesh(4).into_iter().map(move |end| move || apart(end))
+    };
+    let exact = train(&Job::new(false), &layout(4, 1, 1, Shard::None));
+    for (compression, shard) in
+        [(Compression::Bf16, Shard::None), (Compression::Int8, Shard::Gradients)]
+    {
+        let job = Job { compress: Some(compression), ..Job::new(false) };
+        let layout = layout(4, 1, 1, shard);
+        let trained = train_over(&job, &layout, on_two_hosts());
+        assert!(trained == train_over(&job, &layout, on_two_hosts()), "{compression:?}");
+        assert!(trained.steps != exact.steps, "{compression:?} changes nothing");
+        for ([found, _], [expected, _]) in trained.steps.iter().zip(&exact.steps) {
+            assert!((found / expected - 1.0).abs() < 0.01, "{compression:?}: {found} {expected}");
+        }
+    }
 }
 
 #[test]

@@ -7,9 +7,11 @@ use std::time::Instant;
 use collective::{Collective, Kind, Part, Placement};
 use compute::{Microbatch, Operators, Optimizer, Stage, StageSpec};
 use model::{Block, Config};
-use program::{Action, Axis, Executor, Instruction, Lane, Mesh, Next, Program, Span, Transfer};
+use program::{
+    Action, Axis, Buffer, Executor, Instruction, Lane, Mesh, Next, Program, Span, Transfer,
+};
 use rustix::time::{ClockId, clock_gettime};
-use transport::{Communicator, Completed, Group, Operation};
+use transport::{Communicator, Completed, Compression, Group, Operation};
 use units::{Rank, Seconds};
 
 use crate::Error;
@@ -78,6 +80,7 @@ pub struct Worker<O: Operators> {
     communicator: Communicator,
     groups: BTreeMap<Axis, Group>,
     parts: BTreeMap<(Axis, Kind), Arc<Part>>,
+    compression: Option<Compression>,
 }
 
 impl<O: Operators> Worker<O> {
@@ -96,7 +99,14 @@ impl<O: Operators> Worker<O> {
         let Device { operators, config, optimizer } = device;
         let stage = Stage::new(operators, config, spec, optimizer, initial)?;
         let groups = groups(&program.mesh, rank);
-        Ok(Self { rank, stage, communicator, groups, parts: BTreeMap::new() })
+        let (parts, compression) = (BTreeMap::new(), None);
+        Ok(Self { rank, stage, communicator, groups, parts, compression })
+    }
+
+    /// Has gradients, and what groups that train apart tell each other, compressed between hosts.
+    #[must_use]
+    pub fn compressing(self, compression: Option<Compression>) -> Self {
+        Self { compression, ..self }
     }
 
     /// Which rank.
@@ -207,9 +217,11 @@ impl<O: Operators> Worker<O> {
             Action::Collective(kind) => {
                 let fitting = || self.communicator.fitting(kind, &group).part(member);
                 let part = self.parts.entry((transfer.axis, kind));
-                transport::Action::Collective(Arc::clone(
-                    part.or_insert_with(|| Arc::new(fitting())),
-                ))
+                let part = Arc::clone(part.or_insert_with(|| Arc::new(fitting())));
+                match self.compression.filter(|_| sums_gradients(transfer, kind)) {
+                    Some(compression) => transport::Action::Compressed { part, compression },
+                    None => transport::Action::Collective(part),
+                }
             }
             Action::Send { to } => transport::Action::Send { to: peer(to) },
             Action::Receive { from } => transport::Action::Receive { from: peer(from) },
@@ -309,6 +321,16 @@ impl Execution {
         let (rank, instruction, lane) = (self.rank, post as u32, Lane::Transfer);
         self.spans.push(Span { rank, instruction, lane, start, end });
     }
+}
+
+/// Whether a collective sums the gradients of replicas, or how far they have come.
+fn sums_gradients(transfer: &Transfer, kind: Kind) -> bool {
+    let Transfer { axis, buffer, .. } = transfer;
+    let gradients =
+        matches!(buffer, Buffer::Gradients(_) | Buffer::ReducedGradients(_) | Buffer::Change(_));
+    gradients
+        && matches!(axis, Axis::Data | Axis::Replica)
+        && matches!(kind, Kind::AllReduce | Kind::ReduceScatter)
 }
 
 /// The group of `rank` along every axis, numbered so that no two groups of a job are the same.

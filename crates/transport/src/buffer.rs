@@ -29,6 +29,15 @@ impl From<Vec<f32>> for Buffer {
     }
 }
 
+impl From<Buffer> for Vec<f32> {
+    fn from(buffer: Buffer) -> Self {
+        match buffer.0 {
+            Place::Own(elements) => elements,
+            Place::Shared(lease) => lease.to_vec(),
+        }
+    }
+}
+
 impl Deref for Buffer {
     type Target = [f32];
 

@@ -57,8 +57,8 @@ pub(crate) struct Reading {
 pub(crate) enum Sink {
     /// Into the chunk of a started receive.
     Chunk(Source),
-    /// Into memory of its own, because the receive has not started.
-    Early(Vec<f32>),
+    /// Into memory of its own, until it is whole: it is compressed, or its receive has not started.
+    Whole(Vec<f32>, Option<Source>),
     /// Nowhere: its operation has failed.
     Discard,
 }
@@ -131,8 +131,12 @@ impl Incoming {
         self.expected.remove(&ticket);
         while self.take_early(key).is_some() {}
         if let Some(reading) = &mut self.reading {
-            let early = matches!(reading.sink, Sink::Early(_)) && reading.header.key == key;
-            if early || matches!(reading.sink, Sink::Chunk(source) if source.0 == ticket) {
+            let is_of_it = match reading.sink {
+                Sink::Chunk(source) | Sink::Whole(_, Some(source)) => source.0 == ticket,
+                Sink::Whole(_, None) => reading.header.key == key,
+                Sink::Discard => false,
+            };
+            if is_of_it {
                 reading.sink = Sink::Discard;
             }
         }
@@ -161,7 +165,7 @@ impl Reading {
         let span = self.done..self.done + length;
         let moved = match &mut self.sink {
             Sink::Discard => read(&mut bytemuck::cast_slice_mut(scratch)[..length])?,
-            Sink::Early(payload) => read(&mut bytemuck::cast_slice_mut(payload)[span])?,
+            Sink::Whole(payload, _) => read(&mut bytemuck::cast_slice_mut(payload)[span])?,
             Sink::Chunk((ticket, step)) => {
                 let operation = operations.get_mut(ticket).expect("a sink's operation is active");
                 match action_of(operation, *step) {
@@ -204,10 +208,21 @@ impl Reading {
         Ok(moved)
     }
 
+    /// Whether it is a frame of an operation that came before its receive was started.
+    pub(crate) fn is_early(&self, key: Key) -> bool {
+        matches!(self.sink, Sink::Whole(_, None)) && self.header.key == key
+    }
+
     /// Turns an early frame, of which a part is read, over to the receive that has now started.
     pub(crate) fn redirect(&mut self, operation: &mut Active, source: Source) {
+        if operation.compression(source.1).is_some() {
+            if let Sink::Whole(_, owner) = &mut self.sink {
+                *owner = Some(source);
+            }
+            return;
+        }
         let sink = std::mem::replace(&mut self.sink, Sink::Chunk(source));
-        let Sink::Early(payload) = sink else { panic!("only an early frame is redirected") };
+        let Sink::Whole(payload, _) = sink else { panic!("only an early frame is redirected") };
         let reduction = operation.reduction;
         let carried = self.done % reduction.element.unit();
         let whole = (self.done - carried) / 4;
@@ -222,14 +237,6 @@ impl Reading {
                 self.carry[..carried].copy_from_slice(&bytes[4 * whole..][..carried]);
             }
         }
-    }
-}
-
-/// Puts a whole payload into the chunk of a receive.
-pub(crate) fn apply(operation: &mut Active, step: usize, payload: &[f32]) {
-    match action_of(operation, step) {
-        Action::Copy => operation.chunk_mut(step).copy_from_slice(payload),
-        Action::Reduce => operation.reduction.apply(operation.chunk_mut(step), payload),
     }
 }
 

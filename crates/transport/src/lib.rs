@@ -7,7 +7,7 @@
 //!
 //! From the outside in: `communicator` is the handle, `progress` the loop of its thread, `incoming`
 //! and `outgoing` the two directions of a stream, `frame` what travels on it, `pulse` whether peers
-//! live, `link` how fast the ways to them are, `flight` what is told when one does not, `interprocess` the streams
+//! live, `link` how fast the ways to them are, `compression` how sums travel between hosts, `flight` what is told when one does not, `interprocess` the streams
 //! (`socket`; `shared_memory`, its `ring` and its `segment`), `rendezvous` how the processes of a job
 //! find each other (`lobby`, `handshake`, `message`), `door` how two of them come to be connected, `sharing`
 //! how those of a host come to share memory,
@@ -17,10 +17,12 @@
 //! `local` carries them out on the calling thread, in `passes` over its peers' memory (`reduction`), told
 //! what is ready by messages on the `board`.
 
+mod apart;
 mod arena;
 mod board;
 mod buffer;
 mod communicator;
+mod compression;
 mod departed;
 mod door;
 mod element;
@@ -54,9 +56,11 @@ mod socket;
 mod stream;
 mod topology;
 
+pub use apart::Apart;
 pub use arena::Arena;
 pub use buffer::Buffer;
 pub use communicator::{Communicator, Completed, Limits, Then, Ticket};
+pub use compression::Compression;
 pub use element::{Combine, Element, Reduction};
 pub use error::Error;
 pub use flight::{Flight, Peer, Record};

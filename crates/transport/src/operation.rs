@@ -8,7 +8,8 @@ use collective::{Chunks, Executor, Part, Placement, Step};
 use units::{Bytes, Rank};
 
 use crate::frame::{Header, Key, Kind};
-use crate::{Error, Reduction};
+use crate::passes::overlap;
+use crate::{Compression, Error, Reduction};
 
 /// Ranks that operate together. Every one of them uses the same number and the same order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,6 +53,13 @@ pub enum Action {
         part: Arc<Part>,
         /// What the words of the buffer are, and how they are combined.
         reduction: Reduction,
+    },
+    /// Carry out the rank's part of a collective that sums, with what goes from one host to another compressed.
+    Compressed {
+        /// The rank's part.
+        part: Arc<Part>,
+        /// How.
+        compression: Compression,
     },
     /// Send the whole buffer to a rank of the group, which receives it.
     Send {
@@ -99,6 +107,7 @@ impl Operation {
         match action {
             Action::Collective(part)
             | Action::AllToAll { part, .. }
+            | Action::Compressed { part, .. }
             | Action::Reduce { part, .. } => {
                 let members = part.contract.members() as usize;
                 assert_eq!(members, ranks.len(), "`{label}`: members and ranks");
@@ -133,7 +142,15 @@ pub(crate) struct Active {
     /// The failure was reported; what remains is a frame of it that is being written.
     pub failed: bool,
     pub reduction: Reduction,
+    compressed: Option<Compressed>,
     work: Work,
+}
+
+/// What of an operation is compressed.
+struct Compressed {
+    how: Compression,
+    /// By member: whether it is on another host.
+    far: Vec<bool>,
 }
 
 /// Where an operation's steps come from.
@@ -143,8 +160,13 @@ enum Work {
 }
 
 impl Active {
-    /// Starts a checked operation.
-    pub(crate) fn new(operation: Operation, sequence: u64, posted: Instant) -> Self {
+    /// Starts a checked operation of a rank that is told which others are on other hosts.
+    pub(crate) fn new(
+        operation: Operation,
+        sequence: u64,
+        posted: Instant,
+        is_far: impl Fn(Rank) -> bool,
+    ) -> Self {
         let Operation { group, action, buffer, label } = operation;
         let kind = kind_of(&action);
         let key = Key { kind, group: group.id, sequence };
@@ -152,12 +174,20 @@ impl Active {
             Action::Reduce { reduction, .. } => reduction,
             _ => Reduction::SUM,
         };
+        let compressed = match action {
+            Action::Compressed { compression: how, .. } => {
+                let far: Vec<_> = group.ranks.iter().map(|rank| is_far(*rank)).collect();
+                far.contains(&true).then_some(Compressed { how, far })
+            }
+            _ => None,
+        };
         let work = Work::new(group, action);
         let executor = match &work {
             Work::Collective { part, .. } => part.executor(),
             Work::PointToPoint { step, .. } => Executor::new(&[*step], 1),
         };
-        Self { label, key, executor, buffer, posted, started: None, failed: false, reduction, work }
+        let (started, failed) = (None, false);
+        Self { label, key, executor, buffer, posted, started, failed, reduction, compressed, work }
     }
 
     pub(crate) fn step(&self, index: usize) -> Step {
@@ -223,7 +253,11 @@ impl Active {
 
     /// The frame header of a step.
     pub(crate) fn header(&self, index: usize) -> Header {
-        let bytes = 4 * self.chunk(index).len() as u64;
+        let words = match self.compression(index) {
+            None => self.chunk(index).len(),
+            Some(how) => self.chunk_ranges(index).map(|range| how.words(range.len())).sum(),
+        };
+        let bytes = 4 * words as u64;
         Header { key: self.key, chunk: self.step(index).chunks().first, bytes }
     }
 
@@ -253,6 +287,55 @@ impl Active {
         &mut self.buffer[range]
     }
 
+    /// How a step's chunks travel, unless as they are.
+    pub(crate) fn compression(&self, index: usize) -> Option<Compression> {
+        let Compressed { how, far } = self.compressed.as_ref()?;
+        far[self.step(index).peer() as usize].then_some(*how)
+    }
+
+    /// A step's chunks as they travel, if they are compressed.
+    pub(crate) fn encoded(&self, index: usize) -> Option<Vec<f32>> {
+        let how = self.compression(index)?;
+        let mut words = Vec::new();
+        self.chunk_ranges(index).for_each(|range| how.encode(&self.buffer[range], &mut words));
+        Some(words)
+    }
+
+    /// Takes in what came for a step, as it travelled.
+    pub(crate) fn take_in(&mut self, index: usize, payload: &[f32]) {
+        let Step::Receive { action, .. } = self.step(index) else {
+            unreachable!("frames are received by receives")
+        };
+        match (self.compression(index), action) {
+            (None, collective::Action::Copy) => self.chunk_mut(index).copy_from_slice(payload),
+            (None, collective::Action::Reduce) => {
+                let reduction = self.reduction;
+                reduction.apply(self.chunk_mut(index), payload);
+            }
+            (Some(how), action) => {
+                let (ranges, mut left): (Vec<_>, _) = (self.chunk_ranges(index).collect(), payload);
+                for range in ranges {
+                    let (words, rest) = left.split_at(how.words(range.len()));
+                    how.decode(words, &mut self.buffer[range], action);
+                    left = rest;
+                }
+            }
+        }
+    }
+
+    /// Notes that a step is done. The last partial sum of an all-reduce is rounded as the others will get it.
+    pub(crate) fn complete(&mut self, index: usize) {
+        if let (Work::Collective { part, .. }, Some(Compressed { how, .. })) =
+            (&self.work, &self.compressed)
+            && part.contract.kind == collective::Kind::AllReduce
+            && is_last_sum(&part.steps, index)
+        {
+            let (how, ranges) = (*how, self.chunk_ranges(index).collect::<Vec<_>>());
+            ranges.into_iter().for_each(|range| how.round(&mut self.buffer[range]));
+        }
+        self.executor.complete(index);
+    }
+
     /// Compares a frame from `peer` with the step it is to serve.
     pub(crate) fn check(&self, peer: Rank, index: usize, frame: Header) -> Result<(), Error> {
         let expected = self.header(index);
@@ -268,6 +351,15 @@ impl Active {
             sent_chunk: frame.chunk,
             sent: Bytes(frame.bytes),
         })
+    }
+
+    /// Each of a step's chunks by itself.
+    fn chunk_ranges(&self, index: usize) -> impl Iterator<Item = Range<usize>> {
+        let Work::Collective { part, .. } = &self.work else {
+            unreachable!("only collectives are compressed")
+        };
+        let chunks = self.step(index).chunks().range().map(Chunks::one);
+        chunks.map(|chunk| part.contract.range(self.buffer.len(), chunk))
     }
 
     fn range(&self, index: usize) -> Range<usize> {
@@ -287,7 +379,9 @@ impl Work {
     fn new(group: Group, action: Action) -> Self {
         let (chunks, copy) = (Chunks::one(0), collective::Action::Copy);
         match action {
-            Action::Collective(part) | Action::Reduce { part, .. } => {
+            Action::Collective(part)
+            | Action::Compressed { part, .. }
+            | Action::Reduce { part, .. } => {
                 Self::Collective { ranks: group.ranks, part, placement: None }
             }
             Action::AllToAll { part, placement } => {
@@ -311,7 +405,19 @@ impl Work {
 /// The kind of frame that an action uses.
 fn kind_of(action: &Action) -> Kind {
     match action {
-        Action::Collective(_) | Action::AllToAll { .. } | Action::Reduce { .. } => Kind::Collective,
+        Action::Collective(_)
+        | Action::AllToAll { .. }
+        | Action::Compressed { .. }
+        | Action::Reduce { .. } => Kind::Collective,
         Action::Send { .. } | Action::Lend { .. } | Action::Receive { .. } => Kind::PointToPoint,
     }
+}
+
+/// Whether a step adds to chunks that nothing is received for afterwards.
+fn is_last_sum(steps: &[Step], index: usize) -> bool {
+    let Step::Receive { chunks, action: collective::Action::Reduce, .. } = steps[index] else {
+        return false;
+    };
+    let receives_more = |step: &Step| !step.is_send() && overlap(step.chunks(), chunks);
+    !steps[index + 1..].iter().any(receives_more)
 }

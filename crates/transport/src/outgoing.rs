@@ -30,6 +30,8 @@ pub(crate) struct Writing {
     pub source: Option<Source>,
     /// When its first byte could move.
     pub begun: Instant,
+    /// The payload, if it is not as it lies in the operation's buffer.
+    pub encoded: Option<Vec<f32>>,
     header: [u8; HEADER_BYTES],
     sent: usize,
     total: usize,
@@ -65,10 +67,13 @@ impl Outgoing {
         }
         if self.current.is_none() {
             self.current = Some(match self.notices.pop_front() {
-                Some(notice) => Writing::new(None, notice),
+                Some(notice) => Writing::new(None, notice, None),
                 None => {
                     let source = self.queue.pop_first()?;
-                    Writing::new(Some(source), operations[&source.0].header(source.1))
+                    let operation = &operations[&source.0];
+                    let (header, encoded) =
+                        (operation.header(source.1), operation.encoded(source.1));
+                    Writing::new(Some(source), header, encoded)
                 }
             });
         }
@@ -93,9 +98,9 @@ impl Outgoing {
 }
 
 impl Writing {
-    fn new(source: Option<Source>, header: Header) -> Self {
+    fn new(source: Option<Source>, header: Header, encoded: Option<Vec<f32>>) -> Self {
         let total = HEADER_BYTES + header.bytes as usize;
-        Self { source, begun: Instant::now(), header: header.encode(), sent: 0, total }
+        Self { source, begun: Instant::now(), encoded, header: header.encode(), sent: 0, total }
     }
 
     /// The next bytes of the frame.

@@ -327,15 +327,18 @@ impl Progress {
     fn post(&mut self, ticket: u64, operation: Operation, posted: Instant) {
         let own = self.transport.rank();
         let (lane, sender) = match operation.action {
-            Action::Collective(_) | Action::AllToAll { .. } | Action::Reduce { .. } => {
-                (Lane::Collective, None)
-            }
+            Action::Collective(_)
+            | Action::AllToAll { .. }
+            | Action::Compressed { .. }
+            | Action::Reduce { .. } => (Lane::Collective, None),
             Action::Send { to } | Action::Lend { to, .. } => (Lane::To(to), Some(own)),
             Action::Receive { from } => (Lane::From(from), Some(from)),
         };
         let next = self.sequences.entry((operation.group.id, lane)).or_default();
         self.recorder.post();
-        let active = Active::new(operation, *next, posted);
+        let transport = &self.transport;
+        let is_far = |rank| transport.host(rank) != transport.host(own);
+        let active = Active::new(operation, *next, posted, is_far);
         *next += 1;
         if !matches!(lane, Lane::To(_)) {
             self.receivers.insert((active.key, sender), ticket);
@@ -375,14 +378,11 @@ impl Progress {
         let incoming = &mut self.peers[peer.index()].incoming;
         if let Some(early) = incoming.take_early(operation.key) {
             operation.check(peer, step, early.header)?;
-            incoming::apply(operation, step, &early.payload);
-            operation.executor.complete(step);
+            operation.take_in(step, &early.payload);
+            operation.complete(step);
             return Ok(());
         }
-        let under_way = incoming.reading.as_mut().filter(|reading| {
-            matches!(reading.sink, Sink::Early(_)) && reading.header.key == operation.key
-        });
-        match under_way {
+        match incoming.reading.as_mut().filter(|reading| reading.is_early(operation.key)) {
             Some(reading) => {
                 operation.check(peer, step, reading.header)?;
                 reading.redirect(operation, source);
@@ -399,8 +399,9 @@ impl Progress {
         let Some(writing) = outgoing.current(&self.operations) else {
             return false;
         };
-        let chunk = writing.source.map(|(ticket, step)| self.operations[&ticket].chunk(step));
-        let pieces = writing.pieces(bytemuck::cast_slice(chunk.unwrap_or_default()));
+        let chunk = || Some(self.operations[&writing.source?.0].chunk(writing.source?.1));
+        let payload = writing.encoded.as_deref().or_else(chunk).unwrap_or_default();
+        let pieces = writing.pieces(bytemuck::cast_slice(payload));
         let Ok(written) = self.transport.try_write(peer, &pieces) else {
             outgoing.broken = true;
             return true;
@@ -426,7 +427,7 @@ impl Progress {
             if operation.failed {
                 return self.remove_failed(ticket);
             }
-            operation.executor.complete(step);
+            operation.complete(step);
             self.advance(ticket);
         }
     }
@@ -485,7 +486,7 @@ impl Progress {
             Some(ticket) => self.claim(peer, ticket, header),
             None if receiver.is_none() && self.is_past(header.key, peer) => Sink::Discard,
             None if incoming.early_bytes() >= self.limits.early.0 => return Ok(false),
-            None => Sink::Early(vec![0.0; header.bytes as usize / 4]),
+            None => Sink::Whole(vec![0.0; header.bytes as usize / 4], None),
         };
         let incoming = &mut self.peers[peer.index()].incoming;
         incoming.header.filled = 0;
@@ -504,6 +505,9 @@ impl Progress {
         let step = self.peers[peer.index()].incoming.take_expected(ticket);
         let step = step.expect("it expects a frame");
         match operation.check(peer, step, header) {
+            Ok(()) if operation.compression(step).is_some() => {
+                Sink::Whole(vec![0.0; header.bytes as usize / 4], Some((ticket, step)))
+            }
             Ok(()) => Sink::Chunk((ticket, step)),
             Err(error) => {
                 self.fail_and_tell(ticket, error);
@@ -517,15 +521,16 @@ impl Progress {
         let reading = incoming.reading.take().expect("a frame was read");
         let Reading { header, sink, begun, .. } = reading;
         gauges[1].count(header.bytes, begun);
-        match sink {
-            Sink::Discard => {}
-            Sink::Early(payload) => incoming.keep(Early { header, payload }),
-            Sink::Chunk((ticket, step)) => {
-                let operation = self.operations.get_mut(&ticket).expect("its frame was read");
-                operation.executor.complete(step);
-                self.advance(ticket);
-            }
-        }
+        let ((ticket, step), payload) = match sink {
+            Sink::Discard => return,
+            Sink::Whole(payload, None) => return incoming.keep(Early { header, payload }),
+            Sink::Whole(payload, Some(source)) => (source, Some(payload)),
+            Sink::Chunk(source) => (source, None),
+        };
+        let operation = self.operations.get_mut(&ticket).expect("its frame was read");
+        payload.into_iter().for_each(|payload| operation.take_in(step, &payload));
+        operation.complete(step);
+        self.advance(ticket);
     }
 
     /// Whether a frame's operation was posted here once, and is over.

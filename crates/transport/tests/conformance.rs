@@ -8,13 +8,13 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use collective::{
-    Action as Effect, Algorithm, Collective, Contract, Kind, Level, Placement, Schedule, Step,
-    chunk_range,
+    Action as Effect, Algorithm, Chunks, Collective, Contract, Kind, Level, Placement, Schedule,
+    Step, chunk_range,
 };
 use mesh::{MakeMesh, run};
 use transport::{
-    Action, Combine, Communicator, Doing, Element, Error, Group, InProcess, Limits, Operation,
-    Reduction, Ticket, Transport,
+    Action, Apart, Combine, Communicator, Compression, Doing, Element, Error, Group, InProcess,
+    Limits, Operation, Reduction, Ticket, Transport,
 };
 use units::{Bytes, Rank};
 
@@ -33,6 +33,7 @@ macro_rules! on_every_transport {
 
 on_every_transport!(
     collectives_have_the_bits_that_their_schedule_says,
+    compressed_sums_have_the_same_bits_on_all_ranks_and_every_time,
     blocks_of_any_size_reach_their_rank,
     operations_overlap_and_are_waited_for_in_any_order,
     pipelines_send_and_receive_in_order,
@@ -98,7 +99,16 @@ fn post(
 }
 
 /// The schedule carried out one transfer at a time: what every transport must equal, bit by bit.
-fn reference(schedule: &Schedule, mut buffers: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
+fn reference(schedule: &Schedule, buffers: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
+    reference_between(schedule, buffers, |_, _, _| {})
+}
+
+/// The same, with what goes from one member to another changed on the way.
+fn reference_between(
+    schedule: &Schedule,
+    mut buffers: Vec<Vec<f32>>,
+    on_the_way: impl Fn(usize, usize, &mut [f32]),
+) -> Vec<Vec<f32>> {
     let ranks = schedule.contract.ranks;
     let mut executors: Vec<_> = schedule
         .steps
@@ -125,11 +135,15 @@ fn reference(schedule: &Schedule, mut buffers: Vec<Vec<f32>>) -> Vec<Vec<f32>> {
             let Step::Receive { chunks, action, .. } = schedule.steps[to][receive] else {
                 continue;
             };
-            for i in schedule.contract.range(buffers[to].len(), chunks) {
-                let value = buffers[from][i];
-                match action {
-                    Effect::Copy => buffers[to][i] = value,
-                    Effect::Reduce => buffers[to][i] += value,
+            for chunk in chunks.range().map(Chunks::one) {
+                let range = schedule.contract.range(buffers[to].len(), chunk);
+                let mut moved = buffers[from][range.clone()].to_vec();
+                on_the_way(from, to, &mut moved);
+                for (element, value) in buffers[to][range].iter_mut().zip(moved) {
+                    match action {
+                        Effect::Copy => *element = value,
+                        Effect::Reduce => *element += value,
+                    }
                 }
             }
             executors[from].complete(send);
@@ -201,6 +215,84 @@ fn collectives_have_the_bits_that_their_schedule_says(make: MakeMesh) {
                 assert!(results[rank.index()][index] == expected, "{case}");
             }
         }
+    }
+}
+
+/// Two hosts of two ranks, and five hosts; around a ring, as each host's neighbours first, and all at once.
+fn compressed_sums_have_the_same_bits_on_all_ranks_and_every_time(make: MakeMesh) {
+    for (ranks, per_host) in [(4, 2), (5, 1)] {
+        let level = |algorithm| Level { algorithm, ranks: 2 };
+        let levels = vec![level(Algorithm::Ring), level(Algorithm::Ring)];
+        let algorithms =
+            [Algorithm::Ring, Algorithm::Direct, Algorithm::Bruck, Algorithm::Hierarchy { levels }];
+        let kinds = [Kind::AllReduce, Kind::ReduceScatter];
+        let all_of = |kind| algorithms.clone().map(|algorithm| (kind, algorithm));
+        let collectives: Vec<_> = (kinds.into_iter().flat_map(all_of))
+            .filter_map(|(kind, algorithm)| Collective::new(kind, algorithm, ranks).ok())
+            .collect();
+        let mesh = || {
+            let apart = |end| Box::new(Apart::new(end, per_host)) as Box<dyn Transport>;
+            make(ranks).into_iter().map(apart).collect()
+        };
+        for (compression, length) in [(Compression::Bf16, 1_003), (Compression::Int8, 10_007)] {
+            let sums = || {
+                run(mesh(), Limits::default(), |mut communicator| {
+                    let rank = communicator.rank();
+                    let sum = |collective: &Collective| {
+                        let part = Arc::new(collective.part(rank.0));
+                        let action = Action::Compressed { part, compression };
+                        let buffer = input(rank, length, 3);
+                        let ticket = post(&mut communicator, &all(ranks), action, buffer, "sum");
+                        promised(collective, rank, &communicator.wait(ticket).unwrap().buffer)
+                    };
+                    collectives.iter().map(sum).collect::<Vec<_>>()
+                })
+            };
+            let first = sums();
+            assert!(first == sums(), "twice the same");
+            for (index, collective) in collectives.iter().enumerate() {
+                let of_ranks: Vec<_> = first.iter().map(|sums| &sums[index]).collect();
+                check_compressed(collective, compression, per_host as usize, &of_ranks, length);
+            }
+        }
+    }
+}
+
+/// Holds the ranks' sums against each other, against the schedule with rounding on the way, and against the
+/// stated bound.
+fn check_compressed(
+    collective: &Collective,
+    compression: Compression,
+    per_host: usize,
+    sums: &[&Vec<u32>],
+    length: usize,
+) {
+    let contract = collective.contract();
+    let inputs: Vec<_> = (0..contract.ranks).map(|rank| input(Rank(rank), length, 3)).collect();
+    let exact = |i: usize| inputs.iter().map(|input| f64::from(input[i])).sum::<f64>();
+    let largest = (0..length).map(exact).fold(0.0, f64::max);
+    let round = |from: usize, to: usize, moved: &mut [f32]| {
+        if from / per_host != to / per_host {
+            compression.round(moved);
+        }
+    };
+    let mut expected = reference_between(&collective.schedule(), inputs.clone(), round);
+    for (rank, (sum, expected)) in sums.iter().zip(&mut expected).enumerate() {
+        let case = format!("{compression:?} {collective:?} on {rank}");
+        let mut block = chunk_range(length, contract.ranks, rank as u32);
+        if contract.kind == Kind::AllReduce {
+            for chunk in (0..contract.chunks).map(Chunks::one) {
+                compression.round(&mut expected[contract.range(length, chunk)]);
+            }
+            assert!(sum == &sums[0], "{case}: as on all others");
+            block = 0..length;
+        }
+        assert!(**sum == promised(collective, Rank(rank as u32), expected), "{case}");
+        let error = |i: usize| (f64::from(expected[i]) - exact(i)).abs();
+        let of = |i| if compression == Compression::Bf16 { exact(i) } else { largest };
+        let share = |i| error(i) / (f64::from(contract.ranks) * compression.error() * of(i));
+        let worst = block.map(share).fold(0.0, f64::max);
+        assert!((0.001..1.0).contains(&worst), "{case}: {worst} of the stated error");
     }
 }
 
