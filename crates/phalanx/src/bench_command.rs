@@ -11,7 +11,9 @@ use collective::{Collective, Kind, chunk_range};
 use serde_json::json;
 use train::Identity;
 use train::control::{self, Lifeline, Policy, supervise};
-use transport::{Buffer, Communicator, Group, Limits, Probe, Rendezvous};
+use transport::{
+    Action, Apart, Buffer, Communicator, Compression, Group, Limits, Operation, Probe, Rendezvous,
+};
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
 use crate::streams::Way;
@@ -55,6 +57,9 @@ pub struct CollectivesArgs {
     /// Use TCP between the processes, as if they were on different hosts
     #[arg(long)]
     tcp: bool,
+    /// Compress what is summed on its way between processes, and show the error that comes of it
+    #[arg(long, value_enum, requires = "tcp")]
+    compress: Option<BenchCompression>,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -73,12 +78,29 @@ enum Place {
     Own,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BenchCompression {
+    Bf16,
+    Int8,
+}
+
+impl From<BenchCompression> for Compression {
+    fn from(compression: BenchCompression) -> Self {
+        match compression {
+            BenchCompression::Bf16 => Self::Bf16,
+            BenchCompression::Int8 => Self::Int8,
+        }
+    }
+}
+
 /// A size of a collective, measured.
 struct Cell {
     kind: Kind,
     bytes: Bytes,
     algorithm: String,
     rounds: u32,
+    /// The largest error of an element on this rank, as a share of the largest element.
+    error: f64,
     /// The slowest rank's time of every repetition, sorted.
     times: Vec<Seconds>,
 }
@@ -147,6 +169,7 @@ fn measure(
         Some(meeting) => (meeting.rank, meeting.master),
         None => (identity.rank, identity.master),
     };
+    let way = Way::read(environment)?;
     let rendezvous = Rendezvous {
         rank,
         ranks: identity.ranks,
@@ -154,13 +177,18 @@ fn measure(
         identity: format!("{args:?}"),
         secret: identity.secret.clone(),
         timeout: RENDEZVOUS,
-        shared_memory: true,
+        shared_memory: way.shares_memory() && !args.tcp,
         interface: environment("PHALANX_INTERFACE").map(Into::into),
     };
     let failed = |source| train::Error::Communication { rank, source };
-    let way = if args.tcp { Way::Tcp } else { Way::read(environment)? };
     let listener = listener.filter(|_| rank == Rank(0));
-    let communicator = way.connect(rendezvous, listener, Limits::default()).map_err(failed)?;
+    let communicator = if args.tcp {
+        let apart = rendezvous.meet(listener).map(|streams| Apart::new(Box::new(streams), 1));
+        apart.and_then(|apart| Communicator::new(Box::new(apart), Limits::default()))
+    } else {
+        way.connect(rendezvous, listener, Limits::default())
+    };
+    let communicator = communicator.map_err(failed)?;
     communicator.keep_to_one_core().map_err(failed)?;
     let world = Group::world(identity.ranks);
     Bench { communicator, world, args }.run().map_err(|error| match error.downcast() {
@@ -187,7 +215,9 @@ impl Bench<'_> {
             for bytes in &self.args.sizes {
                 let cell = self.cell((*kind).into(), *bytes)?;
                 if speaks && !self.args.json {
-                    println!("{}", line(&cell, self.world.ranks.len() as u32, probe.as_ref()));
+                    let error = self.args.compress.map(|_| format!("{:>9.0e}", cell.error));
+                    let line = line(&cell, self.world.ranks.len() as u32, probe.as_ref());
+                    println!("{line}{}", error.unwrap_or_default());
                 }
                 cells.push(cell);
             }
@@ -206,7 +236,8 @@ impl Bench<'_> {
             Place::Shared => self.communicator.buffer(elements),
             Place::Own => vec![0.0; elements].into(),
         };
-        buffer = self.check(&collective, buffer)?;
+        let error;
+        (buffer, error) = self.check(&collective, buffer)?;
         buffer.fill(0.0);
         let batch = BATCHES.iter().find(|(size, _)| bytes <= *size).map_or(1, |(_, batch)| *batch);
         let mut times = Vec::new();
@@ -238,32 +269,56 @@ impl Bench<'_> {
             () if gathers => ("gather".into(), 1),
             () => (collective.algorithm().to_string(), collective.cost(bytes).rounds),
         };
-        Ok(Cell { kind, bytes, algorithm, rounds, times })
+        Ok(Cell { kind, bytes, algorithm, rounds, error, times })
     }
 
     fn carry_out(&mut self, collective: &Collective, buffer: Buffer) -> Result<Buffer> {
+        let compression = self.compression(collective.contract().kind);
         let (communicator, world) = (&mut self.communicator, &self.world);
+        if let Some(compression) = compression {
+            let part = Arc::new(collective.part(communicator.rank().0));
+            let action = Action::Compressed { part, compression };
+            let (group, label) = (world.clone(), "compressed sum".into());
+            let operation = Operation { group, action, buffer: buffer.into(), label };
+            let ticket = communicator.post(operation)?;
+            return Ok(communicator.wait(ticket)?.buffer.into());
+        }
         Ok(match collective.contract().kind {
             Kind::AllReduce => communicator.all_reduce(world, buffer, "all-reduce")?,
             kind => communicator.run(world, collective, buffer, kind.name())?,
         })
     }
 
-    /// Compares a result with what it has to be.
-    fn check(&mut self, collective: &Collective, mut buffer: Buffer) -> Result<Buffer> {
+    /// How a kind of collective is compressed, if it is.
+    fn compression(&self, kind: Kind) -> Option<Compression> {
+        let sums = matches!(kind, Kind::AllReduce | Kind::ReduceScatter);
+        self.args.compress.filter(|_| sums).map(Into::into)
+    }
+
+    /// Compares a result with what it has to be; also its largest error as a share of the largest element.
+    fn check(&mut self, collective: &Collective, mut buffer: Buffer) -> Result<(Buffer, f64)> {
         let (ranks, rank) = (self.communicator.ranks(), self.communicator.rank());
+        let kind = collective.contract().kind;
         let value = |rank: u32, index: usize| (rank as usize + index % 1021) as f32;
         let sum = |index| (0..ranks).map(|rank| value(rank, index)).sum::<f32>();
         buffer.iter_mut().enumerate().for_each(|(i, element)| *element = value(rank.0, i));
         let buffer = self.carry_out(collective, buffer)?;
         let block = |rank| chunk_range(buffer.len(), ranks, rank);
-        let right = match collective.contract().kind {
-            Kind::AllReduce => buffer.iter().enumerate().all(|(i, element)| *element == sum(i)),
-            Kind::ReduceScatter => block(rank.0).all(|i| buffer[i] == sum(i)),
-            _ => (0..ranks).all(|rank| block(rank).all(|i| buffer[i] == value(rank, i))),
+        let (mut worst, mut largest) = (0.0_f32, 0.0_f32);
+        let mut compare = |index: usize, expected: f32| {
+            worst = worst.max((buffer[index] - expected).abs());
+            largest = largest.max(expected.abs());
         };
-        ensure!(right, "{rank} has a wrong result of {:?}", collective.contract().kind);
-        Ok(buffer)
+        match kind {
+            Kind::AllReduce => (0..buffer.len()).for_each(|i| compare(i, sum(i))),
+            Kind::ReduceScatter => block(rank.0).for_each(|i| compare(i, sum(i))),
+            _ => (0..ranks).for_each(|rank| block(rank).for_each(|i| compare(i, value(rank, i)))),
+        }
+        let error = f64::from(worst) / f64::from(largest).max(f64::MIN_POSITIVE);
+        let roundings = f64::from(ranks);
+        let bound = self.compression(kind).map_or(0.0, |how| roundings * how.error());
+        ensure!(error <= bound, "{rank} has a result of {kind} that is wrong by {error:.1e}");
+        Ok((buffer, error))
     }
 
     /// What rank 0 thinks.
@@ -289,8 +344,17 @@ impl Bench<'_> {
             }
         }
         println!(
-            "{:<15}{:>9}  {:<10}{:>12} {:>12} {:>12} {:>12}{:>9}{:>13}",
-            "", "bytes", "algorithm", "median", "best", "algbw", "busbw", "of limit", "predicted"
+            "{:<15}{:>9}  {:<10}{:>12} {:>12} {:>12} {:>12}{:>9}{:>13}{}",
+            "",
+            "bytes",
+            "algorithm",
+            "median",
+            "best",
+            "algbw",
+            "busbw",
+            "of limit",
+            "predicted",
+            if self.args.compress.is_some() { "    error" } else { "" }
         );
     }
 
@@ -316,6 +380,7 @@ impl Bench<'_> {
                 "median_s": median.0,
                 "best_s": cell.times[0].0,
                 "repetitions": cell.times.len(),
+                "error": cell.error,
                 "algorithm_bytes_per_s": (cell.bytes / median).0,
                 "bus_bytes_per_s": bus(cell.kind, ranks, cell.bytes / median).0,
                 "limit_s": probe.map(|probe| probe.limit(cell.kind, ranks, cell.bytes).0),

@@ -12,6 +12,7 @@ use model::{
 use plan::{Batch, Layout, PartialLayout};
 use serde::{Deserialize, Serialize};
 use train::{LearningRate, OnDivergence};
+use transport::Compression;
 use units::{Bytes, Seconds};
 
 pub use crate::cluster_section::ClusterSection;
@@ -115,6 +116,10 @@ pub struct Training {
     /// Decoupled weight decay of matrices.
     #[serde(default = "defaults::weight_decay")]
     pub weight_decay: f32,
+    /// How gradients travel that are summed between hosts (int8 in blocks with a scale); as fp32 unless given, and
+    /// in simulations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compress: Option<Compression>,
     /// Decay of the first moment.
     #[serde(default = "defaults::beta1")]
     pub beta1: f32,
@@ -718,7 +723,7 @@ mod tests {
           |
         6 | globel_batch = 2
           | ^^^^^^^^^^^^
-        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `outer_learning_rate`, `outer_momentum`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
+        unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `compress`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `outer_learning_rate`, `outer_momentum`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
         did you mean `global_batch` instead of `globel_batch`?
         ");
         let text = format!("[model]\nname = \"tiny\"\n{TRAINING}[layout]\nshard = \"gradient\"\n");

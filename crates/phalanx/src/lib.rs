@@ -48,6 +48,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 pub use answer::{Refusal, answer};
 use job::Draft;
+pub use streams::Way;
 
 /// Plans, simulates and trains Llama-class models over many ranks.
 #[derive(Debug, Parser)]

@@ -556,6 +556,11 @@ impl<'a, O: Operators> Session<'a, O> {
 
     /// A worker with the parameters that the job starts from, or room for those of a checkpoint.
     fn worker(&mut self, communicator: Communicator, resuming: bool) -> Result<Worker<O>> {
+        let worker = self.filled_worker(communicator, resuming)?;
+        Ok(worker.compressing(self.job.training.compress))
+    }
+
+    fn filled_worker(&mut self, communicator: Communicator, resuming: bool) -> Result<Worker<O>> {
         let (device, program) = (self.device.clone(), &self.programs.step);
         device.operators.forget_peak();
         let model = &self.job.model;

@@ -40,6 +40,12 @@ impl Way {
         })
     }
 
+    /// Whether ranks of one host use memory between them: [`Rendezvous::shared_memory`].
+    #[must_use]
+    pub fn shares_memory(self) -> bool {
+        self == Self::Fitting
+    }
+
     /// Connects to the other ranks, which were given the same job.
     ///
     /// # Errors
@@ -50,13 +56,11 @@ impl Way {
         listener: Option<TcpListener>,
         limits: Limits,
     ) -> Result<Communicator, Error> {
-        let shared_memory = self == Self::Fitting;
         match self {
             Self::Mpi => over_mpi(&rendezvous, limits, false),
             Self::MpiNative => over_mpi(&rendezvous, limits, true),
             Self::Fitting | Self::Tcp => {
-                let streams = Rendezvous { shared_memory, ..rendezvous }.meet(listener)?;
-                Communicator::new(Box::new(streams), limits)
+                Communicator::new(Box::new(rendezvous.meet(listener)?), limits)
             }
         }
     }

@@ -329,7 +329,7 @@ fn meet(job: &Job, identity: &Identity, resume: Option<&Path>, way: Way) -> Resu
         let alone = Box::new(InProcess::mesh(1).remove(0));
         return Ok(Communicator::new(alone, limits(job)).map_err(failed)?);
     }
-    Ok(way.connect(rendezvous(job, identity, resume), None, limits(job)).map_err(failed)?)
+    Ok(way.connect(rendezvous(job, identity, resume, way), None, limits(job)).map_err(failed)?)
 }
 
 /// A peer may be silent for as long as a rank to the launcher.
@@ -338,7 +338,7 @@ fn limits(job: &Job) -> Limits {
     Limits { silence, ..Limits::default() }
 }
 
-fn rendezvous(job: &Job, identity: &Identity, resume: Option<&Path>) -> Rendezvous {
+fn rendezvous(job: &Job, identity: &Identity, resume: Option<&Path>, way: Way) -> Rendezvous {
     Rendezvous {
         rank: identity.rank,
         ranks: identity.ranks,
@@ -346,7 +346,7 @@ fn rendezvous(job: &Job, identity: &Identity, resume: Option<&Path>) -> Rendezvo
         identity: format!("{}resume = {resume:?}\n", job.resolved()),
         secret: identity.secret.clone(),
         timeout: RENDEZVOUS,
-        shared_memory: true,
+        shared_memory: way.shares_memory(),
         interface: environment("PHALANX_INTERFACE").map(Into::into),
     }
 }
@@ -364,7 +364,7 @@ fn meet_again(
         let (meeting, listener) = lifeline.ready()?;
         let Meeting { rank, ranks, master, .. } = meeting;
         let there = Identity { rank, ranks, master, ..identity.clone() };
-        let mut rendezvous = rendezvous(job, &there, resume);
+        let mut rendezvous = rendezvous(job, &there, resume, way);
         rendezvous.identity += &format!("generation = {}\n", meeting.generation);
         if !meeting.is_first() {
             rendezvous.timeout = RENDEZVOUS_ANEW;

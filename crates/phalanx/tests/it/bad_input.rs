@@ -68,7 +68,7 @@ fn an_unknown_key_or_name() {
        |
     15 | globel_batch = 8
        | ^^^^^^^^^^^^
-    unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `outer_learning_rate`, `outer_momentum`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
+    unknown field `globel_batch`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `compress`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `outer_learning_rate`, `outer_momentum`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
     did you mean `global_batch` instead of `globel_batch`?
     ");
     insta::assert_snapshot!(refusal(&place, &format!("{JOB}[lay_out]\n")), @r"
@@ -172,7 +172,7 @@ fn a_key_set_on_the_command_line() {
        |
     20 | step = 3
        | ^^^^
-    unknown field `step`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `outer_learning_rate`, `outer_momentum`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
+    unknown field `step`, expected one of `sequence`, `global_batch`, `precision`, `steps`, `tokens`, `learning_rate`, `minimum_learning_rate`, `warmup_steps`, `weight_decay`, `compress`, `beta1`, `beta2`, `epsilon`, `clip_norm`, `outer_learning_rate`, `outer_momentum`, `seed`, `evaluate_every`, `evaluation_sequences`, `on_divergence`, `spike`
     did you mean `steps` instead of `step`?
     ");
     insta::assert_snapshot!(refusal("training.steps=few"), @r#"

@@ -26,6 +26,19 @@ fn collectives_are_checked_timed_and_set_beside_the_limits() {
 }
 
 #[test]
+fn what_is_compressed_is_shown_with_its_error() {
+    let place = Place::new();
+    for (compression, most) in [("bf16", 2.0 / 256.0), ("int8", 2.0 / 127.0)] {
+        let args = ["bench", "collectives", "--sizes", "1200", "--seconds", "0.01", "--json"];
+        let args = [&args[..], &["--tcp", "--compress", compression]].concat();
+        let told: Value = serde_json::from_str(&place.succeed(&args)).unwrap();
+        let error = |index: usize| told["cells"][index]["error"].as_f64().unwrap();
+        assert!(error(0) > 0.0 && error(0) <= most, "{}", error(0));
+        assert_eq!(error(2), 0.0, "what is gathered is not summed");
+    }
+}
+
+#[test]
 fn sizes_that_are_none_are_refused() {
     let place = Place::new();
     let answer = place.run(&["bench", "collectives", "--sizes", "1KB"]);
