@@ -11,11 +11,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use collective::{Collective, Kind, Part};
+use phalanx::Way;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use transport::{
-    Action, Combine, Completed, Element, Group, Interprocess, Limits, Operation, Reduction,
-    Rendezvous, Secret, Ticket,
+    Action, Combine, Completed, Element, Group, Limits, Operation, Reduction, Rendezvous, Secret,
+    Ticket,
 };
 use units::Rank;
 
@@ -82,6 +83,8 @@ impl Communicator {
         let timeout = seconds(timeout_s);
         let secret = Secret::new(secret)
             .ok_or_else(|| PyValueError::new_err("the secret is shorter than 16 characters"))?;
+        let environment = |name: &str| std::env::var(name).ok();
+        let way = Way::read(&environment).map_err(|e| Error::new_err(e.to_string()))?;
         let rendezvous = Rendezvous {
             rank: Rank(rank),
             ranks,
@@ -89,15 +92,12 @@ impl Communicator {
             identity,
             secret,
             timeout,
-            shared_memory: std::env::var("PHALANX_TRANSPORT").as_deref() != Ok("tcp"),
-            interface: std::env::var("PHALANX_INTERFACE").ok().map(Into::into),
+            shared_memory: way.shares_memory(),
+            interface: environment("PHALANX_INTERFACE").map(Into::into),
         };
         let listener = listener.and_then(|listener| lock(&listener.listener).take());
-        let meet = move || -> Result<_, transport::Error> {
-            let transport: Interprocess = rendezvous.meet(listener)?;
-            let limits = Limits { wait: timeout, ..Limits::default() };
-            transport::Communicator::new(Box::new(transport), limits)
-        };
+        let limits = Limits { wait: timeout, ..Limits::default() };
+        let meet = move || way.connect(rendezvous, listener, limits);
         let communicator = wait_for(py, meet, || ())?.map_err(|e| Error::new_err(e.to_string()))?;
         let open = Arc::new(Mutex::new(Some(communicator)));
         Ok(Self { open, parts: Mutex::default(), spare: Arc::default() })
