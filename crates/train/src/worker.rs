@@ -141,6 +141,7 @@ impl<O: Operators> Worker<O> {
             rank: self.rank,
             clock,
             begin: (clock.now(), Instant::now()),
+            needed: needed(program.instructions(self.rank)),
             moving: BTreeMap::new(),
             spans: Vec::new(),
         };
@@ -169,7 +170,8 @@ impl<O: Operators> Worker<O> {
         match instruction {
             Instruction::Post { ticket, transfer } => {
                 let start = execution.now();
-                let (posted, elements) = self.post(transfer)?;
+                let needed = execution.needed.get(&index).copied().unwrap_or(u32::MAX);
+                let (posted, elements) = self.post(needed, transfer)?;
                 let moving = Moving { post: index, transfer: *transfer, posted, elements };
                 execution.moving.insert(*ticket, moving);
                 self.stage.set_under_way(execution.under_way());
@@ -192,7 +194,7 @@ impl<O: Operators> Worker<O> {
     }
 
     /// Also the elements of the host buffers that it moves.
-    fn post(&mut self, transfer: &Transfer) -> Result<(Posted, usize), Error> {
+    fn post(&mut self, needed: u32, transfer: &Transfer) -> Result<(Posted, usize), Error> {
         let group = self.groups[&transfer.axis].clone();
         let member = group.member(self.rank).expect("a rank is in its own groups");
         let ranks = group.ranks.len() as u32;
@@ -210,7 +212,7 @@ impl<O: Operators> Worker<O> {
                 buffer.resize(placement.elements(), 0.0);
                 let action =
                     transport::Action::AllToAll { part, placement: Arc::clone(&placement) };
-                let under = self.operate(transfer, action, buffer)?;
+                let under = self.operate(needed, transfer, action, buffer)?;
                 let elements = placement.elements();
                 return Ok((Posted::AllToAll(under, placement), elements));
             }
@@ -228,23 +230,26 @@ impl<O: Operators> Worker<O> {
             Action::Shift => {
                 let (to, from) = (peer((member + 1) % ranks), peer((member + ranks - 1) % ranks));
                 let room = vec![0.0; elements];
-                let going = self.operate(transfer, transport::Action::Send { to }, buffer)?;
-                let coming = self.operate(transfer, transport::Action::Receive { from }, room)?;
+                let going =
+                    self.operate(needed, transfer, transport::Action::Send { to }, buffer)?;
+                let coming =
+                    self.operate(needed, transfer, transport::Action::Receive { from }, room)?;
                 return Ok((Posted::Shift(going, coming), 2 * elements));
             }
         };
-        Ok((Posted::Under(self.operate(transfer, action, buffer)?), elements))
+        Ok((Posted::Under(self.operate(needed, transfer, action, buffer)?), elements))
     }
 
     fn operate(
         &mut self,
+        needed: u32,
         transfer: &Transfer,
         action: transport::Action,
         buffer: Vec<f32>,
     ) -> Result<transport::Ticket, Error> {
         let (group, label) = (self.groups[&transfer.axis].clone(), transfer.to_string().into());
         let operation = Operation { group, action, buffer, label };
-        self.communicator.post(operation).map_err(|source| self.failed(source))
+        self.communicator.post_for(needed, operation).map_err(|source| self.failed(source))
     }
 
     /// Waits for a transfer; its buffer is kept for the wait instruction, which may be later.
@@ -295,6 +300,8 @@ struct Execution {
     rank: Rank,
     clock: Clock,
     begin: (Seconds, Instant),
+    /// By post's place in the list: where what it posts is waited for.
+    needed: BTreeMap<usize, u32>,
     moving: BTreeMap<program::Ticket, Moving>,
     spans: Vec<Span>,
 }
@@ -321,6 +328,21 @@ impl Execution {
         let (rank, instruction, lane) = (self.rank, post as u32, Lane::Transfer);
         self.spans.push(Span { rank, instruction, lane, start, end });
     }
+}
+
+/// By post's place in a list: the place of the wait for it, which is what the transfer is needed for.
+fn needed(list: &[Instruction]) -> BTreeMap<usize, u32> {
+    let (mut waits, mut needed) = (BTreeMap::new(), BTreeMap::new());
+    for (index, instruction) in list.iter().enumerate().rev() {
+        match instruction {
+            Instruction::Wait { ticket } => drop(waits.insert(*ticket, index as u32)),
+            Instruction::Post { ticket, .. } => {
+                waits.get(ticket).map(|wait| needed.insert(index, *wait));
+            }
+            _ => {}
+        }
+    }
+    needed
 }
 
 /// Whether a collective sums the gradients of replicas, or how far they have come.

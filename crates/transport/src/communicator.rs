@@ -190,7 +190,7 @@ impl Communicator {
         }
     }
 
-    /// Starts an operation; never blocks.
+    /// Starts an operation that is needed at once; never blocks.
     ///
     /// # Errors
     /// [`Error::System`] when communication has broken down altogether.
@@ -203,7 +203,21 @@ impl Communicator {
         self.outcomes.check()?;
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        self.command(Command::Post { ticket, operation, posted: Instant::now() });
+        self.command(Command::Post { ticket, operation, posted: Instant::now(), needed: 0 });
+        self.post_for(0, operation)
+    }
+
+    /// Starts an operation that is needed at a point of the rank's work, counted as the caller likes: of what is
+    /// to be sent to a peer, that goes first which is needed first, message by message. Never blocks.
+    ///
+    /// What overtakes is kept by a peer that has not posted it yet, as all that comes early ([`Limits::early`]).
+    ///
+    /// # Errors
+    /// As [`Communicator::post`].
+    ///
+    /// # Panics
+    /// As [`Communicator::post`].
+    pub fn post_for(&mut self, needed: u32, operation: Operation) -> Result<Ticket, Error> {
         Ok(Ticket(ticket))
     }
 
@@ -219,7 +233,7 @@ impl Communicator {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         self.outcomes.hand_to(ticket, then);
-        self.command(Command::Post { ticket, operation, posted: Instant::now() });
+        self.command(Command::Post { ticket, operation, posted: Instant::now(), needed });
         Ticket(ticket)
     }
 

@@ -138,6 +138,8 @@ pub(crate) struct Active {
     pub executor: Executor,
     pub buffer: Vec<f32>,
     pub posted: Instant,
+    /// At which point of the rank's work it is needed.
+    pub needed: u32,
     pub started: Option<Instant>,
     /// The failure was reported; what remains is a frame of it that is being written.
     pub failed: bool,
@@ -164,7 +166,7 @@ impl Active {
     pub(crate) fn new(
         operation: Operation,
         sequence: u64,
-        posted: Instant,
+        (posted, needed): (Instant, u32),
         is_far: impl Fn(Rank) -> bool,
     ) -> Self {
         let Operation { group, action, buffer, label } = operation;
@@ -186,8 +188,19 @@ impl Active {
             Work::Collective { part, .. } => part.executor(),
             Work::PointToPoint { step, .. } => Executor::new(&[*step], 1),
         };
-        let (started, failed) = (None, false);
-        Self { label, key, executor, buffer, posted, started, failed, reduction, compressed, work }
+        Self {
+            label,
+            key,
+            executor,
+            buffer,
+            posted,
+            needed,
+            started: None,
+            failed: false,
+            reduction,
+            compressed,
+            work,
+        }
     }
 
     pub(crate) fn step(&self, index: usize) -> Step {

@@ -1,4 +1,5 @@
-//! The sending direction of a stream: whole frames, those of earlier operations first.
+//! The sending direction of a stream: whole frames, those first that are needed first, then those of earlier
+//! operations.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::IoSlice;
@@ -16,7 +17,8 @@ pub(crate) type Source = (u64, usize);
 /// What is to be written to a peer.
 #[derive(Default)]
 pub(crate) struct Outgoing {
-    queue: BTreeSet<Source>,
+    /// By when their operation is needed.
+    queue: BTreeSet<(u32, Source)>,
     /// Frames without payload, which go before those of operations.
     notices: VecDeque<Header>,
     current: Option<Writing>,
@@ -38,9 +40,9 @@ pub(crate) struct Writing {
 }
 
 impl Outgoing {
-    /// Queues a step's frame.
-    pub(crate) fn push(&mut self, source: Source) {
-        self.queue.insert(source);
+    /// Queues a step's frame, before those of operations that are needed later.
+    pub(crate) fn push(&mut self, needed: u32, source: Source) {
+        self.queue.insert((needed, source));
     }
 
     /// Queues a frame without payload.
@@ -69,7 +71,7 @@ impl Outgoing {
             self.current = Some(match self.notices.pop_front() {
                 Some(notice) => Writing::new(None, notice, None),
                 None => {
-                    let source = self.queue.pop_first()?;
+                    let (_, source) = self.queue.pop_first()?;
                     let operation = &operations[&source.0];
                     let (header, encoded) =
                         (operation.header(source.1), operation.encoded(source.1));
@@ -87,7 +89,7 @@ impl Outgoing {
 
     /// Drops an operation's frames that are not begun.
     pub(crate) fn forget(&mut self, ticket: u64) {
-        self.queue.retain(|source| source.0 != ticket);
+        self.queue.retain(|(_, source)| source.0 != ticket);
     }
 
     /// Whether a frame of the operation is being written.

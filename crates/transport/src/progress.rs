@@ -20,8 +20,8 @@ use crate::{Completed, Error, Flight, Limits, Operation, Transport};
 
 /// What the rank asks of the loop.
 pub(crate) enum Command {
-    /// Start an operation.
-    Post { ticket: u64, operation: Operation, posted: Instant },
+    /// Start an operation, which is needed at this point of the rank's work.
+    Post { ticket: u64, operation: Operation, posted: Instant, needed: u32 },
     /// Fail an operation that was waited for too long.
     Expire { ticket: u64 },
     /// Tell what was done last.
@@ -135,7 +135,9 @@ impl Progress {
     fn take_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::Post { ticket, operation, posted } => self.post(ticket, operation, posted),
+                Command::Post { ticket, operation, posted, needed } => {
+                    self.post(ticket, operation, posted, needed);
+                }
                 Command::Expire { ticket } => self.expire(ticket),
                 // Whoever asked may not wait for the answer any more.
                 Command::Tell(asker) => drop(asker.send(self.flight())),
@@ -324,7 +326,7 @@ impl Progress {
     }
 
     /// Starts an operation. Its number is taken even if it fails at once, as on the other ranks.
-    fn post(&mut self, ticket: u64, operation: Operation, posted: Instant) {
+    fn post(&mut self, ticket: u64, operation: Operation, posted: Instant, needed: u32) {
         let own = self.transport.rank();
         let (lane, sender) = match operation.action {
             Action::Collective(_)
@@ -338,7 +340,7 @@ impl Progress {
         self.recorder.post();
         let transport = &self.transport;
         let is_far = |rank| transport.host(rank) != transport.host(own);
-        let active = Active::new(operation, *next, posted, is_far);
+        let active = Active::new(operation, *next, (posted, needed), is_far);
         *next += 1;
         if !matches!(lane, Lane::To(_)) {
             self.receivers.insert((active.key, sender), ticket);
@@ -364,7 +366,8 @@ impl Progress {
             };
             let peer = operation.peer(step);
             if operation.step(step).is_send() {
-                self.peers[peer.index()].outgoing.push((ticket, step));
+                let needed = operation.needed;
+                self.peers[peer.index()].outgoing.push(needed, (ticket, step));
             } else if let Err(error) = self.start_receive(peer, (ticket, step)) {
                 return self.fail_and_tell(ticket, error);
             }

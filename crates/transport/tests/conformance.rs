@@ -670,6 +670,60 @@ fn ranks_are_connected_when_they_need_it() {
         let own = communicator.rank().0;
         communicator.barrier(&group(1, &[0, 1, 2, 3, 4, 5])).unwrap();
         let peers = |flight: transport::Flight| {
+/// What ranks do in memory that they share is on record beside what is posted, and told to peers.
+#[test]
+fn at_once_operations_are_on_record() {
+    run(mesh::shared_memory(2), lively(Duration::from_secs(10)), |mut communicator| {
+        communicator.barrier(&all(2)).unwrap();
+        for number in 0..300 {
+            let label = if number == 299 { "the last" } else { "sum" };
+            let buffer = vec![1.0; 100].into();
+            communicator.all_reduce(&group(7, &[0, 1]), buffer, label).unwrap();
+        }
+        let flight = communicator.flight().unwrap();
+        assert_eq!((flight.posted, flight.operations.len()), (301, 256));
+        let last = flight.operations.last().unwrap();
+        assert_eq!((&*last.label, last.group, last.sequence), ("the last", 7, 299));
+        assert!(last.ended_s >= Some(last.posted_s) && last.failure.is_none());
+        if communicator.rank() == Rank(1) {
+            // Rank 0 says with a heartbeat what it is in.
+            let in_it = Some(Doing::AtOnce { group: 0, sequence: 0 });
+            while communicator.flight().unwrap().peers[0].doing != in_it {
+                std::thread::yield_now();
+            }
+        }
+        communicator.barrier_at_once(&all(2)).unwrap();
+    });
+}
+
+/// Over a link that takes 1,001 bytes and no more until somebody reads.
+#[test]
+fn what_is_needed_first_goes_first() {
+    let mut mesh = mesh::in_process(2);
+    let (late, early) = (mesh.remove(1), mesh.remove(0));
+    let transfer = |id, action| {
+        let (group, label) = (group(id, &[0, 1]), "transfer".into());
+        Operation { group, action, buffer: vec![1.0; 5_000], label }
+    };
+    let mut sender = Communicator::new(early, Limits::default()).unwrap();
+    let mut send = |id, needed| {
+        let ticket = sender.post_for(needed, transfer(id, Action::Send { to: Rank(1) })).unwrap();
+        while sender.flight().unwrap().operations.iter().all(|sent| sent.started_s.is_none()) {
+            std::thread::yield_now();
+        }
+        ticket
+    };
+    // The first has begun when the others come.
+    let sent = [send(1, 5), send(2, 9), send(3, 2), send(4, 9), send(5, 7)];
+    let mut receiver = Communicator::new(late, Limits::default()).unwrap();
+    let from = |id| transfer(id, Action::Receive { from: Rank(0) });
+    let received = [1, 2, 3, 4, 5].map(|id| receiver.post(from(id)).unwrap());
+    received.into_iter().for_each(|ticket| drop(receiver.wait(ticket).unwrap()));
+    sent.into_iter().for_each(|ticket| drop(sender.wait(ticket).unwrap()));
+    let ended = receiver.flight().unwrap().operations.into_iter().map(|record| record.group);
+    assert_eq!(ended.collect::<Vec<_>>(), [1, 3, 5, 2, 4]);
+}
+
             flight.peers.into_iter().map(|peer| peer.rank.0).collect::<Vec<_>>()
         };
         let all_but = |own| (0..6).filter(|rank| *rank != own).collect::<Vec<_>>();
