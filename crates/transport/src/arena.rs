@@ -127,9 +127,7 @@ impl Arena {
         assert!(own < ranks.len() && ranks.len() <= MOST_RANKS, "{own} of {ranks:?}");
         let memory = MmapOptions::new().len(size(ranks.len())).map_raw(&file)?;
         memory.advise(Advice::DontDump)?;
-        let start = control_bytes(ranks.len()) + own * REGION_BYTES;
-        let region = start..start + REGION_BYTES;
-        let free = Mutex::new(Vec::from([region]));
+        let free = Mutex::new(Vec::from([region(ranks.len(), own)]));
         Ok(Self { memory, file, ranks, own, free })
     }
 
@@ -199,9 +197,24 @@ impl Arena {
         (offset >= control_bytes(self.ranks.len()) && offset < self.memory.len()).then_some(offset)
     }
 
-    /// The elements at an offset that a peer may have named; `None` when they are not all inside.
+    /// The elements at an offset that a rank has named; `None` when they are not all in its own region, so that
+    /// whatever it names is not in another's buffer.
     ///
     /// Nothing is promised about what other processes do to them: see [`crate::reduction`].
+    pub(crate) fn elements_of(
+        &self,
+        rank: usize,
+        offset: usize,
+        elements: usize,
+    ) -> Option<*mut f32> {
+        let region = region(self.ranks.len(), rank);
+        let end = elements.checked_mul(4)?.checked_add(offset)?;
+        (region.start <= offset && end <= region.end)
+            .then(|| self.elements(offset, elements))
+            .flatten()
+    }
+
+    /// The elements at an offset; `None` when they are not all inside.
     pub(crate) fn elements(&self, offset: usize, elements: usize) -> Option<*mut f32> {
         let end = elements.checked_mul(4)?.checked_add(offset)?;
         (offset.is_multiple_of(4) && end <= self.memory.len())
@@ -327,6 +340,12 @@ fn control_bytes(ranks: usize) -> usize {
     (ways_start(ranks) + ranks * ranks * WAY_BYTES).next_multiple_of(LARGE_BYTES)
 }
 
+/// Where a rank's buffers are.
+fn region(ranks: usize, rank: usize) -> Range<usize> {
+    let start = control_bytes(ranks) + rank * REGION_BYTES;
+    start..start + REGION_BYTES
+}
+
 fn size(ranks: usize) -> usize {
     control_bytes(ranks) + ranks * REGION_BYTES
 }
@@ -355,6 +374,9 @@ mod tests {
         let seen = unsafe { seen.read() };
         assert_eq!(seen, 7.0);
         assert!(opener.elements(usize::MAX - 3, 1).is_none() && opener.elements(2, 1).is_none());
+        assert_eq!(opener.elements_of(1, offset, 1), opener.elements(offset, 1));
+        assert!(opener.elements_of(0, offset, 1).is_none(), "of another rank");
+        assert!(opener.elements_of(1, offset, REGION_BYTES / 4).is_none(), "beyond its region");
         assert!(Arena::open(creator.location(), 2, ranks, 0).is_err(), "other ranks");
         assert_eq!((creator.place(Rank(5)), creator.place(Rank(4))), (Some(1), None));
         assert!(creator.offset(&[0.0]).is_none(), "ordinary memory");

@@ -184,7 +184,7 @@ impl Board {
 
     /// What became of the operation, given that a rank has gone on without it: it knew before us.
     pub(crate) fn await_trouble(&self, peer: usize, watch: Watch<'_>) -> Option<Trouble> {
-        let watch = Watch { limit: HEARSAY, ..watch };
+        let watch = Watch { limit: HEARSAY.min(watch.limit), ..watch };
         let trouble = self.wait_patiently(peer, watch, || false).err();
         trouble.filter(|trouble| !matches!(trouble, Trouble::Timeout(_)))
     }

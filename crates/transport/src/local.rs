@@ -416,11 +416,13 @@ impl Local {
         };
         let elements = run.range(chunks).len();
         let expected = (chunks.first, 4 * elements as u64);
-        let offset = match message.place {
-            Place::Inline if message.bytes as usize > INLINE_BYTES => usize::MAX,
-            Place::Inline => inline,
-            Place::At(offset) => offset,
-            Place::Written => 0,
+        let arena = &self.board.arena;
+        let data = match message.place {
+            _ if expected != (message.chunk, message.bytes) => None,
+            Place::Written => return Ok((message, None)),
+            Place::Inline if message.bytes as usize > INLINE_BYTES => None,
+            Place::Inline => arena.elements(inline, elements),
+            Place::At(offset) => arena.elements_of(place, offset, elements),
         };
         let data = self.board.arena.elements(offset, elements);
         match data.filter(|_| expected == (message.chunk, message.bytes)) {
@@ -547,5 +549,93 @@ impl<'a> Run<'a> {
             expected: (chunks.first, 4 * self.range(chunks).len() as u64),
             sent: (sent.chunk, sent.bytes),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+    use std::time::Instant;
+
+    use collective::Kind;
+    use proptest::prelude::*;
+    use units::Rank;
+
+    use super::*;
+    use crate::arena::Own;
+
+    const ELEMENTS: usize = 5_000;
+
+    /// The words of a message, most of them as they should be.
+    fn message() -> impl Strategy<Value = [u64; 5]> {
+        let number = || prop_oneof![4 => Just(0_u64), 1 => 0..3_u64, 1 => any::<u64>()];
+        // The chunk, twice, and whether it grants.
+        let shape = prop_oneof![4 => 0..4_u64, 1 => any::<u64>()];
+        let bytes = prop_oneof![
+            2 => Just(4 * ELEMENTS as u64),
+            4 => Just(2 * ELEMENTS as u64),
+            1 => 0..30_000_u64,
+            1 => any::<u64>(),
+        ];
+        let place = prop_oneof![
+            1 => Just(u64::MAX),
+            1 => Just(u64::MAX - 1),
+            // A region has 64 GiB; the control words come before.
+            4 => (0..40_u64 << 30).prop_map(|at| at * 4),
+            1 => any::<u64>(),
+        ];
+        (number(), number(), shape, bytes, place).prop_map(|(a, b, c, d, e)| [a, b, c, d, e])
+    }
+
+    /// A peer that writes anything to every word that it has a say in.
+    fn write_anything(arena: &Arena, messages: &[[u64; 5]], words: &[u64]) {
+        for (number, message) in (1..).zip(messages) {
+            for (word, value) in (1..).zip(message) {
+                arena.header(1, 0, number, word).store(*value, Relaxed);
+            }
+            arena.header(1, 0, number, 0).store(number, Relaxed);
+        }
+        arena.acknowledged(0, 1).store(words[0], Relaxed);
+        arena.of(1, Own::FailedGroup).store(words[1], Relaxed);
+        arena.of(1, Own::FailedNumber).store(words[2], Relaxed);
+        arena.of(1, Own::Sleeps).store(words[3], Relaxed);
+        arena.of(1, Own::Ball).store(words[3], Relaxed);
+    }
+
+    /// Whatever a peer writes, an operation ends, with a result or an error, and writes to nothing but its buffer
+    /// and the peer's region.
+    #[test]
+    fn whatever_a_peer_writes_is_an_outcome() {
+        let ranks = vec![Rank(0), Rank(1)];
+        let ours = Arc::new(Arena::create(1, ranks.clone(), 0).unwrap());
+        let theirs = Arena::open(ours.location(), 1, ranks, 1).unwrap();
+        let mut kept = ours.lease(ELEMENTS).unwrap();
+        kept.fill(7.0);
+        let group = Group::world(2);
+        let input = (
+            prop::collection::vec(message(), SLOTS as usize),
+            prop::collection::vec(prop_oneof![0..4_u64, any::<u64>()], 4),
+            prop::sample::select(vec![
+                Collective::direct(Kind::AllReduce, 2),
+                Collective::direct(Kind::AllGather, 2),
+                Collective::ring(Kind::AllReduce, 2),
+            ]),
+            any::<bool>(),
+        );
+        let (seen, config) = (std::cell::Cell::new([0; 2]), ProptestConfig::with_cases(500));
+        proptest!(config, |((messages, words, collective, is_shared) in input)| {
+            write_anything(&theirs, &messages, &words);
+            let departed = Arc::new(Departed::new(2));
+            let log = Log::new(Instant::now(), Arc::default());
+            let limit = Duration::from_millis(1);
+            let mut local = Local::new(Arc::clone(&ours), departed, limit, None, log);
+            let mut buffer = ours.lease(ELEMENTS).unwrap();
+            let outcome = local.run(&group, &collective, &mut buffer, is_shared, "fuzzed");
+            let [good, bad] = seen.get();
+            seen.set(if outcome.is_ok() { [good + 1, bad] } else { [good, bad + 1] });
+            prop_assert!(kept.iter().all(|element| *element == 7.0));
+        });
+        let [good, bad] = seen.get();
+        assert!(good > 0 && bad > 0, "{good} results, {bad} errors");
     }
 }
