@@ -5,12 +5,15 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use transport::Communicator;
 
-/// Writes `flight/GENERATION-rank-N.json`, each rank its own, and names its slow links.
+/// Names this rank's slow links on standard error as they are found.
+pub fn name_slow_links(communicator: &Communicator) {
+    let rank = communicator.rank();
+    communicator.watch_links(move |link| eprintln!("{}{rank}: {link}", crate::SPEAKER));
+}
+
+/// Writes `flight/GENERATION-rank-N.json`, each rank its own.
 pub fn write(communicator: &Communicator, run: &Path, generation: u64, failed: bool) -> Result<()> {
     let Some(flight) = communicator.flight() else { return Ok(()) };
-    for link in &flight.slow_links {
-        eprintln!("{}{}: {link}", crate::SPEAKER, flight.rank);
-    }
     if !failed && flight.slow_links.is_empty() {
         return Ok(());
     }

@@ -556,6 +556,7 @@ impl<'a, O: Operators> Session<'a, O> {
 
     /// A worker with the parameters that the job starts from, or room for those of a checkpoint.
     fn worker(&mut self, communicator: Communicator, resuming: bool) -> Result<Worker<O>> {
+        flight_record::name_slow_links(&communicator);
         let worker = self.filled_worker(communicator, resuming)?;
         Ok(worker.compressing(self.job.training.compress))
     }

@@ -14,11 +14,12 @@ use units::{Bytes, Rank};
 
 use crate::buffer::{Buffer, Place};
 use crate::departed::Departed;
+use crate::flight::{Current, Log};
 use crate::local::Local;
 use crate::operation::{Action, Group, Operation};
 use crate::progress::{Command, Progress};
 use crate::topology::fitting;
-use crate::{Arena, Error, Flight, Native, Transport, Waker};
+use crate::{Arena, Doing, Error, Flight, Native, SlowLink, Transport, Waker};
 
 /// The named limits of every wait and every buffer.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -121,11 +122,15 @@ impl Communicator {
         let (commands, inbox) = mpsc::channel();
         let outcomes = Arc::new(Outcomes::default());
         let departed = Arc::new(Departed::new(ranks));
+        let (begin, at_once) = (Instant::now(), Arc::<Current>::default());
         let local = transport.arena().map(|arena| {
-            Local::new(arena, Arc::clone(&departed), limits.wait, transport.host_name(rank))
+            let (host, log) = (transport.host_name(rank), Log::new(begin, Arc::clone(&at_once)));
+            Local::new(arena, Arc::clone(&departed), limits.wait, host, log)
         });
         let native = transport.native();
-        let progress = Progress::new(transport, inbox, Arc::clone(&outcomes), limits, departed);
+        let told = (begin, at_once);
+        let progress =
+            Progress::new(transport, inbox, Arc::clone(&outcomes), limits, departed, told);
         let thread = std::thread::Builder::new()
             .name(format!("communication of {rank}"))
             .spawn(move || {
@@ -199,11 +204,6 @@ impl Communicator {
     /// When the operation's group lacks this rank or the named peer, or does not have the size of
     /// the schedule.
     pub fn post(&mut self, operation: Operation) -> Result<Ticket, Error> {
-        operation.check(self.rank);
-        self.outcomes.check()?;
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        self.command(Command::Post { ticket, operation, posted: Instant::now(), needed: 0 });
         self.post_for(0, operation)
     }
 
@@ -218,6 +218,11 @@ impl Communicator {
     /// # Panics
     /// As [`Communicator::post`].
     pub fn post_for(&mut self, needed: u32, operation: Operation) -> Result<Ticket, Error> {
+        operation.check(self.rank);
+        self.outcomes.check()?;
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.command(Command::Post { ticket, operation, posted: Instant::now(), needed });
         Ok(Ticket(ticket))
     }
 
@@ -233,7 +238,7 @@ impl Communicator {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
         self.outcomes.hand_to(ticket, then);
-        self.command(Command::Post { ticket, operation, posted: Instant::now(), needed });
+        self.command(Command::Post { ticket, operation, posted: Instant::now(), needed: 0 });
         Ticket(ticket)
     }
 
@@ -269,7 +274,17 @@ impl Communicator {
     pub fn flight(&self) -> Option<Flight> {
         let (tell, told) = mpsc::channel();
         self.command(Command::Tell(tell));
-        told.recv().ok()
+        let mut flight = told.recv().ok()?;
+        if let Some(log) = self.local.as_ref().map(Local::log) {
+            flight.add(log.posted(), log.records());
+        }
+        Some(flight)
+    }
+
+    /// Has every link that is found to be much slower than others told as it is found, on the thread that
+    /// communicates, which must not be kept.
+    pub fn watch_links(&self, tell: impl Fn(&SlowLink) + Send + 'static) {
+        self.command(Command::Watch(Box::new(tell)));
     }
 
     /// Gathers from every rank of the group some bytes, of any length; in the order of the group.
@@ -433,7 +448,8 @@ impl Communicator {
         match self.local.as_mut() {
             Some(local) if gathers => {
                 let gather = Collective::direct(Kind::AllGather, ranks);
-                local.gather_and_add(group, &gather, &mut buffer, label).map(|()| buffer)
+                let outcome = local.gather_and_add(group, &gather, &mut buffer, label);
+                outcome.map(|()| buffer).map_err(|error| self.with_last_heard(group, error))
             }
             _ => {
                 let chosen = self.chosen(Kind::AllReduce, group, buffer.len());
@@ -465,12 +481,25 @@ impl Communicator {
         let own = self.rank;
         assert!(group.member(own).is_some(), "`{label}`: {own} is not in the group");
         if let Some(local) = self.local.as_mut().filter(|local| local.carries(group, collective)) {
-            return Some(local.run(group, collective, elements, is_shared, label));
+            let outcome = local.run(group, collective, elements, is_shared, label);
+            return Some(outcome.map_err(|error| self.with_last_heard(group, error)));
         }
         match self.native.as_ref()?.run(group, &collective.contract(), elements) {
             Ok(false) => None,
             outcome => Some(outcome.map(drop)),
         }
+    }
+
+    /// The error of an operation on this thread, with what the others were last known to do.
+    fn with_last_heard(&self, group: &Group, mut error: Error) -> Error {
+        if let Error::PeerLost { last_heard, sequence, .. }
+        | Error::Timeout { last_heard, sequence, .. } = &mut error
+            && let Some(flight) = self.flight()
+        {
+            let own = Doing::AtOnce { group: group.id, sequence: *sequence };
+            *last_heard = flight.last_heard(group, own);
+        }
+        error
     }
 
     fn by_way_of_a_copy(

@@ -2,14 +2,16 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use serde::{Serialize, Serializer};
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
-use crate::SlowLink;
 use crate::operation::Active;
-use crate::pulse::Doing;
+use crate::pulse::{Doing, LastHeard};
+use crate::{Error, Group, SlowLink};
 
 /// How many operations that are over are kept.
 const KEPT: usize = 256;
@@ -19,7 +21,7 @@ const KEPT: usize = 256;
 pub struct Flight {
     /// Whose it is.
     pub rank: Rank,
-    /// How many operations the rank has posted in all.
+    /// How many operations the rank has posted or carried out itself in all.
     pub posted: u64,
     /// The last operations that are over, in the order in which they ended, then those under way in
     /// the order of posting.
@@ -38,7 +40,8 @@ pub struct Record {
     pub label: Arc<str>,
     /// The group's number.
     pub group: u64,
-    /// Its number in the order of posting, on its group or between two ranks of it, from 0.
+    /// Its number in the order of posting, on its group or between two ranks of it, from 0; those that are waited
+    /// for at once among ranks that share memory are numbered apart.
     pub sequence: u64,
     /// The size of its buffer.
     pub bytes: Bytes,
@@ -77,6 +80,137 @@ pub struct Peer {
     pub receives: Option<BytesPerSecond>,
 }
 
+impl Flight {
+    /// Adds what the rank carried out itself, so many operations in all, in the order in which operations ended.
+    pub(crate) fn add(&mut self, posted: u64, records: impl Iterator<Item = Record>) {
+        self.posted += posted;
+        self.operations.extend(records);
+        let end = |record: &Record| record.ended_s.map_or(f64::INFINITY, |end| end.0);
+        self.operations.sort_by(|a, b| end(a).total_cmp(&end(b)));
+        let over = self.operations.iter().filter(|record| record.ended_s.is_some()).count();
+        self.operations.drain(..over.saturating_sub(KEPT));
+    }
+
+    /// What the members of a group were last known to do; this rank itself is in this.
+    pub(crate) fn last_heard(&self, group: &Group, own: Doing) -> LastHeard {
+        let doing = |rank: &Rank| match self.peers.iter().find(|peer| peer.rank == *rank) {
+            Some(peer) => Some((*rank, peer.doing?)),
+            None => (*rank == self.rank).then_some((*rank, own)),
+        };
+        LastHeard(group.ranks.iter().filter_map(doing).collect())
+    }
+}
+
+/// What the rank's own thread is in at this moment, for the heartbeats.
+#[derive(Debug, Default)]
+pub(crate) struct Current {
+    group: AtomicU64,
+    /// The operation's number plus one; 0 when there is none.
+    number: AtomicU64,
+}
+
+impl Current {
+    fn set(&self, operation: Option<(u64, u64)>) {
+        let (group, number) = operation.map_or((0, 0), |(group, number)| (group, number + 1));
+        self.group.store(group, Relaxed);
+        self.number.store(number, Relaxed);
+    }
+
+    /// What to tell the peers.
+    pub(crate) fn doing(&self) -> Option<Doing> {
+        let group = self.group.load(Relaxed);
+        let sequence = self.number.load(Relaxed).checked_sub(1)?;
+        Some(Doing::AtOnce { group, sequence })
+    }
+}
+
+/// Keeps the last operations that the rank carried out on its own thread, of which one may take less than a
+/// microsecond: memory and labels are used again.
+#[derive(Debug)]
+pub(crate) struct Log {
+    begin: Instant,
+    current: Arc<Current>,
+    posted: u64,
+    /// The operation with number `n` is at `n % KEPT`.
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    label: String,
+    operation: (u64, u64),
+    bytes: Bytes,
+    posted: Instant,
+    ended: Instant,
+    waiting_for: Vec<Rank>,
+    failure: Option<String>,
+}
+
+impl Log {
+    pub(crate) fn new(begin: Instant, current: Arc<Current>) -> Self {
+        Self { begin, current, posted: 0, entries: Vec::new() }
+    }
+
+    pub(crate) fn posted(&self) -> u64 {
+        self.posted
+    }
+
+    /// Notes that an operation begins.
+    pub(crate) fn begin(&mut self, label: &str, operation: (u64, u64), bytes: Bytes) {
+        self.current.set(Some(operation));
+        let at = self.posted as usize % KEPT;
+        let now = Instant::now();
+        self.posted += 1;
+        if self.entries.len() < KEPT {
+            let (label, waiting_for) = (label.to_owned(), Vec::new());
+            let (posted, ended, failure) = (now, now, None);
+            self.entries.push(Entry {
+                label,
+                operation,
+                bytes,
+                posted,
+                ended,
+                waiting_for,
+                failure,
+            });
+            return;
+        }
+        let entry = &mut self.entries[at];
+        entry.label.clear();
+        entry.label.push_str(label);
+        entry.waiting_for.clear();
+        (entry.operation, entry.bytes, entry.posted, entry.failure) = (operation, bytes, now, None);
+    }
+
+    /// Notes that the operation is over, and why it failed if it did.
+    pub(crate) fn end(&mut self, failure: Option<&Error>) {
+        self.current.set(None);
+        let at = (self.posted as usize - 1) % KEPT;
+        let entry = &mut self.entries[at];
+        entry.ended = Instant::now();
+        entry.failure = failure.map(ToString::to_string);
+        if let Some(Error::Timeout { waiting_for, .. }) = failure {
+            entry.waiting_for.clone_from(waiting_for);
+        }
+    }
+
+    /// The last operations.
+    pub(crate) fn records(&self) -> impl Iterator<Item = Record> {
+        let since = |at: Instant| Seconds(at.saturating_duration_since(self.begin).as_secs_f64());
+        self.entries.iter().map(move |entry| Record {
+            label: entry.label.as_str().into(),
+            group: entry.operation.0,
+            sequence: entry.operation.1,
+            bytes: entry.bytes,
+            posted_s: since(entry.posted),
+            started_s: Some(since(entry.posted)),
+            ended_s: Some(since(entry.ended)),
+            waiting_for: entry.waiting_for.clone(),
+            failure: entry.failure.clone(),
+        })
+    }
+}
+
 /// Keeps the last operations.
 pub(crate) struct Recorder {
     begin: Instant,
@@ -85,8 +219,9 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    pub(crate) fn new() -> Self {
-        Self { begin: Instant::now(), posted: 0, over: VecDeque::with_capacity(KEPT) }
+    /// Counts from `begin`.
+    pub(crate) fn new(begin: Instant) -> Self {
+        Self { begin, posted: 0, over: VecDeque::with_capacity(KEPT) }
     }
 
     /// Notes that an operation was posted.

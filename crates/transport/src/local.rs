@@ -15,6 +15,7 @@ use units::{Bytes, Seconds};
 use crate::arena::{Arena, INLINE_BYTES, Lease, SLOTS};
 use crate::board::{Board, Message, Place, Trouble, Watch};
 use crate::departed::Departed;
+use crate::flight::Log;
 use crate::passes::{Pass, overlap, passes};
 use crate::{Error, Group, LastHeard, reduction};
 
@@ -40,6 +41,7 @@ pub(crate) struct Local {
     staging: Option<Lease>,
     /// Where what is gathered is added up.
     scratch: Vec<f32>,
+    log: Log,
 }
 
 /// A collective of a group, seen by one member.
@@ -100,6 +102,7 @@ impl Local {
         departed: Arc<Departed>,
         limit: Duration,
         host: Option<Arc<str>>,
+        log: Log,
     ) -> Self {
         Self {
             board: Board::new(arena, departed),
@@ -110,7 +113,13 @@ impl Local {
             failed: Vec::new(),
             staging: None,
             scratch: Vec::new(),
+            log,
         }
+    }
+
+    /// What was done last.
+    pub(crate) fn log(&self) -> &Log {
+        &self.log
     }
 
     /// Whether the members of a group all share the arena.
@@ -153,6 +162,7 @@ impl Local {
     ) -> Result<(), Error> {
         let plan = self.plan(group, collective);
         let operation = (group.id, self.next_number(group.id));
+        self.log.begin(label, operation, Bytes(4 * buffer.len() as u64));
         let offset = if is_shared { self.board.arena.offset(buffer) } else { None };
         let mut run = Run {
             plan: &plan,
@@ -165,8 +175,11 @@ impl Local {
             filled: 0,
             buffer,
         };
-        self.pieces(&mut run)
-            .map_err(|failure| self.failure(&plan, operation, &failure, label.into()))
+        let outcome = self.pieces(&mut run);
+        let outcome =
+            outcome.map_err(|failure| self.failure(&plan, operation, &failure, label.into()));
+        self.log.end(outcome.as_ref().err());
+        outcome
     }
 
     /// An all-reduce of few elements: every member gets those of all, and adds them up in the order of
@@ -424,10 +437,8 @@ impl Local {
             Place::Inline => arena.elements(inline, elements),
             Place::At(offset) => arena.elements_of(place, offset, elements),
         };
-        let data = self.board.arena.elements(offset, elements);
-        match data.filter(|_| expected == (message.chunk, message.bytes)) {
+        match data {
             None => Err(run.mismatch(from, chunks, message)),
-            Some(_) if message.place == Place::Written => Ok((message, None)),
             data => Ok((message, data)),
         }
     }

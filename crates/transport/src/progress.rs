@@ -9,7 +9,7 @@ use units::{BytesPerSecond, Rank, Seconds};
 
 use crate::communicator::Outcomes;
 use crate::departed::{Departed, Gone};
-use crate::flight::{self, Recorder};
+use crate::flight::{self, Current, Recorder};
 use crate::frame::{HEADER_BYTES, Header, Key, Kind};
 use crate::incoming::{self, Early, Incoming, Reading, Sink};
 use crate::link::{self, Gauge, SlowLink, WINDOW_BEATS};
@@ -24,11 +24,16 @@ pub(crate) enum Command {
     Post { ticket: u64, operation: Operation, posted: Instant, needed: u32 },
     /// Fail an operation that was waited for too long.
     Expire { ticket: u64 },
+    /// Tell of slow links as they are found.
+    Watch(Watcher),
     /// Tell what was done last.
     Tell(Sender<Flight>),
     /// End; before that, complete what was posted and take leave.
     Close { flush: bool },
 }
+
+/// What is told of a slow link.
+pub(crate) type Watcher = Box<dyn Fn(&SlowLink) + Send>;
 
 /// The state of a rank's communication.
 pub(crate) struct Progress {
@@ -50,7 +55,11 @@ pub(crate) struct Progress {
     /// Heartbeats since links were last compared.
     beats: u32,
     slow_links: Vec<SlowLink>,
+    /// Who is told of each slow link as it is found.
+    watcher: Option<Watcher>,
     recorder: Recorder,
+    /// What the rank's own thread is in.
+    at_once: Arc<Current>,
     closing: Option<Closing>,
     departed: Arc<Departed>,
 }
@@ -91,6 +100,7 @@ impl Progress {
         outcomes: Arc<Outcomes>,
         limits: Limits,
         departed: Arc<Departed>,
+        (begin, at_once): (Instant, Arc<Current>),
     ) -> Self {
         let peers = (0..transport.ranks()).map(|_| Peer::default()).collect();
         let metronome = Metronome::new(&limits, transport.ranks());
@@ -107,7 +117,9 @@ impl Progress {
             metronome,
             beats: 0,
             slow_links: Vec::new(),
-            recorder: Recorder::new(),
+            watcher: None,
+            recorder: Recorder::new(begin),
+            at_once,
             closing: None,
             departed,
         }
@@ -139,6 +151,10 @@ impl Progress {
                     self.post(ticket, operation, posted, needed);
                 }
                 Command::Expire { ticket } => self.expire(ticket),
+                Command::Watch(watcher) => {
+                    self.slow_links.iter().for_each(&watcher);
+                    self.watcher = Some(watcher);
+                }
                 // Whoever asked may not wait for the answer any more.
                 Command::Tell(asker) => drop(asker.send(self.flight())),
                 Command::Close { flush } => {
@@ -248,17 +264,20 @@ impl Progress {
                 if let Some(median) = slow.filter(|_| !was_named) {
                     let host = self.transport.host_name(peer).map(|name| name.to_string());
                     let towards = way == 0;
-                    self.slow_links.push(SlowLink { peer, host, towards, rate, median });
+                    let link = SlowLink { peer, host, towards, rate, median };
+                    self.watcher.iter().for_each(|tell| tell(&link));
+                    self.slow_links.push(link);
                 }
             }
         }
     }
 
-    /// What this rank is doing: the oldest operation under way.
+    /// What this rank is doing: what its own thread is in, else the oldest operation under way.
     fn doing(&self) -> Doing {
         let oldest = self.operations.values().find(|operation| !operation.failed);
+        let posted = || oldest.map(|operation| Doing::of(operation.key));
         let nothing = Doing::Nothing { posted: self.recorder.posted() };
-        oldest.map_or(nothing, |operation| Doing::of(operation.key))
+        self.at_once.doing().or_else(posted).unwrap_or(nothing)
     }
 
     /// What this rank did last, and what it knows of the others.

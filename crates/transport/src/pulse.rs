@@ -34,6 +34,13 @@ pub enum Doing {
         /// The operation's number in the order of posting on its group, from 0.
         sequence: u64,
     },
+    /// A collective that is waited for at once, in memory that ranks share.
+    AtOnce {
+        /// The group's number.
+        group: u64,
+        /// The operation's number among those of its group that are waited for so, from 0.
+        sequence: u64,
+    },
     /// A send to a rank or a receive from one.
     PointToPoint {
         /// The group's number.
@@ -58,6 +65,7 @@ impl Doing {
             Self::Nothing { posted } => (0, 0, posted),
             Self::Collective { group, sequence } => (1, group, sequence),
             Self::PointToPoint { group, sequence } => (2, group, sequence),
+            Self::AtOnce { group, sequence } => (3, group, sequence),
         };
         Header { chunk, ..Header::notice(Kind::Heartbeat, group, sequence) }
     }
@@ -69,6 +77,7 @@ impl Doing {
             0 => Some(Self::Nothing { posted: sequence }),
             1 => Some(Self::Collective { group, sequence }),
             2 => Some(Self::PointToPoint { group, sequence }),
+            3 => Some(Self::AtOnce { group, sequence }),
             _ => None,
         }
     }
@@ -80,6 +89,9 @@ impl fmt::Display for Doing {
             Self::Nothing { posted } => write!(f, "in nothing, after {posted} operations"),
             Self::Collective { group, sequence } => {
                 write!(f, "in number {sequence} of group {group}")
+            }
+            Self::AtOnce { group, sequence } => {
+                write!(f, "at once in number {sequence} of group {group}")
             }
             Self::PointToPoint { group, sequence } => {
                 write!(f, "in transfer {sequence} between two ranks of group {group}")

@@ -651,25 +651,25 @@ fn a_slow_link_is_named_at_both_ends() {
     let mesh = InProcess::mesh(4).into_iter();
     let mesh = mesh.map(|end| throttle(Box::new(end))).collect();
     let found = run(mesh, lively(Duration::from_secs(60)), |mut communicator| {
+        let (told, live) = mpsc::channel();
+        communicator.watch_links(move |link| told.send(link.to_string()).unwrap());
         for _ in 0..4 {
             let ring = Collective::ring(Kind::AllReduce, 4);
             let action = Action::Collective(Arc::new(ring.part(communicator.rank().0)));
             let ticket = post(&mut communicator, &all(4), action, vec![1.0; 1 << 19], "gradients");
             communicator.wait(ticket).unwrap();
         }
-        let slow = communicator.flight().unwrap().slow_links.into_iter();
-        slow.map(|link| (link.peer.0, link.towards)).collect::<Vec<_>>()
+        let slow = communicator.flight().unwrap().slow_links;
+        let lines: Vec<_> = slow.iter().map(ToString::to_string).collect();
+        assert_eq!(live.try_iter().collect::<Vec<_>>(), lines, "told as they were found");
+        let way = |(peer, way)| format!("the link {way} rank {peer} moves ");
+        let ways = [(2, "to"), (1, "from")].map(way);
+        assert!(lines.iter().all(|line| ways.iter().any(|way| line.starts_with(way))), "{lines:?}");
+        slow.into_iter().map(|link| (link.peer.0, link.towards)).collect::<Vec<_>>()
     });
     assert_eq!(found, [vec![], vec![(2, true)], vec![(1, false)], vec![]]);
 }
 
-/// A rank sees streams with rank 0, which all have, and with those that it has had to do with.
-#[test]
-fn ranks_are_connected_when_they_need_it() {
-    run(mesh::tcp(6), Limits::default(), |mut communicator| {
-        let own = communicator.rank().0;
-        communicator.barrier(&group(1, &[0, 1, 2, 3, 4, 5])).unwrap();
-        let peers = |flight: transport::Flight| {
 /// What ranks do in memory that they share is on record beside what is posted, and told to peers.
 #[test]
 fn at_once_operations_are_on_record() {
@@ -724,6 +724,13 @@ fn what_is_needed_first_goes_first() {
     assert_eq!(ended.collect::<Vec<_>>(), [1, 3, 5, 2, 4]);
 }
 
+/// A rank sees streams with rank 0, which all have, and with those that it has had to do with.
+#[test]
+fn ranks_are_connected_when_they_need_it() {
+    run(mesh::tcp(6), Limits::default(), |mut communicator| {
+        let own = communicator.rank().0;
+        communicator.barrier(&group(1, &[0, 1, 2, 3, 4, 5])).unwrap();
+        let peers = |flight: transport::Flight| {
             flight.peers.into_iter().map(|peer| peer.rank.0).collect::<Vec<_>>()
         };
         let all_but = |own| (0..6).filter(|rank| *rank != own).collect::<Vec<_>>();
@@ -1043,6 +1050,9 @@ fn at_once_a_wait_beyond_the_limit_names_who_has_not_answered(make: MakeMesh) {
                 panic!("nobody answered");
             };
             assert_eq!((&*operation, &waiting_for[..]), ("barrier", &[Rank(1)][..]));
+            let failed = communicator.flight().unwrap().operations.pop().unwrap();
+            assert_eq!((&*failed.label, &failed.waiting_for[..]), ("barrier", &[Rank(1)][..]));
+            assert!(failed.failure.is_some_and(|failure| failure.contains("not done after")));
         }
         over.wait();
     });
