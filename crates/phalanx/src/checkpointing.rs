@@ -76,8 +76,14 @@ pub fn claim(job: &Job, run: &Path) -> Result<()> {
 
 /// Where the checkpoints of an earlier run are, which must be there.
 pub fn store_of(job: &Job, run: &Path) -> Result<Arc<dyn Store>> {
-    ensure!(run.is_dir(), "--resume {}: there is no such run folder", run.display());
+    require_run(run)?;
     store(job, run)
+}
+
+/// Refuses the folder of an earlier run that is not there.
+pub fn require_run(run: &Path) -> Result<()> {
+    ensure!(run.is_dir(), "--resume {}: there is no such run folder", run.display());
+    Ok(())
 }
 
 /// What saves the checkpoints of a run.

@@ -114,6 +114,7 @@ fn start(
 ) -> Result<()> {
     let TrainOptions { resume, chaos, standby, listen, join } = options;
     chaos.as_deref().map(str::parse::<Chaos>).transpose()?;
+    resume.as_deref().map(checkpointing::require_run).transpose()?;
     prepare(job, args.json || measure_only.is_some())?;
     let ranks = job.cluster.accelerators;
     let several = listen.is_some() || join.is_some();

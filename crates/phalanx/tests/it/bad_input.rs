@@ -145,6 +145,15 @@ fn a_cluster_that_is_not_here() {
 }
 
 #[test]
+fn a_run_to_go_on_from_that_is_not_there() {
+    let place = Place::new();
+    place.write("job.toml", JOB);
+    let answer = place.run(&["train", "job.toml", "--resume", "runs/nowhere"]);
+    assert_eq!((answer.code, answer.stdout.as_str()), (Some(2), ""), "before anything is prepared");
+    insta::assert_snapshot!(answer.stderr, @"phalanx: --resume runs/nowhere: there is no such run folder");
+}
+
+#[test]
 fn settings_out_of_range() {
     let place = Place::new();
     insta::assert_snapshot!(refusal(&place, &JOB.replace("steps = 20", "steps = 0")), @"phalanx: job.toml: [training] steps is 0; it must be at least 1");
