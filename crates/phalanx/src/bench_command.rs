@@ -264,10 +264,10 @@ impl Bench<'_> {
         let mut times: Vec<_> = (0..times.len()).map(|index| Seconds(slowest(index))).collect();
         times.sort_by(|a, b| a.0.total_cmp(&b.0));
         let gathers = kind == Kind::AllReduce && self.communicator.gathers(&self.world, elements);
-        let (algorithm, rounds) = match () {
-            () if self.communicator.is_native() => ("MPI's".into(), 0),
-            () if gathers => ("gather".into(), 1),
-            () => (collective.algorithm().to_string(), collective.cost(bytes).rounds),
+        let (algorithm, rounds) = match self.communicator.native_name() {
+            Some(name) => (format!("{name}'s"), 0),
+            None if gathers => ("gather".into(), 1),
+            None => (collective.algorithm().to_string(), collective.cost(bytes).rounds),
         };
         Ok(Cell { kind, bytes, algorithm, rounds, error, times })
     }

@@ -23,6 +23,8 @@ pub enum Way {
     Mpi,
     /// The same, and MPI's own collectives for what is waited for at once.
     MpiNative,
+    /// As fitting, and NCCL for what is waited for at once.
+    Nccl,
 }
 
 impl Way {
@@ -36,20 +38,24 @@ impl Way {
             Some("tcp") => Self::Tcp,
             Some("mpi") => Self::Mpi,
             Some("mpi-native") => Self::MpiNative,
-            Some(other) => bail!("{VARIABLE}: `{other}` is none of `tcp`, `mpi`, `mpi-native`"),
+            Some("nccl") => Self::Nccl,
+            Some(other) => {
+                bail!("{VARIABLE}: `{other}` is none of `tcp`, `mpi`, `mpi-native`, `nccl`")
+            }
         })
     }
 
     /// Whether ranks of one host use memory between them: [`Rendezvous::shared_memory`].
     #[must_use]
     pub fn shares_memory(self) -> bool {
-        self == Self::Fitting
+        matches!(self, Self::Fitting | Self::Nccl)
     }
 
     /// Connects to the other ranks, which were given the same job.
     ///
     /// # Errors
-    /// As [`Rendezvous::meet`]; for MPI, when this program was built without it, or was not started by it.
+    /// As [`Rendezvous::meet`]; for MPI, when this program was built without it, or was not started by it; for NCCL,
+    /// when this program was built without it, or it cannot be loaded, or there is no GPU.
     pub fn connect(
         self,
         rendezvous: Rendezvous,
@@ -61,6 +67,10 @@ impl Way {
             Self::MpiNative => over_mpi(&rendezvous, limits, true),
             Self::Fitting | Self::Tcp => {
                 Communicator::new(Box::new(rendezvous.meet(listener)?), limits)
+            }
+            Self::Nccl => {
+                let met = Communicator::new(Box::new(rendezvous.meet(listener)?), limits)?;
+                with_nccl(met, limits)
             }
         }
     }
@@ -88,6 +98,23 @@ fn over_mpi(rendezvous: &Rendezvous, limits: Limits, native: bool) -> Result<Com
         Some(other) => refused(Rank(other as u32), format!("its job is not that of {rank}")),
         None => Ok(communicator),
     }
+}
+
+/// With the engine that the loader finds, or the files that the environment names.
+#[cfg(feature = "nccl")]
+fn with_nccl(communicator: Communicator, limits: Limits) -> Result<Communicator, Error> {
+    let (nccl, cuda_runtime) =
+        (std::env::var_os("PHALANX_NCCL"), std::env::var_os("PHALANX_CUDART"));
+    let files = transport::NcclFiles { nccl, cuda_runtime };
+    let (rank, place) = (communicator.rank(), communicator.place_on_host());
+    let engine = transport::Nccl::load(&files, rank, place, limits.wait)?;
+    Ok(communicator.with_native(std::sync::Arc::new(engine)))
+}
+
+#[cfg(not(feature = "nccl"))]
+fn with_nccl(_: Communicator, _: Limits) -> Result<Communicator, Error> {
+    let reason = "this program was built without it; build it with `--features nccl`".into();
+    Err(Error::System { action: "use NCCL", reason })
 }
 
 #[cfg(not(feature = "mpi"))]

@@ -350,10 +350,24 @@ impl Communicator {
         thread::sched_setaffinity(None, &one).map_err(refused)
     }
 
-    /// Whether the engine below carries out by itself what is [run](Communicator::run).
+    /// Has another engine carry out what is [run](Communicator::run), as far as it can.
     #[must_use]
-    pub fn is_native(&self) -> bool {
-        self.native.is_some()
+    pub fn with_native(mut self, native: Arc<dyn Native>) -> Self {
+        self.native = Some(native);
+        self
+    }
+
+    /// The engine that carries out what is [run](Communicator::run), if it is another.
+    #[must_use]
+    pub fn native_name(&self) -> Option<&'static str> {
+        self.native.as_ref().map(|native| native.name())
+    }
+
+    /// How many ranks of lower number are on this rank's host.
+    #[must_use]
+    pub fn place_on_host(&self) -> u32 {
+        let own = self.rank.index();
+        self.hosts[..own].iter().filter(|host| **host == self.hosts[own]).count() as u32
     }
 
     /// The cores that this process had when it began to communicate.
@@ -471,7 +485,8 @@ impl Communicator {
     /// Whether [`Communicator::all_reduce`] gathers so many elements.
     #[must_use]
     pub fn gathers(&self, group: &Group, elements: usize) -> bool {
-        self.local.as_ref().is_some_and(|local| local.has(group)) && Local::is_small(elements)
+        let shares = self.local.as_ref().is_some_and(|local| local.has(group));
+        self.native.is_none() && shares && Local::is_small(elements)
     }
 
     /// Carries out a collective on this thread; `None` where that which communicates has to.
@@ -490,14 +505,18 @@ impl Communicator {
         assert_eq!(members, ranks, "`{label}`: members and ranks");
         let own = self.rank;
         assert!(group.member(own).is_some(), "`{label}`: {own} is not in the group");
+        if let Some(native) = self.native.clone() {
+            let mut share = |own: &[u8]| Ok(self.all_gather_bytes(group, own)?.swap_remove(0));
+            match native.run(group, &collective.contract(), elements, &mut share) {
+                Ok(false) => {}
+                outcome => return Some(outcome.map(drop)),
+            }
+        }
         if let Some(local) = self.local.as_mut().filter(|local| local.carries(group, collective)) {
             let outcome = local.run(group, collective, elements, is_shared, label);
             return Some(outcome.map_err(|error| self.with_last_heard(group, error)));
         }
-        match self.native.as_ref()?.run(group, &collective.contract(), elements) {
-            Ok(false) => None,
-            outcome => Some(outcome.map(drop)),
-        }
+        None
     }
 
     /// The error of an operation on this thread, with what the others were last known to do.

@@ -15,7 +15,8 @@
 //!
 //! Collectives that are waited for at once go another way where all ranks of the group share an `arena`:
 //! `local` carries them out on the calling thread, in `passes` over its peers' memory (`reduction`), told
-//! what is ready by messages on the `board`.
+//! what is ready by messages on the `board`. Another engine may carry them out too: MPI's, or with the feature `nccl`
+//! NCCL ([`Native`]).
 
 mod apart;
 mod arena;
@@ -39,6 +40,8 @@ mod local;
 mod message;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod operation;
 mod outgoing;
 mod passes;
@@ -70,8 +73,10 @@ pub use interprocess::Interprocess;
 pub use link::SlowLink;
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+#[cfg(feature = "nccl")]
+pub use nccl::{Nccl, NcclFiles};
 pub use operation::{Action, Group, Operation};
 pub use probe::Probe;
 pub use pulse::{Doing, LastHeard};
 pub use rendezvous::Rendezvous;
-pub use stream::{Native, Transport, Waker};
+pub use stream::{Native, Share, Transport, Waker};

@@ -22,7 +22,7 @@ use collective::{Contract, Kind, chunk_range};
 use units::Rank;
 
 use crate::signal::Signal;
-use crate::{Error, Group, Native, Transport, Waker};
+use crate::{Error, Group, Native, Share, Transport, Waker};
 
 /// The longest message.
 const MESSAGE_BYTES: usize = 1 << 18;
@@ -260,7 +260,17 @@ impl Engine {
 }
 
 impl Native for Engine {
-    fn run(&self, group: &Group, contract: &Contract, elements: &mut [f32]) -> Result<bool, Error> {
+    fn name(&self) -> &'static str {
+        "MPI"
+    }
+
+    fn run(
+        &self,
+        group: &Group,
+        contract: &Contract,
+        elements: &mut [f32],
+        _: Share<'_>,
+    ) -> Result<bool, Error> {
         let (Ok(count), Some(member)) = (c_int::try_from(elements.len()), group.member(self.rank))
         else {
             return Ok(false);

@@ -74,15 +74,27 @@ pub trait Transport: Send {
 
 /// Collectives that another engine carries out by algorithms of its own, on the calling thread.
 pub trait Native: fmt::Debug + Send + Sync {
+    /// What it is called.
+    fn name(&self) -> &'static str;
+
     /// Carries out a group's collective of this contract; whether it can. The order of additions is the
-    /// engine's, and so are its limits of time.
+    /// engine's.
     ///
     /// All ranks of the group call this, with as many elements, in the same order.
     ///
     /// # Errors
     /// [`Error::System`] with what the engine says.
-    fn run(&self, group: &Group, contract: &Contract, elements: &mut [f32]) -> Result<bool, Error>;
+    fn run(
+        &self,
+        group: &Group,
+        contract: &Contract,
+        elements: &mut [f32],
+        share: Share<'_>,
+    ) -> Result<bool, Error>;
 }
+
+/// Hands all ranks of a group what the first of them says, by our own streams.
+pub type Share<'a> = &'a mut dyn FnMut(&[u8]) -> Result<Vec<u8>, Error>;
 
 /// Ends a [`Transport::wait`] from another thread.
 #[derive(Clone)]
