@@ -12,7 +12,7 @@ use checkpoint::sharded::{Kind, Progress};
 use compute::{Operators, Stage};
 use data::{Sampler, Tokenizer};
 use model::Counting;
-use plan::{Batch, Layout, Schedule, lower, lower_evaluation, lower_outer};
+use plan::{Batch, Layout, lower, lower_evaluation, lower_outer};
 use program::Program;
 use report::{Summary, perfetto, summary_table};
 use serde_json::{Value, json};
@@ -200,15 +200,14 @@ impl<'a, O: Operators> Session<'a, O> {
     }
 
     /// Measures the machine and, on rank 0, predicts the step.
-    pub fn measure(&mut self, communicator: &mut Communicator) -> Result<()> {
+    pub fn measure(&mut self, communicator: Communicator) -> Result<Communicator> {
         let baseline = self.baseline_program()?;
         let threads = self.job.cluster.threads_per_rank;
         let alone = self.batches.step(&baseline, Rank(0), 0)?;
         let own = self.batches.step(&self.programs.step, self.rank, 0)?;
         let (baseline, step) = ((&baseline, &alone[..]), (&self.programs.step, &own[..]));
-        let step = if self.splits_segments() { step } else { baseline };
         let rehearsal = Rehearsal { baseline, step, threads: threads as usize };
-        let measured = train::measure(&self.device, rehearsal, communicator)?;
+        let (measured, communicator) = train::measure(&self.device, rehearsal, communicator)?;
         let ranks = self.job.cluster.accelerators;
         let machine = Machine::new(&measured, &self.job.model, step.0.shape, ranks, threads);
         if self.speaks {
@@ -225,15 +224,7 @@ impl<'a, O: Operators> Session<'a, O> {
             );
         }
         self.machine = Some(machine);
-        Ok(())
-    }
-
-    /// Whether segments are other work in this layout than on one rank alone. Where experts lie on
-    /// several ranks, what a rank does hangs on the others' tokens.
-    fn splits_segments(&self) -> bool {
-        let Layout { mesh, schedule, .. } = &self.job.layout;
-        let halves = matches!(schedule, Schedule::ZeroBubble | Schedule::Text(_));
-        mesh.expert == 1 && (mesh.tensor * mesh.context > 1 || halves)
+        Ok(communicator)
     }
 
     /// Writes what was measured, on rank 0.

@@ -299,7 +299,7 @@ fn rank_on<O: Operators>(
         session.take_place(&communicator)?;
         session.introduce(bytes, documents, &sampler);
         if job.run.measure || measure_only.is_some() {
-            session.measure(&mut communicator)?;
+            communicator = session.measure(communicator)?;
         }
     }
     if let Some(path) = measure_only {

@@ -1,5 +1,5 @@
-//! How fast this machine is: a baseline of one rank alone, the time of every segment while all
-//! ranks compute, and what a byte costs between two processes.
+//! How fast this machine is: a baseline of one rank alone, the time of every segment in steps of all
+//! ranks, and what a byte costs between two processes.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use collective::{Collective, Kind};
-use compute::{Microbatch, Operators, ProductDims, Stage, StageSpec, Window};
+use compute::{Microbatch, Operators, ProductDims, Stage, Window};
 use model::{Block, Operator, Pass, Segment};
-use program::{Action, Instruction, Program, Transfer};
+use program::{Axis, Instruction, Lane, Program};
 use rustix::time::ClockId;
 use serde::{Deserialize, Serialize};
 use transport::{Action as Link, Communicator, Group, InProcess, Limits, Operation};
@@ -20,6 +20,10 @@ use crate::worker::{Clock, Device, Worker, seconds};
 
 /// How long each of the two timed phases goes on at least, and its least number of steps.
 const PHASE: (Seconds, usize) = (Seconds(2.0), 3);
+/// How long ranks compute at once to see what share of a core each gets.
+const CROWD: Seconds = Seconds(1.0);
+/// Rows and columns of a large product.
+const WIDTH: usize = 1024;
 /// Messages of the latency measurement, and the time that their sender computes before each: in a step,
 /// whoever is to move a message, or waits for it, has fallen asleep meanwhile, and waking takes longest.
 const PINGS: usize = 200;
@@ -87,8 +91,8 @@ pub struct Rehearsal<'a> {
 pub fn measure<O: Operators>(
     device: &Device<O>,
     rehearsal: Rehearsal<'_>,
-    communicator: &mut Communicator,
-) -> Result<Measurements, Error> {
+    mut communicator: Communicator,
+) -> Result<(Measurements, Communicator), Error> {
     let rank = communicator.rank();
     let failed = |source| Error::Communication { rank, source };
     let world = Group::world(communicator.ranks());
@@ -97,15 +101,27 @@ pub fn measure<O: Operators>(
         alone = baseline_steps(device, rehearsal.baseline)?;
     }
     communicator.barrier(&world).map_err(failed)?;
+    let core_share = core_share(&device.operators);
+    let (peak, copy) = (peak(&device.operators), copy(&device.operators));
     // With several threads a segment's processor time is not one thread's.
     let clock = if rehearsal.threads == 1 { Clock::Processor } else { Clock::Wall };
-    let mut own = rehearse(device, rank, rehearsal.step, clock);
-    own.baseline_tokens = rehearsal.baseline.0.global_tokens();
-    if rank == Rank(0) {
-        own.baseline_step = Seconds::median(alone);
-    }
-    own.link = link(communicator, &world).map_err(failed)?;
-    share(communicator, &world, &own).map_err(failed)
+    let Ok(mut worker) = Worker::new(device.clone(), rehearsal.step.0, communicator, fresh(device));
+    let mut times = rehearse(&mut worker, rehearsal.step, clock)?;
+    let mut communicator = worker.into_communicator();
+    let link = link(&mut communicator, &world).map_err(failed)?;
+    let own = Measurements {
+        baseline_step: if rank == Rank(0) { Seconds::median(alone) } else { Seconds::ZERO },
+        baseline_tokens: rehearsal.baseline.0.global_tokens(),
+        peak,
+        core_share,
+        square_sum: times.remove(&Work::SquareSum).unwrap_or_default(),
+        update: times.remove(&Work::Update).unwrap_or_default(),
+        copy,
+        segments: times.into_iter().filter_map(of_segment).collect(),
+        link,
+    };
+    let measured = share(&mut communicator, &world, &own).map_err(failed)?;
+    Ok((measured, communicator))
 }
 
 fn fresh<O: Operators>(
@@ -143,117 +159,52 @@ fn baseline_steps<O: Operators>(
     Ok(steps)
 }
 
-/// Goes through a rank's own list, after once that does not count, as if it were alone: nothing is
-/// moved, and what would come from others is whatever the buffers hold. The median time of each
-/// kind of work by `clock`.
+/// Steps of all ranks, after one that does not count. The median time of each kind of work by `clock`: with
+/// what comes from others as far from the cores as it is in training.
 fn rehearse<O: Operators>(
-    device: &Device<O>,
-    rank: Rank,
+    worker: &mut Worker<O>,
     (program, microbatches): (&Program, &[Microbatch]),
     clock: Clock,
-) -> Measurements {
-    let Device { operators, config, optimizer } = device.clone();
-    let spec = StageSpec::new(&config, program, rank, program.held_blocks(rank));
-    let Ok(mut stage) = Stage::new(operators, config, spec, optimizer, fresh(device));
+) -> Result<BTreeMap<Work, Seconds>, Error> {
+    let rank = worker.rank();
+    let list: Vec<&Instruction> = program.instructions(rank).iter().collect();
     let mut kinds: BTreeMap<Work, Vec<Seconds>> = BTreeMap::new();
-    go_through(&mut stage, (program, rank, microbatches), clock, |_, _| {});
-    let (begin, busy, mut steps) = (Instant::now(), Clock::Processor.now(), 0);
-    while !is_over(begin, steps) {
-        go_through(&mut stage, (program, rank, microbatches), clock, |instruction, time| {
-            if let Some((kind, units)) = kind_of(program, instruction) {
-                kinds.entry(kind).or_default().push(time * (1.0 / units));
-            }
-        });
-        steps += 1;
-    }
-    let busy = (Clock::Processor.now() - busy).0;
-    let core_share = (busy / begin.elapsed().as_secs_f64()).min(1.0);
-    let mut medians: BTreeMap<Work, Seconds> =
-        kinds.into_iter().map(|(kind, times)| (kind, Seconds::median(times))).collect();
-    Measurements {
-        baseline_step: Seconds::ZERO,
-        baseline_tokens: 0,
-        peak: peak(&device.operators),
-        core_share,
-        square_sum: medians.remove(&Work::SquareSum).unwrap_or_default(),
-        update: medians.remove(&Work::Update).unwrap_or_default(),
-        copy: copy(&device.operators),
-        segments: medians
-            .into_iter()
-            .filter_map(|(kind, time)| match kind {
-                Work::Segment(segment, pass, pieces) => Some((segment, pass, pieces, time)),
-                _ => None,
-            })
-            .collect(),
-        link: None,
-    }
-}
-
-/// One step, in which every transfer gives back what it took.
-pub(crate) fn go_through<O: Operators>(
-    stage: &mut Stage<O>,
-    (program, rank, microbatches): (&Program, Rank, &[Microbatch]),
-    clock: Clock,
-    mut took: impl FnMut(&Instruction, Seconds),
-) {
-    stage.begin(program, microbatches.to_vec(), 0.0);
-    let mut moving = BTreeMap::new();
-    let under_way = |moving: &BTreeMap<_, (Transfer, Vec<f32>, usize)>| {
-        moving.values().map(|(_, buffer, room)| buffer.len() + room).sum()
-    };
-    for instruction in program.instructions(rank) {
-        match instruction {
-            Instruction::Post { ticket, transfer } => {
-                let buffer = stage.take(transfer);
-                let room = room(stage, (program, rank), transfer, &buffer);
-                moving.insert(*ticket, (*transfer, buffer, room));
-                stage.set_under_way(under_way(&moving));
-            }
-            Instruction::Wait { ticket } => {
-                let back = moving.remove(ticket);
-                stage.set_under_way(under_way(&moving));
-                let (transfer, mut buffer, room) = back.expect("a post is before its wait");
-                if transfer.action == Action::Collective(Kind::AllToAll) {
-                    buffer.resize(room + own_rows(stage, (program, rank), &transfer), 0.0);
-                }
-                stage.put(&transfer, buffer);
-            }
-            _ => {
-                let start = clock.now();
-                stage.run(instruction);
-                took(instruction, clock.now() - start);
+    worker.execute(program, microbatches.to_vec(), 0.0, clock)?;
+    let begin = Instant::now();
+    for steps in 1.. {
+        for span in worker.execute(program, microbatches.to_vec(), 0.0, clock)? {
+            let kind = kind_of(program, list[span.instruction as usize]);
+            if let Some((kind, units)) = kind.filter(|_| span.lane == Lane::Compute) {
+                kinds.entry(kind).or_default().push((span.end - span.start) * (1.0 / units));
             }
         }
-    }
-}
-
-/// Elements of the room for what comes besides the buffer of what goes.
-fn room<O: Operators>(
-    stage: &Stage<O>,
-    (program, rank): (&Program, Rank),
-    transfer: &Transfer,
-    buffer: &[f32],
-) -> usize {
-    match transfer.action {
-        Action::Shift => buffer.len(),
-        Action::Collective(Kind::AllToAll) => {
-            let mesh = &program.mesh;
-            let (ranks, own) = (mesh.degree(transfer.axis), mesh.coordinate(rank, transfer.axis));
-            let others = (0..ranks).filter(|from| *from != own);
-            others.map(|from| stage.exchanged(transfer, from, own)).sum()
+        // They end together, though their clocks differ.
+        let own = [u8::from(is_over(begin, steps))];
+        let (communicator, world) = worker.communication(Axis::World);
+        let all = communicator.all_gather_bytes(world, &own);
+        let all = all.map_err(|source| Error::Communication { rank, source })?;
+        if all.concat().contains(&1) {
+            break;
         }
-        _ => 0,
     }
+    Ok(kinds.into_iter().map(|(kind, times)| (kind, Seconds::median(times))).collect())
 }
 
-/// Elements that a rank of an exchange all to all has for itself.
-fn own_rows<O: Operators>(
-    stage: &Stage<O>,
-    (program, rank): (&Program, Rank),
-    transfer: &Transfer,
-) -> usize {
-    let own = program.mesh.coordinate(rank, transfer.axis);
-    stage.exchanged(transfer, own, own)
+/// The share of a core that this rank gets while all compute.
+fn core_share<O: Operators>(operators: &O) -> f64 {
+    let (begin, busy) = (Instant::now(), Clock::Processor.now());
+    while begin.elapsed().as_secs_f64() < CROWD.0 {
+        product(operators);
+    }
+    ((Clock::Processor.now() - busy).0 / begin.elapsed().as_secs_f64()).min(1.0)
+}
+
+/// What is told of a kind of work that is part of a segment.
+fn of_segment((kind, time): (Work, Seconds)) -> Option<(Segment, Pass, u8, Seconds)> {
+    match kind {
+        Work::Segment(segment, pass, pieces) => Some((segment, pass, pieces, time)),
+        Work::SquareSum | Work::Update => None,
+    }
 }
 
 /// Work that is timed together.
@@ -287,20 +238,21 @@ fn kind_of(program: &Program, instruction: &Instruction) -> Option<(Work, f64)> 
 
 /// The best rate of several large products.
 fn peak<O: Operators>(operators: &O) -> FlopsPerSecond {
-    const WIDTH: usize = 1024;
+    let times = (0..10).map(|_| product(operators).0);
+    let best = times.fold(f64::INFINITY, f64::min);
+    Flops(2 * (WIDTH * WIDTH * WIDTH) as u64) / Seconds(best)
+}
+
+/// The time of a large product.
+fn product<O: Operators>(operators: &O) -> Seconds {
     let dims = ProductDims { r: WIDTH, k: WIDTH, n: WIDTH };
     let matrix =
         |scale: f32| operators.upload((0..WIDTH * WIDTH).map(|i| scale * (i % 7) as f32).collect());
     let (x, w) = (matrix(0.5), matrix(0.25));
-    let best = (0..10)
-        .map(|_| {
-            let start = Instant::now();
-            let y = operators.product(&x, Window { flat: &w, start: 0 }, dims);
-            operators.recycle(operators.download(y));
-            start.elapsed().as_secs_f64()
-        })
-        .fold(f64::INFINITY, f64::min);
-    Flops(2 * (WIDTH * WIDTH * WIDTH) as u64) / Seconds(best)
+    let start = Instant::now();
+    let y = operators.product(&x, Window { flat: &w, start: 0 }, dims);
+    operators.recycle(operators.download(y));
+    Seconds(start.elapsed().as_secs_f64())
 }
 
 /// Time to copy one element of a large tensor.

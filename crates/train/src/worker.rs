@@ -120,6 +120,11 @@ impl<O: Operators> Worker<O> {
         &mut self.stage
     }
 
+    /// What it communicated with, which goes on.
+    pub fn into_communicator(self) -> Communicator {
+        self.communicator
+    }
+
     /// What it communicates with, and the group of an axis.
     pub fn communication(&mut self, axis: Axis) -> (&mut Communicator, &Group) {
         (&mut self.communicator, &self.groups[&axis])

@@ -133,14 +133,14 @@ fn what_ranks_do_is_timed_piece_by_piece() {
     let (alone, step, job) = (&alone, &step, &job);
     let measured: Vec<Measurements> = thread::scope(|scope| {
         let rank = |transport: Box<dyn Transport>| {
-            let mut communicator = Communicator::new(transport, Limits::default()).unwrap();
+            let communicator = Communicator::new(transport, Limits::default()).unwrap();
             let (operators, config) = (Cpu::new(1, job.precision), job.config.clone());
             let device = Device { operators, config, optimizer: job.optimizer() };
             let batches = batches(job.batch);
             let of = |program, rank| batches.step(program, rank, 0).unwrap();
             let (one, own) = (of(alone, Rank(0)), of(step, communicator.rank()));
             let rehearsal = Rehearsal { baseline: (alone, &one), step: (step, &own), threads: 1 };
-            measure(&device, rehearsal, &mut communicator).unwrap()
+            measure(&device, rehearsal, communicator).unwrap().0
         };
         let ranks = in_process(mesh.ranks());
         let ranks: Vec<_> = ranks.map(|transport| scope.spawn(move || rank(transport()))).collect();
