@@ -43,7 +43,7 @@ pub struct Measurements {
     pub peak: FlopsPerSecond,
     /// The share of a core that a computing thread got while all ranks computed.
     pub core_share: f64,
-    /// Median time of each segment and pass, whole or a piece of so many, for one microbatch.
+    /// Time of each segment and pass, whole or a piece of so many, for one microbatch: the mean but for the slowest few.
     pub segments: Vec<(Segment, Pass, u8, Seconds)>,
     /// Time to square and sum one gradient element.
     pub square_sum: Seconds,
