@@ -171,8 +171,10 @@ pub fn history(happenings: &[Happening], steps: u64, said: &[String]) -> Section
         rows.entry(happening.kind).or_default().push(happening);
     }
     let told = || happenings.iter().filter(|happening| happening.detail.is_some());
+    // Who is slow is told, but lost nothing.
+    let whole = told().all(|happening| happening.kind == "slow");
     let body = html! {
-        @if told().next().is_none() {
+        @if whole {
             p.lead { "No rank was lost, no step was left out or done again." }
         }
         @for sentence in said { p.lead { (sentence) } }
