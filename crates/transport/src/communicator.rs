@@ -129,7 +129,7 @@ impl Communicator {
         let departed = Arc::new(Departed::new(ranks));
         let (begin, at_once) = (Instant::now(), Arc::<Current>::default());
         let local = transport.arena().map(|arena| {
-            let (host, log) = (transport.host_name(rank), Log::new(begin, Arc::clone(&at_once)));
+            let (host, log) = (transport.host_name(rank), Log::new(Arc::clone(&at_once)));
             Local::new(arena, Arc::clone(&departed), limits.wait, host, log)
         });
         let native = transport.native();

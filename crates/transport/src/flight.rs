@@ -4,8 +4,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Serialize, Serializer};
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
@@ -45,7 +46,7 @@ pub struct Record {
     pub sequence: u64,
     /// The size of its buffer.
     pub bytes: Bytes,
-    /// When it was posted, from the start of communication.
+    /// When it was posted, from the start of communication; to some milliseconds for what a rank carries out itself.
     pub posted_s: Seconds,
     /// When its first byte moved.
     pub started_s: Option<Seconds>,
@@ -125,10 +126,12 @@ impl Current {
 }
 
 /// Keeps the last operations that the rank carried out on its own thread, of which one may take less than a
-/// microsecond: memory and labels are used again.
+/// microsecond: memory and labels are used again, and times are of the kernel's coarse clock, which goes by some
+/// milliseconds and takes no time to read.
 #[derive(Debug)]
 pub(crate) struct Log {
-    begin: Instant,
+    /// On that clock.
+    begin: Duration,
     current: Arc<Current>,
     posted: u64,
     /// The operation with number `n` is at `n % KEPT`.
@@ -140,15 +143,16 @@ struct Entry {
     label: String,
     operation: (u64, u64),
     bytes: Bytes,
-    posted: Instant,
-    ended: Instant,
+    posted: Duration,
+    ended: Duration,
     waiting_for: Vec<Rank>,
     failure: Option<String>,
 }
 
 impl Log {
-    pub(crate) fn new(begin: Instant, current: Arc<Current>) -> Self {
-        Self { begin, current, posted: 0, entries: Vec::new() }
+    /// Counts from now on.
+    pub(crate) fn new(current: Arc<Current>) -> Self {
+        Self { begin: coarse_time(), current, posted: 0, entries: Vec::new() }
     }
 
     pub(crate) fn posted(&self) -> u64 {
@@ -159,7 +163,7 @@ impl Log {
     pub(crate) fn begin(&mut self, label: &str, operation: (u64, u64), bytes: Bytes) {
         self.current.set(Some(operation));
         let at = self.posted as usize % KEPT;
-        let now = Instant::now();
+        let now = coarse_time();
         self.posted += 1;
         if self.entries.len() < KEPT {
             let (label, waiting_for) = (label.to_owned(), Vec::new());
@@ -187,7 +191,7 @@ impl Log {
         self.current.set(None);
         let at = (self.posted as usize - 1) % KEPT;
         let entry = &mut self.entries[at];
-        entry.ended = Instant::now();
+        entry.ended = coarse_time();
         entry.failure = failure.map(ToString::to_string);
         if let Some(Error::Timeout { waiting_for, .. }) = failure {
             entry.waiting_for.clone_from(waiting_for);
@@ -196,7 +200,7 @@ impl Log {
 
     /// The last operations.
     pub(crate) fn records(&self) -> impl Iterator<Item = Record> {
-        let since = |at: Instant| Seconds(at.saturating_duration_since(self.begin).as_secs_f64());
+        let since = |at: Duration| Seconds((at - self.begin).as_secs_f64());
         self.entries.iter().map(move |entry| Record {
             label: entry.label.as_str().into(),
             group: entry.operation.0,
@@ -209,6 +213,12 @@ impl Log {
             failure: entry.failure.clone(),
         })
     }
+}
+
+/// What the kernel's coarse clock shows.
+fn coarse_time() -> Duration {
+    let time = clock_gettime(ClockId::MonotonicCoarse);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Keeps the last operations.

@@ -566,7 +566,6 @@ impl<'a> Run<'a> {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::Ordering::Relaxed;
-    use std::time::Instant;
 
     use collective::Kind;
     use proptest::prelude::*;
@@ -637,7 +636,7 @@ mod tests {
         proptest!(config, |((messages, words, collective, is_shared) in input)| {
             write_anything(&theirs, &messages, &words);
             let departed = Arc::new(Departed::new(2));
-            let log = Log::new(Instant::now(), Arc::default());
+            let log = Log::new(Arc::default());
             let limit = Duration::from_millis(1);
             let mut local = Local::new(Arc::clone(&ours), departed, limit, None, log);
             let mut buffer = ours.lease(ELEMENTS).unwrap();
