@@ -267,6 +267,7 @@ impl Member {
             coming: u32::from(matches!(self.phase, Phase::Starting | Phase::Coming)),
             working: u32::from(self.phase == Phase::Working),
             unknown: u32::from(unknown),
+            done: u32::from(self.phase == Phase::Done),
         }
     }
 }
@@ -279,6 +280,7 @@ struct Counts {
     working: u32,
     /// Nobody knows whether they still work.
     unknown: u32,
+    done: u32,
 }
 
 /// Decides who belongs to the run. One generation of ranks works at a time: the next begins only
@@ -385,12 +387,8 @@ impl Coordinator {
             Phase::Killed => Some(self.ended_by_itself(member).0),
             Phase::Down { .. } | Phase::Done | Phase::GivenUp => None,
         };
-        let Counts { ready, working, unknown, .. } = self.counts;
-        let could_meet = working + unknown == 0 && self.policy.fitting(ready) > 0;
-        let patience = self.patient.filter(|_| could_meet).map(|until| until.0);
-        let complete = self.ranks == 0 && could_meet && ready >= self.policy.ranks;
-        let alone = complete.then_some(self.alone.0);
-        let limits = self.members.iter().enumerate().filter_map(limit).chain(patience).chain(alone);
+        let meeting = self.meets().map(|at| at.0);
+        let limits = self.members.iter().enumerate().filter_map(limit).chain(meeting);
         limits.min_by(f64::total_cmp).filter(|limit| limit.is_finite()).map(Seconds)
     }
 
@@ -478,7 +476,8 @@ impl Coordinator {
                 self.enter(seat, Phase::Ready(address));
                 self.furthest = self.furthest.max(step);
                 // Who is done already is missed by now.
-                if is_spare { vec![] } else { self.start_all_done(now) }
+                let done = self.counts.done > 0 && !is_spare;
+                if done { self.start_all_done(now) } else { vec![] }
             }
             Event::Ended { seat, incarnation, end } => match self.current(seat, incarnation) {
                 Some(_) => self.ended(now, seat, end),
@@ -540,6 +539,7 @@ impl Coordinator {
         counts.coming = counts.coming + after.coming - before.coming;
         counts.working = counts.working + after.working - before.working;
         counts.unknown = counts.unknown + after.unknown - before.unknown;
+        counts.done = counts.done + after.done - before.done;
     }
 
     /// Once all that are left have left the generation, the next one meets: all ranks, or as many as
@@ -552,13 +552,10 @@ impl Coordinator {
         if working > 0 {
             return self.call(now);
         }
-        let ranks = self.policy.fitting(ready);
-        let in_vain = self.patient.is_some_and(|until| now >= until);
-        // Others may work on hosts of which nothing was heard yet.
-        let alone = now >= self.alone || self.ranks > 0;
-        if ranks == 0 || !alone || (ranks < self.policy.ranks && !in_vain) {
+        if self.meets().is_none_or(|at| now < at) {
             return vec![];
         }
+        let ranks = self.policy.fitting(ready);
         let seats = self.placed(ranks);
         let Phase::Ready(master) = self.members[seats[0].index()].phase else {
             unreachable!("{} was chosen since it is ready", seats[0])
@@ -576,6 +573,18 @@ impl Coordinator {
             actions.push(Action::Meet { seat, incarnation, rank, ranks, generation, master });
         }
         actions
+    }
+
+    /// When those that are ready meet, if nothing is heard before.
+    fn meets(&self) -> Option<Seconds> {
+        let Counts { ready, working, unknown, .. } = self.counts;
+        let ranks = self.policy.fitting(ready);
+        if working + unknown > 0 || ranks == 0 {
+            return None;
+        }
+        // Before, others may work on hosts of which nothing was heard yet.
+        let alone = self.alone;
+        if ranks == self.policy.ranks { Some(alone) } else { Some(self.patient?.max(alone)) }
     }
 
     /// Who is to be which rank: whoever can stays what it was, since it has that rank's state.
@@ -683,6 +692,7 @@ impl Coordinator {
         for member in self.members.iter_mut().filter(|member| member.phase == Phase::Done) {
             member.phase = Phase::Down { until: now };
         }
+        self.counts.done = 0;
         self.tick(now)
     }
 
@@ -948,6 +958,54 @@ mod tests {
         assert_eq!(run.hear(Event::Tick), []);
         run.now = 18.0;
         assert_eq!(met(&run.hear(Event::Tick)), [0, 1]);
+    }
+
+    /// Another coordinator's run, taken over, of which the processes of two hosts say that they are ready.
+    fn taken_over() -> Run {
+        let policy = Policy { silence: Seconds(100.0), lease: Seconds(5.0), ..policy(2) };
+        let coordinator = Coordinator::succeed(policy, 1, Seconds::ZERO);
+        let mut run = Run { coordinator, now: 0.0 };
+        for host in [0, 1] {
+            run.hear(Event::Joined { host });
+        }
+        run.now = 1.0;
+        for seat in (0..4).map(Seat) {
+            let ready = Event::Ready { seat, incarnation: 0, address: ADDRESS, step: 7 };
+            assert_eq!(run.hear(ready), []);
+        }
+        // A lease of 5 s and a fence of 10 s, on slow clocks.
+        run.hear(Event::Confirmed { asked: Seconds(100.0) });
+        run
+    }
+
+    #[test]
+    fn who_takes_over_waits_for_hosts_that_it_has_not_heard_of() {
+        let mut run = taken_over();
+        assert_eq!(run.coordinator.deadline(), Some(Seconds(19.5)));
+        run.now = 19.4;
+        assert_eq!(run.hear(Event::Tick), []);
+        let mut heard = taken_over();
+        run.now = 19.5;
+        assert_eq!(met(&run.hear(Event::Tick)), [0, 1, 2, 3]);
+        // These four were spare: the generation works on other hosts.
+        heard.now = 19.4;
+        for seat in (4..8).map(Seat) {
+            let asked = Seconds(19.0);
+            heard.hear(Event::Alive { seat, incarnation: 0, step: 9, asked });
+        }
+        heard.now = 20.0;
+        assert_eq!(heard.hear(Event::Tick), []);
+    }
+
+    #[test]
+    fn patience_that_ends_before_a_coordinator_is_alone_is_no_deadline() {
+        let mut run = taken_over();
+        run.end(3, End::Lost);
+        run.now = 6.0;
+        assert_eq!(run.hear(Event::Tick), []);
+        assert_eq!(run.coordinator.deadline(), Some(Seconds(19.5)));
+        run.now = 19.5;
+        assert_eq!(met(&run.hear(Event::Tick)), [0, 1, 2]);
     }
 
     #[test]

@@ -185,6 +185,10 @@ impl World {
         let bug = self.bug;
         let office = &mut self.offices[term as usize];
         if event == Event::Tick {
+            // It was to look earlier, and has since.
+            if office.ticking > now + 1e-5 {
+                return Ok(());
+            }
             office.ticking = f64::INFINITY;
         }
         if !office.alive {
