@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use collective::{Action, Step};
 
-use crate::frame::{HEADER_BYTES, Header, Key};
+use crate::frame::{CHECK_BYTES, HEADER_BYTES, Header, Key, SPAN_BYTES, checksum};
 use crate::operation::Active;
 use crate::outgoing::Source;
 use crate::{Error, Reduction};
@@ -29,10 +29,15 @@ pub(crate) struct Incoming {
 }
 
 /// The header of the next frame, as far as it is here.
-#[derive(Default)]
 pub(crate) struct HeaderReader {
     pub bytes: [u8; HEADER_BYTES],
     pub filled: usize,
+}
+
+impl Default for HeaderReader {
+    fn default() -> Self {
+        Self { bytes: [0; HEADER_BYTES], filled: 0 }
+    }
 }
 
 /// A frame that came before its receive was started.
@@ -51,6 +56,21 @@ pub(crate) struct Reading {
     pub done: usize,
     /// The first bytes of an element that is to be combined, as many as are here.
     carry: [u8; 8],
+    /// What tells whether the payload is as it was sent, if something does.
+    check: Option<Check>,
+}
+
+/// Compares a payload with its checksums, span by span.
+struct Check {
+    /// Of the span, as it was sent.
+    sent: u32,
+    /// Of what has come of it.
+    come: u32,
+    /// Where the span ends.
+    end: usize,
+    /// The checksum of the next span, as much of it as is here.
+    next: [u8; CHECK_BYTES],
+    filled: usize,
 }
 
 /// Where a payload goes.
@@ -144,9 +164,15 @@ impl Incoming {
 }
 
 impl Reading {
-    /// A frame of which nothing but the header is read.
-    pub(crate) fn new(header: Header, sink: Sink) -> Self {
-        Self { header, sink, begun: Instant::now(), done: 0, carry: [0; 8] }
+    /// A frame of which nothing but the header is read, with the checksum of its first span, if spans have one.
+    pub(crate) fn new(header: Header, sink: Sink, check: Option<u32>) -> Self {
+        let check = check.map(|sent| Check::new(sent, header.bytes, 0));
+        Self { header, sink, begun: Instant::now(), done: 0, carry: [0; 8], check }
+    }
+
+    /// Whether the span that is complete now is not as it was sent.
+    pub(crate) fn is_altered(&self) -> bool {
+        self.check.as_ref().is_some_and(|check| self.done == check.end && check.come != check.sent)
     }
 
     /// Whether the payload is complete.
@@ -154,14 +180,38 @@ impl Reading {
         self.done as u64 == self.header.bytes
     }
 
-    /// Reads the next piece of the payload to where it belongs; how many bytes.
+    /// Reads the next piece of the payload to where it belongs, or of a checksum; how many bytes.
     pub(crate) fn read_piece(
         &mut self,
         operations: &mut BTreeMap<u64, Active>,
         scratch: &mut [f32],
         mut read: impl FnMut(&mut [u8]) -> Result<usize, Error>,
     ) -> Result<usize, Error> {
-        let length = (self.header.bytes as usize - self.done).min(PIECE_BYTES);
+        let Some(mut check) = self.check.take() else {
+            return self.read_payload(self.header.bytes as usize, operations, scratch, read);
+        };
+        let moved = if self.done == check.end && !self.is_done() {
+            check.read_next(self.header.bytes, read)
+        } else {
+            let counted = |into: &mut [u8]| {
+                let moved = read(into)?;
+                check.come = checksum(check.come, &into[..moved]);
+                Ok(moved)
+            };
+            self.read_payload(check.end, operations, scratch, counted)
+        };
+        self.check = Some(check);
+        moved
+    }
+
+    fn read_payload(
+        &mut self,
+        end: usize,
+        operations: &mut BTreeMap<u64, Active>,
+        scratch: &mut [f32],
+        mut read: impl FnMut(&mut [u8]) -> Result<usize, Error>,
+    ) -> Result<usize, Error> {
+        let length = (end - self.done).min(PIECE_BYTES);
         let span = self.done..self.done + length;
         let moved = match &mut self.sink {
             Sink::Discard => read(&mut bytemuck::cast_slice_mut(scratch)[..length])?,
@@ -240,9 +290,108 @@ impl Reading {
     }
 }
 
+impl Check {
+    /// Of the span from `begin` on of so many bytes.
+    fn new(sent: u32, bytes: u64, begin: usize) -> Self {
+        let end = (bytes as usize).min(begin + SPAN_BYTES);
+        Self { sent, come: 0, end, next: [0; CHECK_BYTES], filled: 0 }
+    }
+
+    /// Reads the checksum of the next span.
+    fn read_next(
+        &mut self,
+        bytes: u64,
+        mut read: impl FnMut(&mut [u8]) -> Result<usize, Error>,
+    ) -> Result<usize, Error> {
+        let moved = read(&mut self.next[self.filled..])?;
+        self.filled += moved;
+        if self.filled == CHECK_BYTES {
+            *self = Self::new(u32::from_le_bytes(self.next), bytes, self.end);
+        }
+        Ok(moved)
+    }
+}
+
 fn action_of(operation: &Active, step: usize) -> Action {
     match operation.step(step) {
         Step::Receive { action, .. } => action,
         Step::Send { .. } => unreachable!("frames are received by receives"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::frame::Kind;
+    use crate::outgoing::Writing;
+
+    fn header(payload: &[f32]) -> Header {
+        let key = Key { kind: Kind::Collective, group: 1, sequence: 2 };
+        Header { key, chunk: 3, bytes: 4 * payload.len() as u64 }
+    }
+
+    /// A frame with checksums, as it travels, written so many bytes at a time.
+    fn sent(payload: &[f32], step: usize) -> Vec<u8> {
+        let payload_bytes = bytemuck::cast_slice(payload);
+        let mut writing = Writing::new(None, header(payload), payload_bytes, true);
+        let mut wire = Vec::new();
+        loop {
+            let pieces = writing.pieces(payload_bytes);
+            let before = wire.len();
+            wire.extend(pieces.iter().flat_map(|piece| &piece[..]).take(step));
+            if writing.advance(wire.len() - before, payload_bytes) {
+                return wire;
+            }
+        }
+    }
+
+    /// What comes of it when it is read so many bytes at a time; none if it was altered.
+    fn received(wire: &[u8], step: usize) -> Option<Vec<f32>> {
+        let (start, mut rest) = wire.split_first_chunk::<HEADER_BYTES>()?;
+        let header = Header::decode(start, u64::MAX).ok()?;
+        let sink = Sink::Whole(vec![0.0; header.bytes as usize / 4], None);
+        let mut reading = Reading::new(header, sink, Some(Header::payload_check(start)));
+        while !reading.is_done() {
+            let read = |into: &mut [u8]| {
+                let length = into.len().min(step);
+                into[..length].copy_from_slice(&rest[..length]);
+                rest = &rest[length..];
+                Ok(length)
+            };
+            reading.read_piece(&mut BTreeMap::new(), &mut [], read).unwrap();
+            if reading.is_altered() {
+                return None;
+            }
+        }
+        assert!(rest.is_empty(), "{} bytes more than the frame has", rest.len());
+        let Sink::Whole(payload, None) = reading.sink else {
+            unreachable!("that is where it went")
+        };
+        Some(payload)
+    }
+
+    const STEPS: [usize; 5] = [1 << 20, 100_000, 4099, 39, 7];
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn what_changes_on_the_way_is_noticed(
+            length in prop_oneof![1_usize..20, SPAN_BYTES / 4 - 2..SPAN_BYTES / 4 + 2, 1..3 * SPAN_BYTES / 4],
+            steps in prop::array::uniform2(prop::sample::select(&STEPS[..])),
+            bits in prop::collection::vec(any::<prop::sample::Index>(), 8),
+        ) {
+            let payload: Vec<f32> = (0..length).map(|index| index as f32).collect();
+            let wire = sent(&payload, steps[0]);
+            prop_assert_eq!(received(&wire, steps[1]), Some(payload));
+            for bit in bits {
+                let mut altered = wire.clone();
+                let bit = bit.index(8 * altered.len());
+                altered[bit / 8] ^= 1 << (bit % 8);
+                prop_assert_eq!(received(&altered, steps[1]), None, "bit {}", bit);
+            }
+        }
     }
 }

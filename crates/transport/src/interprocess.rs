@@ -144,6 +144,10 @@ impl Transport for Interprocess {
         self.streams[peer.index()].is_some()
     }
 
+    fn checks(&self, peer: Rank) -> bool {
+        matches!(self.streams[peer.index()], Some(Stream::Tcp(_)))
+    }
+
     fn try_write(&mut self, peer: Rank, pieces: &[IoSlice<'_>]) -> Result<usize, Error> {
         let written = match self.stream(peer)? {
             Some(Stream::Tcp(socket)) => socket.write(pieces),

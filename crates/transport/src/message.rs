@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// The version of everything that travels between ranks.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 
 /// What a message starts with: magic, and the length of the body.
 pub(crate) const PREFIX_BYTES: usize = 8;

@@ -3,9 +3,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::IoSlice;
+use std::ops::Range;
 use std::time::Instant;
 
-use crate::frame::{HEADER_BYTES, Header, Kind};
+use crate::frame::{CHECK_BYTES, HEADER_BYTES, Header, Kind, SPAN_BYTES, checksum};
 use crate::operation::Active;
 
 /// The most that one call writes, small enough to leave room for reading in between.
@@ -33,10 +34,16 @@ pub(crate) struct Writing {
     /// When its first byte could move.
     pub begun: Instant,
     /// The payload, if it is not as it lies in the operation's buffer.
-    pub encoded: Option<Vec<f32>>,
-    header: [u8; HEADER_BYTES],
+    encoded: Option<Vec<f32>>,
+    /// What goes before the span: the header, or a checksum.
+    head: [u8; HEADER_BYTES],
+    head_bytes: usize,
+    /// What of the payload comes next.
+    span: Range<usize>,
+    /// Of the head and the span.
     sent: usize,
-    total: usize,
+    /// The whole payload.
+    bytes: usize,
 }
 
 impl Outgoing {
@@ -62,20 +69,27 @@ impl Outgoing {
         self.broken || (self.current.is_none() && empty)
     }
 
-    /// The frame to write now.
-    pub(crate) fn current(&mut self, operations: &BTreeMap<u64, Active>) -> Option<&mut Writing> {
+    /// The frame to write now; a new one with checksums, if that is so.
+    pub(crate) fn current(
+        &mut self,
+        operations: &BTreeMap<u64, Active>,
+        checked: bool,
+    ) -> Option<&mut Writing> {
         if self.broken {
             return None;
         }
         if self.current.is_none() {
             self.current = Some(match self.notices.pop_front() {
-                Some(notice) => Writing::new(None, notice, None),
+                Some(notice) => Writing::new(None, notice, &[], checked),
                 None => {
                     let (_, source) = self.queue.pop_first()?;
                     let operation = &operations[&source.0];
-                    let (header, encoded) =
-                        (operation.header(source.1), operation.encoded(source.1));
-                    Writing::new(Some(source), header, encoded)
+                    let encoded = operation.encoded(source.1);
+                    let chunk = || operation.chunk(source.1);
+                    let payload = bytemuck::cast_slice(encoded.as_deref().unwrap_or_else(chunk));
+                    let header = operation.header(source.1);
+                    let writing = Writing::new(Some(source), header, payload, checked);
+                    Writing { encoded, ..writing }
                 }
             });
         }
@@ -84,7 +98,7 @@ impl Outgoing {
 
     /// Takes away the current frame, which is written: how many bytes, and since when.
     pub(crate) fn finish(&mut self) -> Option<(u64, Instant)> {
-        self.current.take().map(|writing| (writing.total as u64, writing.begun))
+        self.current.take().map(|writing| ((HEADER_BYTES + writing.bytes) as u64, writing.begun))
     }
 
     /// Drops an operation's frames that are not begun.
@@ -100,21 +114,44 @@ impl Outgoing {
 }
 
 impl Writing {
-    fn new(source: Option<Source>, header: Header, encoded: Option<Vec<f32>>) -> Self {
-        let total = HEADER_BYTES + header.bytes as usize;
-        Self { source, begun: Instant::now(), encoded, header: header.encode(), sent: 0, total }
+    pub(crate) fn new(
+        source: Option<Source>,
+        header: Header,
+        payload: &[u8],
+        checked: bool,
+    ) -> Self {
+        let bytes = payload.len();
+        let span = 0..if checked { bytes.min(SPAN_BYTES) } else { bytes };
+        let check = if checked { checksum(0, &payload[span.clone()]) } else { 0 };
+        let (begun, head) = (Instant::now(), header.encode(check));
+        Self { source, begun, encoded: None, head, head_bytes: HEADER_BYTES, span, sent: 0, bytes }
     }
 
-    /// The next bytes of the frame.
-    pub(crate) fn pieces<'a>(&'a self, payload: &'a [u8]) -> [IoSlice<'a>; 2] {
-        let header = &self.header[self.sent.min(HEADER_BYTES)..];
-        let payload = &payload[self.sent.saturating_sub(HEADER_BYTES)..];
-        [IoSlice::new(header), IoSlice::new(&payload[..payload.len().min(PIECE_BYTES)])]
+    fn payload<'a>(&'a self, chunk: &'a [u8]) -> &'a [u8] {
+        self.encoded.as_deref().map_or(chunk, bytemuck::cast_slice)
+    }
+
+    /// The next bytes of the frame, whose payload is that chunk, unless it was encoded.
+    pub(crate) fn pieces<'a>(&'a self, chunk: &'a [u8]) -> [IoSlice<'a>; 2] {
+        let head = &self.head[self.sent.min(self.head_bytes)..self.head_bytes];
+        let span = &self.payload(chunk)[self.span.clone()];
+        let rest = &span[self.sent.saturating_sub(self.head_bytes)..];
+        [IoSlice::new(head), IoSlice::new(&rest[..rest.len().min(PIECE_BYTES)])]
     }
 
     /// Notes that bytes were written; true when they were the last.
-    pub(crate) fn advance(&mut self, written: usize) -> bool {
+    pub(crate) fn advance(&mut self, written: usize, chunk: &[u8]) -> bool {
         self.sent += written;
-        self.sent == self.total
+        if self.sent < self.head_bytes + self.span.len() {
+            return false;
+        }
+        let next = self.span.end..self.bytes.min(self.span.end + SPAN_BYTES);
+        if next.is_empty() {
+            return true;
+        }
+        let check = checksum(0, &self.payload(chunk)[next.clone()]).to_le_bytes();
+        self.head[..CHECK_BYTES].copy_from_slice(&check);
+        (self.head_bytes, self.span, self.sent) = (CHECK_BYTES, next, 0);
+        false
     }
 }

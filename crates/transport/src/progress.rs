@@ -418,18 +418,23 @@ impl Progress {
     /// reading, which first takes what the peer sent before it went.
     fn write(&mut self, peer: Rank) -> bool {
         let outgoing = &mut self.peers[peer.index()].outgoing;
-        let Some(writing) = outgoing.current(&self.operations) else {
+        if !self.transport.is_connected(peer) && !outgoing.is_idle() {
+            // Whether it takes checksums is known once there is a stream, which this has made.
+            outgoing.broken = self.transport.try_write(peer, &[]).is_err();
+            return outgoing.broken;
+        }
+        let checked = self.transport.checks(peer);
+        let Some(writing) = outgoing.current(&self.operations, checked) else {
             return false;
         };
-        let chunk = || Some(self.operations[&writing.source?.0].chunk(writing.source?.1));
-        let payload = writing.encoded.as_deref().or_else(chunk).unwrap_or_default();
-        let pieces = writing.pieces(bytemuck::cast_slice(payload));
-        let Ok(written) = self.transport.try_write(peer, &pieces) else {
+        let chunk = writing.source.map(|(ticket, step)| self.operations[&ticket].chunk(step));
+        let chunk: &[u8] = bytemuck::cast_slice(chunk.unwrap_or_default());
+        let Ok(written) = self.transport.try_write(peer, &writing.pieces(chunk)) else {
             outgoing.broken = true;
             return true;
         };
         let source = writing.source;
-        let finished = writing.advance(written);
+        let finished = writing.advance(written, chunk);
         if let Some(operation) = source.and_then(|(ticket, _)| self.operations.get_mut(&ticket)) {
             operation.started.get_or_insert_with(Instant::now);
         }
@@ -463,10 +468,28 @@ impl Progress {
         };
         let moved =
             reading.read_piece(operations, scratch, |into| transport.try_read(peer, into))?;
+        if reading.is_altered() {
+            return Err(self.altered(peer));
+        }
         if reading.is_done() {
             self.finish_read(peer);
         }
         Ok(moved > 0)
+    }
+
+    /// What a peer sent has not come as it was: nothing that follows can be relied on.
+    fn altered(&self, peer: Rank) -> Error {
+        let reading = self.peers[peer.index()].incoming.reading.as_ref();
+        let Header { key, .. } = reading.expect("it was just read").header;
+        let ticket = self.receivers.get(&receiver_key(key, peer));
+        let label = ticket.map(|ticket| format!("`{}`", self.operations[ticket].label));
+        let unposted = || format!("an operation of group {}", key.group);
+        let what = label.unwrap_or_else(unposted);
+        let number = key.sequence;
+        let reason = format!(
+            "what it sent for {what} (number {number} of its group) was altered on the way"
+        );
+        Error::ended(peer, reason)
     }
 
     /// Reads (the rest of) a header, and with the last of it opens the frame.
@@ -510,9 +533,11 @@ impl Progress {
             None if incoming.early_bytes() >= self.limits.early.0 => return Ok(false),
             None => Sink::Whole(vec![0.0; header.bytes as usize / 4], None),
         };
+        let checked = self.transport.checks(peer);
         let incoming = &mut self.peers[peer.index()].incoming;
+        let check = checked.then(|| Header::payload_check(&incoming.header.bytes));
         incoming.header.filled = 0;
-        incoming.reading = Some(Reading::new(header, sink));
+        incoming.reading = Some(Reading::new(header, sink, check));
         if header.bytes == 0 {
             self.finish_read(peer);
         }

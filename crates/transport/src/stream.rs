@@ -38,6 +38,12 @@ pub trait Transport: Send {
         true
     }
 
+    /// Whether what travels to and from a connected peer is to be compared with checksums: it goes through
+    /// more hands than memory's. Both ends say the same.
+    fn checks(&self, _peer: Rank) -> bool {
+        false
+    }
+
     /// Writes as much of `pieces`, one after the other, as the stream takes now; how many bytes.
     ///
     /// # Errors

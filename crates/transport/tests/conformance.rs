@@ -896,9 +896,11 @@ fn frames_that_come_twice_or_too_early_do_no_harm(make: MakeMesh) {
     let mut stranger = mesh.pop().unwrap();
     let frame = |sequence: u64, value: f32| {
         let (point_to_point, chunk, world, bytes) = (0x5048_4c02_u32, 0_u32, 0_u64, 4_u64);
-        let head = [point_to_point.to_le_bytes(), chunk.to_le_bytes()].concat();
-        let key = [world.to_le_bytes(), sequence.to_le_bytes(), bytes.to_le_bytes()].concat();
-        [head, key, value.to_le_bytes().to_vec()].concat()
+        let mut head = [point_to_point.to_le_bytes(), chunk.to_le_bytes()].concat();
+        head.extend([world, sequence, bytes].map(u64::to_le_bytes).concat());
+        head.extend(crc32fast::hash(&value.to_le_bytes()).to_le_bytes());
+        head.extend(crc32fast::hash(&head).to_le_bytes());
+        [head, value.to_le_bytes().to_vec()].concat()
     };
     let sent = [frame(1, 2.0), frame(0, 1.0), frame(0, 9.0), frame(1, 9.0), frame(2, 3.0)].concat();
     let mut left = &sent[..];
