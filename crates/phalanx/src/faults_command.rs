@@ -11,13 +11,14 @@ use clap::{Args, Subcommand};
 use plan::memory::Footprint;
 use serde::Serialize;
 use serde_json::json;
-use sim::goodput::{Failures, NODE, Reliability};
+use sim::goodput::{Failures, NODE};
 use train::control::goodput::{Campaign, Goodput, goodput};
 use train::control::simulation::{Bug, Survived, run};
 use units::Seconds;
 
 use crate::job::Job;
 use crate::output::thousands;
+use crate::scale::goodput::campaign;
 
 #[derive(Debug, Subcommand)]
 pub enum FaultsCommand {
@@ -277,6 +278,9 @@ impl GoodputArgs {
         Ok(Campaign {
             nodes,
             failures_per_node_day: failures / 1000.0,
+            single: 1.0,
+            spare_nodes: None,
+            repair: Seconds::ZERO,
             silent: self.silent,
             days: self.days,
             step: Seconds(self.step_s),
@@ -302,33 +306,12 @@ pub fn of_job(job: &Job, step: Seconds) -> Result<Told> {
     let options = plan::memory::Options::new(job.training.precision, &job.layout);
     let memory = Footprint::new(&job.model).peak(&job.layout, &job.batch(), &options);
     let of = job.goodput.reliability(accelerators, memory.state());
-    let found = goodput(campaign(&of, job.goodput.rate() / 1000.0, nodes, step));
+    let found = goodput(campaign(&of, nodes, step, DAYS));
     Ok(Told { accelerators, days: DAYS, found })
 }
 
 /// Days of a run: those of the record that failures are usually counted by.
 const DAYS: f64 = 54.0;
-
-/// A run whose failures cost what the closed form reckons with.
-fn campaign(of: &Reliability, failures_per_node_day: f64, nodes: u32, step: Seconds) -> Campaign {
-    let steps = |time: Seconds| ((time / step).round() as u64).max(1);
-    Campaign {
-        nodes,
-        failures_per_node_day,
-        silent: 1.0,
-        days: DAYS,
-        step,
-        copy_every: of.memory.map_or(0, |memory| steps(memory.every)),
-        save_every: steps(of.interval()),
-        save_stall: of.stall,
-        start: of.restart,
-        meet: Seconds::ZERO,
-        from_memory: Seconds::ZERO,
-        from_checkpoint: Seconds::ZERO,
-        silence: of.detect,
-        seed: 0,
-    }
-}
 
 /// A campaign's outcome, for people.
 #[derive(Serialize)]
@@ -359,6 +342,7 @@ impl fmt::Display for Told {
         let parts = [
             ("steps done again, or cut short", found.lost_work_s),
             ("until a loss was noticed", found.detection_s),
+            ("waiting for a spare node", found.waiting_s),
             ("until all ranks were there again", found.restart_s),
             ("until they had their state", found.restore_s),
             ("standing still for checkpoints", found.saving_s),
@@ -367,35 +351,5 @@ impl fmt::Display for Told {
             writeln!(f, "{:>9.3} %    {what}", 100.0 * (time / found.time_s))?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use sim::goodput::Memory;
-
-    use super::*;
-
-    /// What plans are ranked by is a closed form; what ships, under a simulated clock, comes to the same.
-    #[test]
-    fn the_closed_form_and_the_code_that_recovers_runs_agree() {
-        let rate = Failures::published()["rsc-1"].per_1000_node_days;
-        let nodes = 512;
-        let restarted = Reliability {
-            between_failures: Failures::between(rate, nodes * NODE),
-            detect: Seconds(180.0),
-            restart: Seconds(420.0),
-            stall: Seconds(5.0),
-            every: None,
-            memory: None,
-            spares: None,
-        };
-        let memory = Some(Memory { every: Seconds(10.0), covers: 1.0 });
-        let copied = Reliability { memory, ..restarted };
-        for of in [restarted, copied] {
-            let found = goodput(campaign(&of, rate / 1000.0, nodes, Seconds(10.0)));
-            let expected = of.expected();
-            assert!((found.goodput - expected).abs() < 0.01, "{found:?}, not {expected}");
-        }
     }
 }

@@ -297,7 +297,7 @@ impl Point {
             time_to_train_efficiency: work.map(|_| 1.0),
             energy_to_train_j: energy.zip(steps).map(|(energy, steps)| energy * steps),
             usd_to_train: usd.zip(steps).map(|(usd, steps)| usd * steps),
-            goodput: work.map(|work| goodput::goodput(&reliability, work)),
+            goodput: work.map(|work| goodput::goodput(&reliability, accelerators, step, work)),
             reliability,
         }
     }

@@ -2,15 +2,21 @@
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use sim::goodput::{Failures, Memory, Reliability, Shares, Spares};
+use sim::goodput::{Failures, Memory, NODE, Reliability, Spares};
+use train::control::goodput::{self as played, Campaign};
 use units::{Bytes, Seconds};
 
 use super::section::GoodputSection;
 
 /// Runs that a distribution is taken from.
-const RUNS: u32 = 201;
-/// Their seed.
-const SEED: u64 = 1;
+pub const RUNS: u64 = 101;
+/// Nodes that are played, each for many: what a loss costs does not depend on how many others there are, but
+/// for how likely two at once are neighbours, which are each other's keepers.
+const MOST_NODES: u32 = 32;
+/// The longest a run is followed, as a multiple of its work: one that fails faster than it gets on never ends.
+const HOPELESS: f64 = 10.0;
+
+const DAY: f64 = 86_400.0;
 
 /// How much of a run is training.
 #[derive(Debug, Clone, Serialize)]
@@ -25,7 +31,7 @@ pub struct Goodput {
     /// Days to train: the best twentieth, the median, the worst twentieth.
     pub days_quantiles: [f64; 3],
     /// Failures in the median run.
-    pub failures: u32,
+    pub failures: u64,
     /// Where the time of the median run goes.
     pub shares: Shares,
 }
@@ -90,21 +96,80 @@ impl GoodputSection {
     }
 }
 
-/// Plays runs of `work`.
-pub fn goodput(of: &Reliability, work: Seconds) -> Goodput {
-    let runs = of.runs(work, RUNS, SEED);
-    // In ascending order of their length.
-    let at = |share: f64| &runs[((runs.len() - 1) as f64 * share).round() as usize];
-    let [short, median, long] = [0.05, 0.5, 0.95].map(at);
-    let effective = |share: f64| at(share).shares().effective;
+/// Where the time of a run goes, as shares of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Shares {
+    /// Training that counts.
+    pub effective: f64,
+    /// Writing checkpoints.
+    pub stalled: f64,
+    /// Training that was lost and done again.
+    pub redone: f64,
+    /// Until failures are noticed.
+    pub detecting: f64,
+    /// Until the ranks train again.
+    pub restarting: f64,
+    /// For a spare node.
+    pub waiting: f64,
+}
+
+impl From<played::Goodput> for Shares {
+    fn from(run: played::Goodput) -> Self {
+        let share = |part: Seconds| part / run.time_s;
+        Self {
+            effective: run.goodput,
+            stalled: share(run.saving_s),
+            redone: share(run.lost_work_s),
+            detecting: share(run.detection_s),
+            restarting: share(run.restart_s + run.restore_s),
+            waiting: share(run.waiting_s),
+        }
+    }
+}
+
+/// A run whose failures come and cost as the closed form reckons with.
+pub fn campaign(of: &Reliability, nodes: u32, step: Seconds, days: f64) -> Campaign {
+    let steps = |time: Seconds| ((time / step).round() as u64).max(1);
+    Campaign {
+        nodes,
+        failures_per_node_day: DAY / of.between_failures.0 / f64::from(nodes),
+        single: of.memory.map_or(1.0, |memory| memory.covers),
+        silent: 1.0,
+        days,
+        step,
+        copy_every: of.memory.map_or(0, |memory| steps(memory.every)),
+        save_every: steps(of.interval()),
+        save_stall: of.stall,
+        spare_nodes: of.spares.map(|spares| spares.nodes),
+        repair: of.spares.map_or(Seconds::ZERO, |spares| spares.repair),
+        start: of.restart,
+        meet: Seconds::ZERO,
+        from_memory: Seconds::ZERO,
+        from_checkpoint: Seconds::ZERO,
+        silence: of.detect,
+        seed: 0,
+    }
+}
+
+/// Plays runs of `work` in steps of `step` by the code that recovers runs.
+pub fn goodput(of: &Reliability, accelerators: u32, step: Seconds, work: Seconds) -> Goodput {
+    let nodes = accelerators.div_ceil(NODE).clamp(2, MOST_NODES);
+    let days = |effective: f64| work.0 / DAY / effective.max(1.0 / HOPELESS);
+    let campaign = campaign(of, nodes, step, days(of.expected()));
+    let play = |seed| played::goodput(Campaign { seed, ..campaign });
+    let mut runs: Vec<played::Goodput> = (0..RUNS).map(play).collect();
+    runs.sort_by(|a, b| b.goodput.total_cmp(&a.goodput));
+    // From the best to the worst.
+    let at = |share: f64| runs[((runs.len() - 1) as f64 * share).round() as usize];
+    let [best, median, worst] = [0.05, 0.5, 0.95].map(at);
     Goodput {
         seconds_between_failures: of.between_failures,
         checkpoint_every_s: of.interval(),
         effective_expected: of.expected(),
-        effective_quantiles: [effective(0.95), effective(0.5), effective(0.05)],
-        days_quantiles: [short, median, long].map(|run| run.time.0 / 86_400.0),
-        failures: median.failures,
-        shares: median.shares(),
+        effective_quantiles: [worst, median, best].map(|run| run.goodput),
+        days_quantiles: [best, median, worst].map(|run| work.0 / DAY / run.goodput),
+        failures: median.interruptions,
+        shares: median.into(),
     }
 }
 
@@ -135,7 +200,7 @@ pub fn improvements(section: &GoodputSection, own: Reliability, work: Seconds) -
         let memory = Some(Memory { every: minute, covers: single });
         changes.push(("copies in memory every minute", Reliability { memory, ..own }));
     }
-    let days = |effective: f64| work.0 / effective / 86_400.0;
+    let days = |effective: f64| work.0 / effective / DAY;
     let improved = |(change, of): (&'static str, Reliability)| {
         let effective_expected = of.expected();
         let days_saved = days(own.expected()) - days(effective_expected);
@@ -144,4 +209,51 @@ pub fn improvements(section: &GoodputSection, own: Reliability, work: Seconds) -
     let mut improvements: Vec<Improvement> = changes.into_iter().map(improved).collect();
     improvements.sort_by(|a, b| b.days_saved.total_cmp(&a.days_saved));
     improvements
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn restarted(hours: f64) -> Reliability {
+        Reliability {
+            between_failures: Seconds(3600.0 * hours),
+            detect: Seconds(60.0),
+            restart: Seconds(240.0),
+            stall: Seconds(5.0),
+            every: None,
+            memory: None,
+            spares: None,
+        }
+    }
+
+    /// What plans are ranked by is a closed form; what ships, under a simulated clock, comes to the same.
+    #[test]
+    fn the_closed_form_and_the_code_that_recovers_runs_agree() {
+        let memory = |covers| Some(Memory { every: Seconds(30.0), covers });
+        let cases =
+            [(1.0, None), (12.0, None), (3.0, memory(0.5)), (1.0, memory(0.9)), (3.0, memory(1.0))];
+        for (hours, memory) in cases {
+            let of = Reliability { memory, ..restarted(hours) };
+            let found = goodput(&of, 16_384, Seconds(10.0), Seconds(20.0 * DAY));
+            let [worst, median, best] = found.effective_quantiles;
+            let expected = of.expected();
+            assert!((median - expected).abs() < 0.01, "{found:?}, not {expected}");
+            assert!(worst < median && median < best);
+            let Shares { effective, stalled, redone, detecting, restarting, waiting } =
+                found.shares;
+            let all = effective + stalled + redone + detecting + restarting + waiting;
+            assert!((all - 1.0).abs() < 1e-9, "{all}");
+        }
+    }
+
+    /// A few nodes stand for many.
+    #[test]
+    fn so_many_nodes_lose_as_much_as_all() {
+        let memory = Some(Memory { every: Seconds(30.0), covers: 0.9 });
+        let of = Reliability { memory, ..restarted(1.0) };
+        let share = |nodes| played::goodput(campaign(&of, nodes, Seconds(10.0), 40.0)).goodput;
+        let (few, all) = (share(MOST_NODES), share(1024));
+        assert!((few - all).abs() < 0.01, "{few} {all}");
+    }
 }

@@ -7,7 +7,7 @@ use units::Seconds;
 
 use super::Report;
 use super::curve::{Curve, Point};
-use super::goodput::Improvement;
+use super::goodput::{Improvement, RUNS};
 use super::islands::Comparison;
 use crate::job::Job;
 use crate::output::{bar, columns, percent, thousands};
@@ -190,7 +190,7 @@ pub fn goodput_rows(report: &Report) -> Vec<Vec<String>> {
         rows.push(vec![
             thousands(point.accelerators.into()),
             long(goodput.seconds_between_failures),
-            thousands(goodput.failures.into()),
+            thousands(goodput.failures),
             long(goodput.checkpoint_every_s),
             format!("{median:.1} % ({worst:.1} to {best:.1})"),
             percent(shares.redone),
@@ -217,7 +217,7 @@ pub fn answers(job: &Job) -> String {
         format!(", {nodes} spare nodes and {} for a repair", long(section.repair_s))
     });
     format!(
-        "{rate} failures in 1,000 node-days ({from}), {} until noticed, {} and what reading the state takes until trained again, checkpoints that stall for {}{memory}{spares}; medians of 201 played runs, with 5 and 95 % quantiles",
+        "{rate} failures in 1,000 node-days ({from}), {} until noticed, {} and what reading the state takes until trained again, checkpoints that stall for {}{memory}{spares}; medians of {RUNS} played runs, with 5 and 95 % quantiles",
         long(section.detect_s),
         long(section.restart_s),
         section.checkpoint_stall_s

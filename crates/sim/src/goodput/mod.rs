@@ -1,16 +1,14 @@
 //! How much of a long run is training: failures, checkpoints, restarts and spares.
 //!
 //! Failures come at a constant rate for each node ([`Failures`], from published runs). A
-//! [`Reliability`] says what each of them costs; [`Reliability::expected`] is a closed form, and
-//! [`Reliability::runs`] plays whole runs in virtual time, from a seed, for the distribution.
+//! [`Reliability`] says what each of them costs, and [`Reliability::expected`] is a closed form of what is
+//! left. Whole runs are played by the code that recovers them (`train::control::goodput`).
 
 mod checkpoint;
 mod failures;
-mod run;
 
 pub use checkpoint::{best_interval, daly, effective, young};
 pub use failures::{Failures, NODE};
-pub use run::Run;
 
 use units::Seconds;
 
@@ -51,23 +49,6 @@ pub struct Spares {
     pub repair: Seconds,
 }
 
-/// Where the time of a run goes, as shares of it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize)]
-pub struct Shares {
-    /// Training that counts.
-    pub effective: f64,
-    /// Writing checkpoints.
-    pub stalled: f64,
-    /// Training that was lost and done again.
-    pub redone: f64,
-    /// Until failures are noticed.
-    pub detecting: f64,
-    /// Until the ranks train again.
-    pub restarting: f64,
-    /// For a spare node.
-    pub waiting: f64,
-}
-
 impl Reliability {
     /// The mean time between failures that no copy in memory makes good; three centuries where copies
     /// make all good.
@@ -97,16 +78,6 @@ impl Reliability {
         let Some(memory) = self.memory else { return kept };
         let each = self.down() + memory.every * 0.5;
         kept / (1.0 + memory.covers * (each / self.between_failures))
-    }
-
-    /// Whole runs of `work` of training, one for each seed from `seed` on, in ascending order of
-    /// how long they take.
-    #[must_use]
-    pub fn runs(&self, work: Seconds, count: u32, seed: u64) -> Vec<Run> {
-        let run = |index| Run::new(self, work, seed.wrapping_add(u64::from(index)));
-        let mut runs: Vec<Run> = (0..count).map(run).collect();
-        runs.sort_by(|a, b| a.time.0.total_cmp(&b.time.0));
-        runs
     }
 }
 

@@ -1,4 +1,4 @@
-//! The closed forms against each other and against played runs; both against the record.
+//! The closed forms against each other and against the record.
 
 use proptest::prelude::*;
 
@@ -24,11 +24,6 @@ fn plain(between_failures: Seconds, down: Seconds) -> Reliability {
     }
 }
 
-/// The median share of training in runs of `days`.
-fn median(of: &Reliability, days: f64) -> f64 {
-    of.runs(DAY * days, 101, 1)[50].shares().effective
-}
-
 proptest! {
     /// The exact optimum solves (1 - x) e^x = e^(-stall / mean), x being the interval over the
     /// mean; Daly's estimate is close to it, and Young's from above.
@@ -43,27 +38,6 @@ proptest! {
         prop_assert!(young(stall, mean) > best);
         let share = |interval| effective(interval, stall, mean, MINUTE);
         prop_assert!(share(best) >= share(best * 1.1) && share(best) >= share(best * 0.9));
-    }
-
-    /// Played runs are on average what the closed form says.
-    #[test]
-    fn runs_are_as_long_as_expected(hours in 0.5..12.0f64, covers in 0.0..0.9f64, seed in 0..1000u64) {
-        let of = Reliability {
-            detect: MINUTE,
-            restart: MINUTE * 4.0,
-            stall: Seconds(10.0),
-            memory: Some(Memory { every: Seconds(30.0), covers }),
-            ..plain(HOUR * hours, Seconds::ZERO)
-        };
-        let runs = of.runs(DAY * 20.0, 40, seed);
-        let mean = runs.iter().map(|run| run.time.0).sum::<f64>() / 40.0;
-        let played = 20.0 * DAY.0 / mean;
-        prop_assert!((played - of.expected()).abs() < 0.01, "{played} {}", of.expected());
-        for run in runs {
-            let Shares { effective, stalled, redone, detecting, restarting, waiting } = run.shares();
-            let all = effective + stalled + redone + detecting + restarting + waiting;
-            prop_assert!((all - 1.0).abs() < 1e-9, "{all}");
-        }
     }
 }
 
@@ -89,12 +63,12 @@ fn failures_come_as_often_as_published() {
 #[test]
 fn checkpoint_intervals_matter_as_published() {
     let of = plain(Failures::between(rate("rsc-1"), 16_384), MINUTE * 5.0);
-    let with = |every| median(&Reliability { every: Some(every), ..of }, 30.0);
+    let with = |every| Reliability { every: Some(every), ..of }.expected();
     assert!((with(HOUR) - 0.70).abs() < 0.03, "{}", with(HOUR));
     assert!((with(MINUTE * 5.0) - 0.93).abs() < 0.01, "{}", with(MINUTE * 5.0));
     // "0.9 at 100,000 accelerators needs the rate of RSC-2, and 2 minutes for either."
     let large = plain(Failures::between(rate("rsc-2"), 100_000), MINUTE * 2.0);
-    let large = median(&Reliability { every: Some(MINUTE * 2.0), ..large }, 30.0);
+    let large = Reliability { every: Some(MINUTE * 2.0), ..large }.expected();
     assert!((0.90..0.96).contains(&large), "{large}");
 }
 
@@ -107,7 +81,7 @@ fn llama_3_trained_more_than_nine_tenths_of_the_time() {
         stall: Seconds(3.3),
         ..plain(Failures::between(rate("llama-3"), 16_384), MINUTE * 10.0)
     };
-    let share = median(&of, 54.0);
+    let share = of.expected();
     assert!((0.90..0.94).contains(&share), "{share}");
 }
 
@@ -121,7 +95,7 @@ fn byte_robust_trained_97_percent_of_the_time() {
         memory: Some(Memory { every: Seconds(10.0), covers: 0.95 }),
         ..plain(Failures::between(rate("llama-3"), 9_600), MINUTE * 5.0)
     };
-    let share = median(&of, 90.0) / 1.009;
+    let share = of.expected() / 1.009;
     assert!((share - 0.97).abs() < 0.015, "{share}");
 }
 
@@ -143,20 +117,6 @@ fn one_rate_explains_stalls_at_a_hundred_thousand() {
     assert!((rate("rsc-1")..rate("rsc-1024")).contains(&low), "{low}");
     let of = plain(Failures::between(low, 100_000), MINUTE * 3.0);
     let memory = Some(Memory { every: Seconds(10.0), covers: 1.0 });
-    let tolerant = median(&Reliability { memory, every: Some(DAY), ..of }, 10.0);
+    let tolerant = Reliability { memory, every: Some(DAY), ..of }.expected();
     assert!((tolerant - 0.80).abs() < 0.06, "{tolerant}");
-}
-
-/// With as many spares as nodes are away on average, waiting is rare; with none, every failure
-/// waits for its repair.
-#[test]
-fn spares_bound_the_waiting() {
-    let of = plain(HOUR * 3.0, MINUTE * 5.0);
-    let with = |nodes| {
-        let spares = Some(Spares { nodes, repair: DAY });
-        Reliability { spares, every: Some(MINUTE * 10.0), ..of }.runs(DAY * 30.0, 11, 3)[5]
-    };
-    assert!(with(0).shares().waiting > 0.8);
-    assert!(with(24).shares().waiting < 0.01);
-    assert_eq!(with(1000).waiting, Seconds::ZERO);
 }

@@ -18,7 +18,6 @@ use program::{Axis, Breakdown, Program, Span, Trace};
 use units::{Rank, Seconds};
 
 pub use costs::{Costs, Resource, TransferCost};
-pub(crate) use disturbance::mix;
 pub use disturbance::{Disturbance, Pause};
 use folded::{Durations, Folded};
 pub use roofline::Roofline;

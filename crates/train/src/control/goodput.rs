@@ -4,7 +4,7 @@
 //! one event, so that weeks of many thousand accelerators take seconds. A node stands for its
 //! accelerators, which are lost together.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::{Ipv4Addr, SocketAddr};
 
 use checkpoint::store::simulated::Dice;
@@ -20,6 +20,8 @@ pub struct Campaign {
     pub nodes: u32,
     /// Interruptions of one node in a day.
     pub failures_per_node_day: f64,
+    /// Share of them that take one node only; the others take the one that keeps its copy as well.
+    pub single: f64,
     /// Share of them that are only noticed by silence.
     pub silent: f64,
     /// How long the run is watched.
@@ -32,6 +34,10 @@ pub struct Campaign {
     pub save_every: u64,
     /// How long training stands still for a checkpoint.
     pub save_stall: Seconds,
+    /// Nodes that wait to replace others; there is always one if not given.
+    pub spare_nodes: Option<u32>,
+    /// Until a node that was lost is a spare.
+    pub repair: Seconds,
     /// From the start of a process, on a spare node if need be, to its first word.
     pub start: Seconds,
     /// From the last word to all ranks being connected.
@@ -63,6 +69,8 @@ pub struct Goodput {
     pub lost_work_s: Seconds,
     /// Until a loss was noticed.
     pub detection_s: Seconds,
+    /// For a spare node.
+    pub waiting_s: Seconds,
     /// Until all ranks were there again.
     pub restart_s: Seconds,
     /// Until they had their state.
@@ -74,6 +82,8 @@ pub struct Goodput {
 const DAY: f64 = 86_400.0;
 /// From the end of a process until the coordinator and the other ranks know: a socket closes.
 const CLOSING: f64 = 0.1;
+/// How often the coordinator looks at its clock.
+const LOOK: f64 = 0.05;
 
 struct Run {
     campaign: Campaign,
@@ -83,6 +93,10 @@ struct Run {
     copies: Vec<Copies<()>>,
     now: f64,
     next_fault: f64,
+    /// When nodes that were lost are spares.
+    away: VecDeque<f64>,
+    /// When there is a node for every process that is to be started.
+    spare: f64,
     done: u64,
     spent: Goodput,
 }
@@ -98,7 +112,8 @@ pub fn goodput(campaign: Campaign) -> Goodput {
         // Whoever runs so many nodes has losses during recoveries, and goes on.
         restarts: u32::MAX,
         silence: campaign.silence,
-        start: Seconds(10.0 * campaign.start.0),
+        // Until there is a node for it, and then as long as it takes.
+        start: Seconds(f64::INFINITY),
         back_off: Seconds(0.5),
         lease: Seconds(f64::INFINITY),
         fence: Seconds(f64::INFINITY),
@@ -112,6 +127,8 @@ pub fn goodput(campaign: Campaign) -> Goodput {
         copies: vec![Copies::default(); nodes],
         now: 0.0,
         next_fault: 0.0,
+        away: VecDeque::new(),
+        spare: 0.0,
         done: 0,
         spent: Goodput::default(),
     };
@@ -147,6 +164,7 @@ impl Run {
         let parts = [
             self.spent.training_s,
             self.spent.detection_s,
+            self.spent.waiting_s,
             self.spent.restart_s,
             self.spent.restore_s,
             self.spent.saving_s,
@@ -206,20 +224,25 @@ impl Run {
         self.ranks().for_each(|rank| drop(self.say_alive(rank)));
         let mut up = self.lose();
         while self.next_fault < up + self.campaign.meet.0 {
-            let wait = (self.next_fault - self.now).max(0.0);
-            self.spend(wait, |spent| &mut spent.restart_s);
+            self.wait_until(self.next_fault);
             self.ranks().for_each(|rank| drop(self.say_alive(rank)));
             up = up.max(self.lose());
         }
-        let wait = (up - self.now).max(0.0);
-        self.spend(wait, |spent| &mut spent.restart_s);
+        self.wait_until(up);
         self.meet();
         self.spend(self.campaign.meet.0, |spent| &mut spent.restart_s);
         self.recover();
     }
 
+    /// Processes are being started, or wait for a node.
+    fn wait_until(&mut self, at: f64) {
+        let for_nodes = self.spare.min(at) - self.now;
+        self.spend(for_nodes.max(0.0), |spent| &mut spent.waiting_s);
+        self.spend((at - self.now).max(0.0), |spent| &mut spent.restart_s);
+    }
+
     /// A random node has a fault, of which the coordinator makes what it does; until when the
-    /// process that is started in its place has come up.
+    /// processes that are started in its place, and in that of whoever is lost with it, have come up.
     fn lose(&mut self) -> f64 {
         self.spent.interruptions += 1;
         self.next_fault = self.now + self.pause();
@@ -228,7 +251,13 @@ impl Run {
             self.wait_for_silence(rank);
         }
         self.spend(CLOSING, |spent| &mut spent.detection_s);
-        // A node's memory is lost with its processes.
+        let up = self.replace(rank);
+        let keeper = Rank((rank.0 + 1) % self.campaign.nodes);
+        if self.chance() < self.campaign.single { up } else { up.max(self.replace(keeper)) }
+    }
+
+    /// A node is lost, and its memory with its processes; until when another has come up in its place.
+    fn replace(&mut self, rank: Rank) -> f64 {
         self.copies[rank.index()] = Copies::default();
         let incarnation = self.incarnations[rank.index()];
         let seat = Seat(rank.0);
@@ -241,13 +270,27 @@ impl Run {
             actions = self.hear(Event::Tick);
         }
         self.incarnations[rank.index()] = incarnation;
-        self.now + self.campaign.start.0
+        let from = self.next_spare();
+        self.spare = self.spare.max(from);
+        from + self.campaign.start.0
+    }
+
+    /// A node goes to be repaired; when there is another.
+    fn next_spare(&mut self) -> f64 {
+        let Campaign { spare_nodes, repair, .. } = self.campaign;
+        let Some(spares) = spare_nodes else { return self.now };
+        while self.away.front().is_some_and(|back| *back <= self.now) {
+            self.away.pop_front();
+        }
+        self.away.push_back(self.now + repair.0);
+        let first = (self.away.len() > spares as usize).then(|| self.away.pop_front()).flatten();
+        first.unwrap_or(self.now)
     }
 
     /// Time passes until the coordinator kills a rank that says nothing.
     fn wait_for_silence(&mut self, rank: Rank) {
         self.say_alive(rank);
-        self.spend(self.campaign.silence.0, |spent| &mut spent.detection_s);
+        self.spend(self.campaign.silence.0 + LOOK, |spent| &mut spent.detection_s);
         self.all_but(rank, |run, rank| drop(run.say_alive(rank)));
         let incarnation = self.incarnations[rank.index()];
         let killed = self.hear(Event::Tick);
@@ -307,12 +350,15 @@ mod tests {
         Campaign {
             nodes: 64,
             failures_per_node_day: 0.2,
+            single: 1.0,
             silent: 0.1,
             days: 3.0,
             step: Seconds(10.0),
             copy_every: 1,
             save_every: 100,
             save_stall: Seconds(1.0),
+            spare_nodes: None,
+            repair: Seconds(DAY),
             start: Seconds(30.0),
             meet: Seconds(5.0),
             from_memory: Seconds(2.0),
@@ -345,5 +391,29 @@ mod tests {
         let lost = without.lost_work_s.0 / without.interruptions as f64;
         assert!((300.0..700.0).contains(&lost), "{lost}");
         assert!(with.goodput > without.goodput);
+    }
+
+    /// A copy is of no use when it is lost with what it is a copy of.
+    #[test]
+    fn losses_of_two_nodes_go_back_to_a_checkpoint() {
+        let found = goodput(Campaign { single: 0.75, ..campaign() });
+        let share = found.from_checkpoint as f64 / found.interruptions as f64;
+        assert!((0.1..0.4).contains(&share), "{found:?}");
+    }
+
+    /// With as many spares as nodes are away on average, waiting is rare; with none, every loss waits for
+    /// its repair.
+    #[test]
+    fn spares_bound_the_waiting() {
+        let with = |nodes| {
+            let repair = Seconds(DAY / 4.0);
+            goodput(Campaign { spare_nodes: Some(nodes), repair, days: 30.0, ..campaign() })
+        };
+        let waited = |found: Goodput| found.waiting_s / found.time_s;
+        assert!(waited(with(0)) > 0.7);
+        assert!(waited(with(12)) < 0.01);
+        assert_eq!(with(1000).waiting_s, Seconds::ZERO);
+        let Goodput { time_s, training_s, lost_work_s, .. } = with(0);
+        assert!(lost_work_s > Seconds::ZERO && training_s < time_s);
     }
 }
