@@ -114,6 +114,25 @@ fn a_run_that_is_told_to_stop_saves_first_and_says_how_to_go_on() {
     assert_eq!(place.metrics("runs/job-002", "step")[0]["step"], done + 1);
 }
 
+/// Before there was a step, while the machine is measured: the first one is done and saved.
+#[test]
+fn a_run_that_is_told_to_stop_before_its_first_step_saves_that_one() {
+    let place = Place::new();
+    let endless = over(4, LAYOUT).replace("steps = 20", "steps = 100000000");
+    place.write("job.toml", endless.replace("measure = false", "measure = true"));
+    let mut command = place.phalanx(&["train", "job.toml"]);
+    let mut launcher = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(launcher.stdout.take().unwrap()).lines();
+    // It has read the text and met the others.
+    assert!(lines.next().is_some());
+    kill_process(Pid::from_child(&launcher), Signal::TERM).unwrap();
+    lines.for_each(drop);
+    let answer = Answer::new(launcher.wait_with_output().unwrap(), &place);
+    assert_eq!(answer.code, Some(4), "{}", answer.stderr);
+    assert_eq!(place.losses("runs/job-001", "step").len(), 1);
+    assert_eq!(checkpoints(&place, "runs/job-001").len(), 1);
+}
+
 /// Runs a job undisturbed and under faults; what the second printed.
 fn under(place: &Place, job: &str, chaos: &str) -> String {
     place.write("job.toml", job);
