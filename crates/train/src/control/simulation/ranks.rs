@@ -20,7 +20,7 @@ const SHORT: f64 = 20.0;
 const COMMIT_PAUSE: f64 = 0.05;
 
 impl World {
-    /// Something happens to a process. One that is halted does it when it goes on.
+    /// Something happens to a process. One that is halted does it when it goes on, one after the other.
     pub fn do_to(&mut self, seat: Seat, who: Who, doing: Doing) -> Result<(), String> {
         let Process { who: now, alive, halted, generation, term, granted, .. } =
             *self.process(seat);
@@ -28,7 +28,7 @@ impl World {
             return Ok(());
         }
         if halted && !matches!(doing, Doing::Killed) {
-            self.to(0.5, seat, doing);
+            self.process(seat).waiting.push(doing);
             return Ok(());
         }
         if granted < self.now {
@@ -74,6 +74,15 @@ impl World {
             | Doing::Meet { .. } => {}
         }
         Ok(())
+    }
+
+    /// A halted process goes on, with what has come meanwhile.
+    pub fn wake(&mut self, seat: Seat) {
+        let process = self.process(seat);
+        process.halted = false;
+        for doing in std::mem::take(&mut process.waiting) {
+            self.to(0.0, seat, doing);
+        }
     }
 
     /// A process turns to the coordinator that started it. If that is gone, so is the process.

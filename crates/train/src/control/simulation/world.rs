@@ -121,6 +121,8 @@ pub struct Process {
     pub alive: bool,
     /// Alive, and does nothing.
     pub halted: bool,
+    /// What it will do first when it goes on.
+    pub waiting: Vec<Doing>,
     /// It has lost its launcher, and nobody has taken over.
     pub orphaned: bool,
     /// Whose words it follows: the coordinator of this term.
@@ -150,6 +152,7 @@ impl Process {
             who,
             alive: true,
             halted: false,
+            waiting: vec![],
             orphaned: false,
             term,
             granted: f64::INFINITY,
@@ -418,7 +421,7 @@ impl World {
             Happening::Begin(generation) => return self.begin(generation),
             Happening::Exchange(generation) => self.exchange(generation),
             Happening::Fault => self.fault(),
-            Happening::Wake(seat) => self.process(seat).halted = false,
+            Happening::Wake(seat) => self.wake(seat),
             Happening::Return(host) => self.host_returns(host),
             Happening::Launch => return self.launch(),
         }
