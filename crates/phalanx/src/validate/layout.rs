@@ -126,8 +126,9 @@ fn stage_layers(row: &Row, config: &Config) -> Option<Vec<u32>> {
 
 fn recompute(row: &Row, config: &Config) -> Answer<Recompute> {
     let mode = stated(row.recompute.as_deref(), "recompute mode")?;
+    // Megatron Core's module `mlp` is that of layers without experts.
     if mode == "none" && row.has("recompute-mlp") {
-        return Ok(Recompute::Segments(vec![Segment::FeedForward, Segment::SharedExperts]));
+        return Ok(Recompute::Segments(vec![Segment::FeedForward]));
     }
     Ok(match mode {
         "none" => Recompute::None,

@@ -78,6 +78,7 @@ impl Calibrated<'_> {
             attention,
             captured: false,
             fused: false,
+            routed: false,
         };
         let Instruction::Compute { segment, pass, .. } = *of else { return alone };
         let forward = matches!(pass, Pass::Forward | Pass::Recompute);
@@ -86,15 +87,20 @@ impl Calibrated<'_> {
             precision: self.precision(segment),
             captured: habits.graphs.capture(segment),
             fused: habits.fused_experts && segment == Segment::Experts,
+            routed: segment == Segment::Experts,
             ..alone
         }
     }
 
     /// The share of a transfer that is not hidden behind the computation beside it.
-    fn exposed(&self, of: &Transfer) -> f64 {
+    fn exposed(&self, program: &Program, class: usize, of: &Transfer) -> f64 {
+        let traffic = &self.calibration.traffic;
         match of.axis {
-            Axis::Tensor if self.habits.tensor_overlap => self.calibration.traffic.tensor_exposed,
-            Axis::Expert if self.habits.expert_overlap => self.calibration.traffic.expert_exposed,
+            Axis::Tensor if self.habits.tensor_overlap => traffic.tensor_exposed,
+            Axis::Expert if self.habits.expert_overlap => {
+                let unpaired = program.classes.get(class).map_or(0.0, |list| unpaired(list));
+                unpaired + (1.0 - unpaired) * traffic.expert_exposed
+            }
             _ => 1.0,
         }
     }
@@ -140,7 +146,7 @@ impl Costs for Calibrated<'_> {
             _ => self.network.transfer(rank, of),
         };
         let traffic = &self.calibration.traffic;
-        let exposed = self.exposed(of);
+        let exposed = self.exposed(program, class, of);
         let [inside, outside] = self.copies(program, rank, of);
         let mut cost = estimate.cost;
         cost.latency = cost.latency * exposed;
@@ -157,6 +163,21 @@ impl Costs for Calibrated<'_> {
 pub(super) fn hit(places: u32, chosen: f64) -> f64 {
     let places = f64::from(places);
     places * (1.0 - (1.0 - 1.0 / places).powf(chosen)) / chosen
+}
+
+/// The share of a rank's turns through experts that no turn of the other direction is beside, for
+/// exchanges of tokens to hide behind: those that fill the pipeline and those that empty it.
+pub(super) fn unpaired(list: &[Instruction]) -> f64 {
+    let turns = list.iter().filter_map(|instruction| match instruction {
+        Instruction::Compute { segment: Segment::Experts, pass, .. } => {
+            Some(*pass == Pass::Forward)
+        }
+        _ => None,
+    });
+    let forward: Vec<bool> = turns.collect();
+    let filling = forward.iter().take_while(|forward| **forward).count();
+    let emptying = forward.iter().rev().take_while(|forward| !**forward).count();
+    (filling + emptying) as f64 / forward.len().max(1) as f64
 }
 
 /// How many experts a token visits: rows that dispatching makes of those that are routed.

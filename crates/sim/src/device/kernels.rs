@@ -22,6 +22,11 @@ const ALIGNMENT: u64 = 16;
 /// How much slower products are whose rows are not aligned. From the BLOOM prequel's sweep over
 /// head counts (13,824 / 128 heads = 108 components): attention takes about four times as long.
 const UNALIGNED: f64 = 4.0;
+/// Kernels of the experts' products pad the tokens that an expert got to a multiple of this many.
+///
+/// Source: the block that a scale of mxfp8 is for, OCP Microscaling Formats (MX) Specification 1.0
+/// (2023-09); Megatron Core pads routed tokens to it, and to half of it in other formats.
+const PADDED_TOKENS: u64 = 32;
 
 /// Joules for each bf16 operation at the peak rate that a calibration's shares are stated at.
 /// B200 has 0.44e-12 of them, GB300 0.56e-12.
@@ -107,6 +112,8 @@ pub(super) struct Manner {
     pub(super) captured: bool,
     /// Casts and elementwise operators are part of the products beside them.
     pub(super) fused: bool,
+    /// The groups of grouped products are the tokens of experts, however many those are.
+    pub(super) routed: bool,
 }
 
 /// In which direction an operator is part of a segment.
@@ -145,7 +152,8 @@ impl Device {
                 self.product(Product { groups: 1, m, n, k }, manner)?
             }
             Operator::GroupedProduct { groups, m, n, k } => {
-                self.product(Product { groups, m, n, k }, manner)?
+                let product = Product { groups, m, n, k };
+                self.product(if manner.routed { product.padded() } else { product }, manner)?
             }
             Operator::Attention { .. } => self.attention(operator, manner)?,
             Operator::Softmax { .. } => moved(kernels.softmax * passes),
@@ -268,6 +276,13 @@ impl Device {
 }
 
 impl Product {
+    /// Tokens are rows of a product, or the terms of its sums where it is the weights' gradient.
+    fn padded(self) -> Self {
+        let Self { m, k, .. } = self;
+        let padded = |tokens: u64| tokens.next_multiple_of(PADDED_TOKENS);
+        Self { m: padded(m), k: padded(k), ..self }
+    }
+
     /// Operands once at their precision, the output once as bf16.
     fn bytes(&self, precision: Precision) -> f64 {
         let Self { groups, m, n, k } = *self;

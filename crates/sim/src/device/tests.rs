@@ -1,9 +1,10 @@
 use cluster::{Accelerator, Precision, catalogue};
-use model::{Operator, Segment};
+use model::{Operator, Pass, Segment};
+use program::{Instruction, Piece};
 use proptest::prelude::*;
 use units::Seconds;
 
-use super::calibrated::hit;
+use super::calibrated::{hit, unpaired};
 use super::kernels::{Direction, Manner};
 use super::{Calibration, Device, Graphs, Kernels};
 
@@ -13,6 +14,7 @@ const MANNER: Manner = Manner {
     attention: Precision::Bf16,
     captured: false,
     fused: false,
+    routed: false,
 };
 
 /// Every accelerator with every kernels fitted on it.
@@ -111,4 +113,32 @@ fn quantizing_expert_by_expert_keeps_the_host_busy() {
     assert_eq!(device.operator(&operator, manner), Ok(Seconds(1.6e-3)));
     let whole = device.operator(&operator, Manner { captured: true, ..manner });
     assert!(whole.expect("mxfp8") < Seconds(1e-3));
+}
+
+#[test]
+fn experts_with_any_number_of_tokens_sum_over_aligned_rows() {
+    let device = device(&accelerator("h100-sxm"), &kernels(), Precision::Bf16);
+    let time = |k, routed| {
+        let operator = Operator::GroupedProduct { groups: 16, m: 4096, n: 4096, k };
+        device.operator(&operator, Manner { routed, ..MANNER }).expect("bf16")
+    };
+    assert_eq!(time(4091, true), time(4096, true));
+    assert!(time(4091, false) > time(4096, false) * 2.0);
+}
+
+#[test]
+fn exchanges_hide_behind_turns_of_the_other_direction() {
+    let turn = |pass, microbatch| Instruction::Compute {
+        segment: Segment::Experts,
+        pass,
+        layer: 0,
+        microbatch,
+        piece: Piece::WHOLE,
+    };
+    let forward = |microbatch| turn(Pass::Forward, microbatch);
+    let backward = |microbatch| turn(Pass::Backward, microbatch);
+    let alternating = [forward(0), forward(1), backward(0), forward(2), backward(1), backward(2)];
+    assert_eq!(unpaired(&alternating), 4.0 / 6.0);
+    assert_eq!(unpaired(&[forward(0), backward(0)]), 1.0);
+    assert_eq!(unpaired(&[]), 0.0);
 }
