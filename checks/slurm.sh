@@ -1,5 +1,5 @@
 # Sourced by checks that need Slurm: `start_slurm FOLDER` starts one of Debian's packages, with this host as its
-# only node and all its files in FOLDER, until the shell ends.
+# only node and all its files in FOLDER, until the shell ends; `slurm_is_idle` comes before that.
 need() { # COMMAND PACKAGES...
     command -v "$1" >/dev/null && return
     apt-get update -qq && apt-get install -y -qq --no-install-recommends "${@:2}" >/dev/null
@@ -49,5 +49,12 @@ END
     done
     tail -n 20 "$place"/*.log
     echo "Slurm does not start" >&2
+    return 1
+}
+
+# Returns when no job is under way, or ending: a step that cannot tell the controller of its end keeps its daemon for minutes.
+slurm_is_idle() {
+    for _ in $(seq 100); do [ -z "$(squeue -h)" ] && return || sleep 0.1; done
+    echo "a job does not end: $(squeue)" >&2
     return 1
 }
