@@ -5,8 +5,8 @@ mod mesh;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -15,27 +15,31 @@ use transport::{Action, Communicator, Error, Group, Limits, Operation, Rendezvou
 use units::Rank;
 
 const ELEMENTS: usize = 1 << 20;
+const NEVER: usize = usize::MAX;
 
-/// Passes on what comes, and changes one bit of the next piece that is more than a heartbeat once it is
-/// told to.
-fn relay(to: SocketAddr, spoil: Arc<AtomicBool>) -> SocketAddr {
+/// Passes on what comes, and changes one bit of what follows the next `spoil` bytes.
+fn relay(to: SocketAddr, spoil: Arc<AtomicUsize>) -> SocketAddr {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
         let (near, _) = listener.accept().unwrap();
         let far = TcpStream::connect(to).unwrap();
         let (back, home) = (far.try_clone().unwrap(), near.try_clone().unwrap());
-        thread::spawn(move || pass_on(&back, &home, &AtomicBool::new(false)));
+        thread::spawn(move || pass_on(&back, &home, &AtomicUsize::new(NEVER)));
         pass_on(&near, &far, &spoil);
     });
     address
 }
 
-fn pass_on(mut from: &TcpStream, mut to: &TcpStream, spoil: &AtomicBool) {
+fn pass_on(mut from: &TcpStream, mut to: &TcpStream, spoil: &AtomicUsize) {
     let mut piece = vec![0; 1 << 16];
     while let Ok(length @ 1..) = from.read(&mut piece) {
-        if length > 4096 && spoil.swap(false, Ordering::Relaxed) {
-            piece[length / 2] ^= 1 << 6;
+        let clean = spoil.load(Ordering::Acquire);
+        if clean < length {
+            piece[clean] ^= 1 << 6;
+            spoil.store(NEVER, Ordering::Release);
+        } else if clean != NEVER {
+            spoil.store(clean - length, Ordering::Release);
         }
         if to.write_all(&piece[..length]).is_err() {
             break;
@@ -60,14 +64,13 @@ fn meet(rank: u32, address: SocketAddr, listener: Option<TcpListener>) -> Commun
     Communicator::new(Box::new(end), Limits::default()).unwrap()
 }
 
-/// The sum of what both ranks have.
+/// The sum of what both ranks have: each sends half of its buffer, and then a half of the sum.
 fn all_reduce(communicator: &mut Communicator) -> Result<Vec<f32>, Error> {
     let rank = communicator.rank();
-    let group = Group::world(2);
     let part = Collective::ring(Kind::AllReduce, 2).part(rank.0);
     let ticket = communicator
         .post(Operation {
-            group,
+            group: Group::world(2),
             action: Action::Collective(Arc::new(part)),
             buffer: vec![1.0 + rank.0 as f32; ELEMENTS],
             label: "gradients".into(),
@@ -80,13 +83,15 @@ fn all_reduce(communicator: &mut Communicator) -> Result<Vec<f32>, Error> {
 fn a_byte_that_changes_on_the_way_is_a_lost_peer_and_never_summed() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let address = listener.local_addr().unwrap();
-    let spoil = Arc::new(AtomicBool::new(false));
+    let spoil = Arc::new(AtomicUsize::new(NEVER));
     let way = relay(address, Arc::clone(&spoil));
+    let (told, spoiling) = mpsc::channel();
     let other = thread::spawn(move || {
         let mut communicator = meet(1, way, None);
         for _ in 0..3 {
             assert!(all_reduce(&mut communicator).unwrap() == vec![3.0; ELEMENTS]);
         }
+        spoiling.recv().unwrap();
         // It may have all that it needs before the other leaves, of which it then hears.
         let last = all_reduce(&mut communicator);
         assert!(last.is_err() || last == Ok(vec![3.0; ELEMENTS]));
@@ -96,7 +101,10 @@ fn a_byte_that_changes_on_the_way_is_a_lost_peer_and_never_summed() {
     for _ in 0..3 {
         assert!(all_reduce(&mut communicator).unwrap() == vec![3.0; ELEMENTS]);
     }
-    spoil.store(true, Ordering::Relaxed);
+    // In the second half, which cannot come before this rank has posted and sent: until then what comes
+    // has no label.
+    spoil.store(3 * ELEMENTS, Ordering::Release);
+    told.send(()).unwrap();
     let error = all_reduce(&mut communicator).unwrap_err();
     let Error::PeerLost { peer: Rank(1), host: Some(_), sequence: 3, reason, .. } = &error else {
         panic!("{error}");
