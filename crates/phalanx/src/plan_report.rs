@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use plan::{Layout, Recompute, Schedule, Shard};
-use program::{Axis, Breakdown, Program, Work};
+use program::{Axis, Program, Work};
 use units::{Bytes, Seconds};
 
 use crate::output::{columns, percent, thousands};
@@ -216,21 +216,17 @@ fn of_layer(program: &Program, axis: Axis) -> Bytes {
 /// Why another value of a key is not better, in a line.
 pub fn lost(best: &Plan, Neighbour { key, value, best: other }: &Neighbour) -> String {
     // Like is compared with like.
-    let (mine, theirs) = match (&best.times, &other.times) {
-        (Some(_), Some(_)) => (best.step_time(), other.step_time()),
-        _ => (best.estimate.step_time, other.estimate.step_time),
-    };
-    let more = 100.0 * (theirs / mine - 1.0);
-    let because = because(best, other);
+    let simulated = best.times.is_some() && other.times.is_some();
+    let time = |plan: &Plan| if simulated { plan.step_time() } else { plan.estimate.step_time };
+    let more = 100.0 * (time(other) / time(best) - 1.0);
+    let because = because(best, other, simulated);
     format!("{key} {value}: {more:+.1} % at best ({}): {because}", short(&other.layout))
 }
 
 /// Where a step's time goes, by simulation or by the closed form.
-fn parts(
-    estimate: &plan::estimate::Estimate,
-    simulated: Option<&Breakdown>,
-) -> [(&'static str, Seconds); 5] {
-    let [computing, within, bubble, data, update] = match simulated {
+fn parts(plan: &Plan, simulated: bool) -> [(&'static str, Seconds); 5] {
+    let estimate = &plan.estimate;
+    let [computing, within, bubble, data, update] = match plan.breakdown().filter(|_| simulated) {
         Some(mean) => {
             let update = mean.work.get(&Work::Update).copied().unwrap_or_default();
             let exposed = |is: fn(Axis) -> bool| {
@@ -259,15 +255,10 @@ fn parts(
 }
 
 /// The part of a step that grew most.
-fn because(best: &Plan, other: &Plan) -> String {
-    let (mine, theirs) = match (best.breakdown(), other.breakdown()) {
-        (Some(mine), Some(theirs)) => {
-            (parts(&best.estimate, Some(&mine)), parts(&other.estimate, Some(&theirs)))
-        }
-        _ => (parts(&best.estimate, None), parts(&other.estimate, None)),
-    };
+fn because(best: &Plan, other: &Plan, simulated: bool) -> String {
+    let parts = |plan| parts(plan, simulated).into_iter();
     let grown =
-        theirs.into_iter().zip(mine).map(|((name, theirs), (_, mine))| (name, theirs - mine));
+        parts(other).zip(parts(best)).map(|((name, theirs), (_, mine))| (name, theirs - mine));
     let most = grown.max_by(|a, b| a.1.0.total_cmp(&b.1.0));
     match most.filter(|(_, more)| more.0 > 0.0) {
         Some((name, more)) => format!("{name} +{more}"),

@@ -237,18 +237,22 @@ impl<'a> Planner<'a> {
         let others = others(families, &Family::of(&plans[0].layout));
         let promising = |other: &Other| {
             let found = families.iter().find(|found| (other.has)(&Family::of(&found.layout)));
-            self.plan_of(found.expect("a family has this value"))
+            let found = found.expect("a family has this value");
+            let known = plans.iter().find(|plan| plan.layout == found.layout);
+            known.cloned().unwrap_or_else(|| self.plan_of(found))
         };
-        let promising: Vec<Plan> = others.iter().map(promising).collect();
-        let all: Vec<usize> = (0..promising.len()).collect();
-        let mut simulated = self.simulate_all(&promising, &all)?;
-        simulated.sort_by_key(|(index, _)| *index);
-        let neighbour = |(Other { key, value, has }, (_, plan)): (Other, (usize, Plan))| {
+        let mut promising: Vec<Plan> = others.iter().map(promising).collect();
+        let unknown = |index: &usize| promising[*index].times.is_none();
+        let unknown: Vec<usize> = (0..promising.len()).filter(unknown).collect();
+        for (index, plan) in self.simulate_all(&promising, &unknown)? {
+            promising[index] = plan;
+        }
+        let neighbour = |(Other { key, value, has }, plan): (Other, Plan)| {
             let known = plans.iter().find(|plan| has(&Family::of(&plan.layout)));
             let faster = known.filter(|known| known.step_time() <= plan.step_time());
             Neighbour { key, value, best: faster.cloned().unwrap_or(plan) }
         };
-        Ok(others.into_iter().zip(simulated).map(neighbour).collect())
+        Ok(others.into_iter().zip(promising).map(neighbour).collect())
     }
 
     fn plan_of(&self, found: &Found) -> Plan {

@@ -110,7 +110,7 @@ pub fn measure<O: Operators>(
     let mut communicator = worker.into_communicator();
     let link = link(&mut communicator, &world).map_err(failed)?;
     let own = Measurements {
-        baseline_step: if rank == Rank(0) { Seconds::median(alone) } else { Seconds::ZERO },
+        baseline_step: Seconds::median(alone),
         baseline_tokens: rehearsal.baseline.0.global_tokens(),
         peak,
         core_share,
@@ -167,13 +167,13 @@ fn rehearse<O: Operators>(
     clock: Clock,
 ) -> Result<BTreeMap<Work, Seconds>, Error> {
     let rank = worker.rank();
-    let list: Vec<&Instruction> = program.instructions(rank).iter().collect();
+    let list = program.instructions(rank);
     let mut kinds: BTreeMap<Work, Vec<Seconds>> = BTreeMap::new();
     worker.execute(program, microbatches.to_vec(), 0.0, clock)?;
     let begin = Instant::now();
     for steps in 1.. {
         for span in worker.execute(program, microbatches.to_vec(), 0.0, clock)? {
-            let kind = kind_of(program, list[span.instruction as usize]);
+            let kind = kind_of(program, &list[span.instruction as usize]);
             if let Some((kind, units)) = kind.filter(|_| span.lane == Lane::Compute) {
                 kinds.entry(kind).or_default().push((span.end - span.start) * (1.0 / units));
             }
@@ -200,9 +200,10 @@ fn usual(mut times: Vec<Seconds>) -> Seconds {
 
 /// The share of a core that this rank gets while all compute.
 fn core_share<O: Operators>(operators: &O) -> f64 {
+    let product = large_product(operators);
     let (begin, busy) = (Instant::now(), Clock::Processor.now());
     while begin.elapsed().as_secs_f64() < CROWD.0 {
-        product(operators);
+        product();
     }
     ((Clock::Processor.now() - busy).0 / begin.elapsed().as_secs_f64()).min(1.0)
 }
@@ -246,21 +247,24 @@ fn kind_of(program: &Program, instruction: &Instruction) -> Option<(Work, f64)> 
 
 /// The best rate of several large products.
 fn peak<O: Operators>(operators: &O) -> FlopsPerSecond {
-    let times = (0..10).map(|_| product(operators).0);
+    let product = large_product(operators);
+    let times = (0..10).map(|_| product().0);
     let best = times.fold(f64::INFINITY, f64::min);
     Flops(2 * (WIDTH * WIDTH * WIDTH) as u64) / Seconds(best)
 }
 
-/// The time of a large product.
-fn product<O: Operators>(operators: &O) -> Seconds {
+/// What carries out a large product, on the same matrices each time, and tells how long that took.
+fn large_product<O: Operators>(operators: &O) -> impl Fn() -> Seconds {
     let dims = ProductDims { r: WIDTH, k: WIDTH, n: WIDTH };
     let matrix =
         |scale: f32| operators.upload((0..WIDTH * WIDTH).map(|i| scale * (i % 7) as f32).collect());
     let (x, w) = (matrix(0.5), matrix(0.25));
-    let start = Instant::now();
-    let y = operators.product(&x, Window { flat: &w, start: 0 }, dims);
-    operators.recycle(operators.download(y));
-    Seconds(start.elapsed().as_secs_f64())
+    move || {
+        let start = Instant::now();
+        let y = operators.product(&x, Window { flat: &w, start: 0 }, dims);
+        operators.recycle(operators.download(y));
+        Seconds(start.elapsed().as_secs_f64())
+    }
 }
 
 /// Time to copy one element of a large tensor.
@@ -335,13 +339,12 @@ impl Pair<'_> {
         let (sent, received) =
             if self.own == Rank(0) { (sending, receiving) } else { (receiving, sending) };
         let reducing = self.reduce()?;
-        let at_least_zero = |time: Seconds| Seconds(time.0.max(0.0));
-        let per_byte = |time: Seconds| at_least_zero(time * (1.0 / bytes.as_f64()));
+        let per_byte = |time: Seconds| (time * (1.0 / bytes.as_f64())).max(Seconds::ZERO);
         // A reduce-scatter of two ranks sends, receives and reduces half the buffer on each.
         let reduced = Seconds(2.0 * reducing.0 - sent.0 - received.0);
         Ok(LinkTimes {
-            latency: at_least_zero(latency),
-            transfer_cpu: at_least_zero(transfer_cpu),
+            latency: latency.max(Seconds::ZERO),
+            transfer_cpu: transfer_cpu.max(Seconds::ZERO),
             bandwidth,
             send_cpu: per_byte(sent),
             receive_cpu: per_byte(received),

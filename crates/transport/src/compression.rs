@@ -39,15 +39,6 @@ impl Compression {
         }
     }
 
-    /// What it is called in a job file.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Bf16 => "bf16",
-            Self::Int8 => "int8",
-        }
-    }
-
     /// How many words a chunk of so many elements takes.
     pub(crate) const fn words(self, elements: usize) -> usize {
         match self {
