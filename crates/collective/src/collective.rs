@@ -97,6 +97,12 @@ impl Collective {
         &self.algorithm
     }
 
+    /// Into how many pieces the buffer is cut that follow each other.
+    #[must_use]
+    pub fn pieces(&self) -> u32 {
+        self.pieces
+    }
+
     /// What the members agree on.
     #[must_use]
     pub fn contract(&self) -> Contract {

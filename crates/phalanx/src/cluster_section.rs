@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use cluster::{Cluster, Composition, Fragment, PerDomain, catalogue};
 use serde::{Deserialize, Serialize};
 
+use crate::choices::Collectives;
 use crate::device::DeviceName;
 
 /// The name of the machine at hand.
@@ -22,6 +23,10 @@ pub struct ClusterSection {
     pub threads_per_rank: u32,
     /// What local ranks compute on.
     pub device: DeviceName,
+    /// By which algorithms local ranks communicate: `rings`, which add in the same order in every run, or
+    /// `measured`: which are fastest is found out at the start, in a second, once per host and arrangement of ranks.
+    #[serde(skip_serializing_if = "is_default")]
+    pub collectives: Collectives,
     /// What described ranks compute on, by its catalogue name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accelerator: Option<String>,
@@ -61,6 +66,10 @@ fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
+fn is_default(collectives: &Collectives) -> bool {
+    *collectives == Collectives::default()
+}
+
 impl Default for ClusterSection {
     fn default() -> Self {
         Self {
@@ -68,6 +77,7 @@ impl Default for ClusterSection {
             accelerators: 1,
             threads_per_rank: 1,
             device: DeviceName::default(),
+            collectives: Collectives::default(),
             accelerator: None,
             node: None,
             fabric: None,
@@ -92,6 +102,10 @@ impl ClusterSection {
         if self.is_local() {
             return self.check_local();
         }
+        ensure!(
+            self.collectives == Collectives::default(),
+            "[cluster] collectives = \"measured\" is for this machine; on a described cluster they are what NCCL would choose"
+        );
         let Cluster { accelerators, name, .. } = self.described()?;
         if self.accelerators > accelerators {
             bail!(

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use cluster::Precision;
 use compute::{Optimizer, OuterOptimizer};
 use model::{
@@ -15,6 +15,7 @@ use train::{LearningRate, OnDivergence};
 use transport::Compression;
 use units::{Bytes, Seconds};
 
+use crate::choices::Collectives;
 pub use crate::cluster_section::ClusterSection;
 use crate::dashboards::MetricsSection;
 use crate::described::Costing;
@@ -384,6 +385,13 @@ impl Draft {
         training.complete()?;
         checkpoint.complete(training.steps)?;
         cluster.check()?;
+        if cluster.collectives == Collectives::Measured {
+            ensure!(run.measure, "[cluster] collectives = \"measured\" needs [run] measure = true");
+            ensure!(
+                training.compress.is_none(),
+                "[cluster] collectives = \"measured\" knows nothing of [training] compress; leave one out"
+            );
+        }
         let mut layout = file.layout;
         // What is trained here keeps rounded values in fp32 words; elsewhere they travel as two
         // bytes, and gradients are reduced in fp32, as Megatron-LM does unless told otherwise.

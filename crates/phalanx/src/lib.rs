@@ -6,6 +6,7 @@ mod carried;
 mod catalogue_command;
 mod chaos;
 mod checkpointing;
+mod choices;
 mod cluster_section;
 mod dashboards;
 mod described;

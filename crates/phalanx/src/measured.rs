@@ -52,6 +52,7 @@ impl Machine {
             update: measured.update,
             post_overhead: measured.link.map_or(Seconds::ZERO, |link| link.transfer_cpu),
             link: link(measured.link),
+            choices: measured.choices.clone(),
         };
         Self {
             model: model.clone(),

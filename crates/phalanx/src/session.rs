@@ -13,7 +13,7 @@ use compute::{Operators, Stage};
 use data::{Sampler, Tokenizer};
 use model::Counting;
 use plan::{Batch, Layout, lower, lower_evaluation, lower_outer};
-use program::Program;
+use program::{Choices, Program};
 use report::{Summary, perfetto, summary_table};
 use serde_json::{Value, json};
 use sim::World;
@@ -22,11 +22,13 @@ use train::{
     Batches, Device, Event, Outcome, Programs, Rehearsal, Replicas, Resumed, Safekeeping, Settings,
     StateSource, Worker,
 };
-use transport::Communicator;
+use transport::{Communicator, Group};
 use units::{Bytes, Rank, Seconds};
 
+use crate::SPEAKER;
 use crate::chaos::Chaos;
 use crate::checkpointing;
+use crate::choices::{self, Cache, Collectives};
 use crate::dashboards::Dashboards;
 use crate::elastic;
 use crate::figures::Figures;
@@ -124,6 +126,8 @@ pub struct Session<'a, O> {
     pub programs: Programs,
     /// This machine, once measured.
     pub machine: Option<Machine>,
+    /// By which algorithms collectives go, once that is known.
+    choices: Option<Choices>,
     /// Whether this rank talks to the user.
     pub speaks: bool,
     /// Whether rank 0 does.
@@ -151,6 +155,7 @@ impl<'a, O: Operators> Session<'a, O> {
             job: whole.clone(),
             programs: programs(whole)?,
             machine: None,
+            choices: None,
             speaks: false,
             talks,
             whole,
@@ -199,14 +204,21 @@ impl<'a, O: Operators> Session<'a, O> {
         }
     }
 
-    /// Measures the machine and, on rank 0, predicts the step.
-    pub fn measure(&mut self, communicator: Communicator) -> Result<Communicator> {
+    /// Measures the machine, but for what the run that is resumed, or an earlier one, has found out of collectives.
+    pub fn measure(
+        &mut self,
+        mut communicator: Communicator,
+        resume: Option<&Path>,
+    ) -> Result<Communicator> {
+        let cache = Cache::new(&self.job, &communicator);
+        let known = self.known_choices(&mut communicator, cache.as_ref(), resume)?;
         let baseline = self.baseline_program()?;
         let threads = self.job.cluster.threads_per_rank;
         let alone = self.batches.step(&baseline, Rank(0), 0)?;
         let own = self.batches.step(&self.programs.step, self.rank, 0)?;
         let (baseline, step) = ((&baseline, &alone[..]), (&self.programs.step, &own[..]));
-        let rehearsal = Rehearsal { baseline, step, threads: threads as usize };
+        let choices = known.as_ref();
+        let rehearsal = Rehearsal { baseline, step, threads: threads as usize, choices };
         let (measured, communicator) = train::measure(&self.device, rehearsal, communicator)?;
         let ranks = self.job.cluster.accelerators;
         let machine = Machine::new(&measured, &self.job.model, step.0.shape, ranks, threads);
@@ -224,7 +236,59 @@ impl<'a, O: Operators> Session<'a, O> {
             );
         }
         self.machine = Some(machine);
+        if known.is_some() {
+            self.keep_choices(measured.choices, cache.as_ref());
+        }
         Ok(communicator)
+    }
+
+    /// What rank 0 knows of which algorithms are fastest, if that counts.
+    fn known_choices(
+        &self,
+        communicator: &mut Communicator,
+        cache: Option<&Cache>,
+        resume: Option<&Path>,
+    ) -> Result<Option<Choices>> {
+        if self.job.cluster.collectives == Collectives::Rings {
+            return Ok(None);
+        }
+        let known = || resume.and_then(choices::of_run).or_else(|| cache.map(Cache::read));
+        let own = known().filter(|_| self.rank == Rank(0)).unwrap_or_default();
+        let (rank, world) = (self.rank, Group::world(communicator.ranks()));
+        let all = communicator
+            .all_gather_bytes(&world, &serde_json::to_vec(&own)?)
+            .map_err(|source| train::Error::Communication { rank, source })?;
+        Ok(Some(serde_json::from_slice(&all[0]).context("rank 0 speaks another language")?))
+    }
+
+    /// Goes by them, and lets later runs.
+    fn keep_choices(&mut self, choices: Choices, cache: Option<&Cache>) {
+        if self.speaks {
+            for line in choices::describe(&choices) {
+                println!("collectives    {line}");
+            }
+        }
+        if let Some(cache) = cache.filter(|_| self.rank == Rank(0))
+            && let Err(error) = cache.write(&choices)
+        {
+            eprintln!("{SPEAKER}the next run measures collectives again: {error}");
+        }
+        self.choices = Some(choices);
+    }
+
+    /// Every rank goes by what one of them knows; who takes the place of a lost rank does not.
+    fn agree_on_choices(&mut self, worker: &mut Worker<O>, kept: &Kept) -> Result<()> {
+        if self.job.cluster.collectives == Collectives::Rings {
+            return Ok(());
+        }
+        let own = self.choices.take().or_else(|| choices::of_run(&kept.path));
+        let all = self.gather(worker, &serde_json::to_string(&own)?)?;
+        let all: serde_json::Result<Vec<Option<Choices>>> =
+            all.iter().map(|json| serde_json::from_str(json)).collect();
+        let all = all.context("a rank speaks another language")?;
+        self.choices = all.into_iter().flatten().next();
+        worker.choose(self.choices.clone().unwrap_or_default());
+        Ok(())
     }
 
     /// Writes what was measured, on rank 0.
@@ -320,6 +384,7 @@ impl<'a, O: Operators> Session<'a, O> {
         }
         self.check_data(&mut worker)?;
         let attempt = self.agree_on_folder(&mut worker, kept)?;
+        self.agree_on_choices(&mut worker, kept)?;
         let mut happened = vec![];
         let number = meeting.as_ref().map_or(0, |meeting| meeting.generation);
         if let Some(Meeting { generation, furthest, losses, .. }) = meeting {

@@ -299,7 +299,7 @@ fn rank_on<O: Operators>(
         session.take_place(&communicator)?;
         session.introduce(bytes, documents, &sampler);
         if job.run.measure || measure_only.is_some() {
-            communicator = session.measure(communicator)?;
+            communicator = session.measure(communicator, resume)?;
         }
     }
     if let Some(path) = measure_only {

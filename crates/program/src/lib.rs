@@ -5,6 +5,7 @@
 //! [`Executor`]. Nothing here knows where or how fast a program runs.
 
 mod breakdown;
+mod choice;
 mod exchange;
 mod executor;
 mod instruction;
@@ -21,6 +22,7 @@ use model::{Block, Operator, Pass, Segment, Shape};
 use units::{Bytes, Flops, Rank};
 
 pub use breakdown::{Breakdown, Work};
+pub use choice::{Choice, Choices, Occasion};
 pub use exchange::{Due, Exchanges};
 pub use executor::{Executor, Next};
 pub use instruction::{Action, Buffer, Instruction, Piece, Ticket, Transfer, Value};

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use collective::{Chunks, Collective, Contract, Executor, Kind, Schedule, Step};
-use program::{Action, Axis, Mesh, Party, Ticket};
+use program::{Action, Axis, Choices, Mesh, Occasion, Party, Ticket, Transfer};
 use units::{Bytes, Rank};
 
 use crate::machine::Message;
@@ -58,7 +58,8 @@ struct Incoming {
 /// All transfers of a step. What follows from a call is left in the two queues.
 pub(crate) struct Exchange {
     mesh: Mesh,
-    scripts: BTreeMap<(Kind, u32), Rc<Script>>,
+    choices: Choices,
+    scripts: BTreeMap<Collective, Rc<Script>>,
     pair: Rc<Script>,
     posts: BTreeMap<(Group, Rank), u64>,
     known: BTreeMap<(Group, u64), usize>,
@@ -96,10 +97,6 @@ impl Script {
         };
         let contract = Contract::new(Kind::AllReduce, ranks, 1, 2);
         Self::new(Schedule { contract, steps: (0..ranks).map(steps).collect() })
-    }
-
-    fn collective(kind: Kind, ranks: u32) -> Self {
-        Self::new(Collective::ring(kind, ranks).schedule())
     }
 }
 
@@ -173,9 +170,10 @@ impl Operation {
 }
 
 impl Exchange {
-    pub(crate) fn new(mesh: Mesh) -> Self {
+    pub(crate) fn new(mesh: Mesh, choices: Choices) -> Self {
         Self {
             mesh,
+            choices,
             scripts: BTreeMap::new(),
             pair: Rc::new(Script::pair()),
             posts: BTreeMap::new(),
@@ -256,7 +254,7 @@ impl Exchange {
         if let Some(operation) = self.known.get(&key) {
             return *operation;
         }
-        let script = self.script(party.transfer.action, ranks.len() as u32);
+        let script = self.script(&party.transfer, ranks.len() as u32);
         self.operations.push(Operation {
             members: ranks.iter().map(|_| Member::default()).collect(),
             script,
@@ -267,13 +265,15 @@ impl Exchange {
         self.operations.len() - 1
     }
 
-    fn script(&mut self, action: Action, ranks: u32) -> Rc<Script> {
-        let kind = match action {
+    fn script(&mut self, transfer: &Transfer, ranks: u32) -> Rc<Script> {
+        let kind = match transfer.action {
             Action::Collective(kind) => kind,
             Action::Shift => return Rc::new(Script::shift(ranks)),
             Action::Send { .. } | Action::Receive { .. } => return Rc::clone(&self.pair),
         };
-        let new = || Rc::new(Script::collective(kind, ranks));
-        Rc::clone(self.scripts.entry((kind, ranks)).or_insert_with(new))
+        let chosen = Occasion::of(transfer, ranks).and_then(|of| self.choices.collective(of));
+        let collective = chosen.unwrap_or_else(|| Collective::ring(kind, ranks));
+        let new = |collective: &Collective| Rc::new(Script::new(collective.schedule()));
+        Rc::clone(self.scripts.entry(collective).or_insert_with_key(new))
     }
 }

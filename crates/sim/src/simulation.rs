@@ -46,7 +46,7 @@ impl<'p, M: Machine> Simulation<'p, M> {
             program,
             times: program.classes.iter().map(times).collect::<Result<_, _>>()?,
             machine,
-            exchange: Exchange::new(program.mesh),
+            exchange: Exchange::new(program.mesh, profile.choices.clone()),
             ranks: (0..program.mesh.ranks()).map(Rank).map(rank).collect(),
             spans: Vec::new(),
         })

@@ -1,11 +1,11 @@
 use std::collections::BTreeMap;
 
 use cluster::{Precision, catalogue};
-use collective::{Collective, Kind};
+use collective::{Algorithm, Collective, Kind};
 use model::{Block, Operator, Pass, Segment, Shape};
 use program::{
-    Action, Axis, Buffer, Instruction, Lane, Mesh, Piece, Program, Span, Ticket, Trace, Transfer,
-    Value,
+    Action, Axis, Buffer, Choice, Choices, Instruction, Lane, Mesh, Occasion, Piece, Program, Span,
+    Ticket, Trace, Transfer, Value,
 };
 use units::{Bytes, BytesPerSecond, Rank, Seconds};
 
@@ -115,6 +115,7 @@ fn profile(cores: u32, ranks_per_host: u32) -> Profile {
             receive_cpu: Seconds::ZERO,
             reduce_cpu: Seconds::ZERO,
         },
+        choices: Choices::default(),
     }
 }
 
@@ -208,6 +209,25 @@ fn a_ring_takes_its_rounds_times_latency_and_a_chunk() {
             close(trace.duration().0, f64::from(cost.rounds) * (1.0 + 40.0 / 10.0));
         }
     }
+}
+
+#[test]
+fn a_collective_goes_by_the_algorithm_that_was_chosen() {
+    let (kind, axis) = (Kind::AllReduce, Axis::Data);
+    let list = vec![post(0, axis, Action::Collective(kind), 64), wait(0)];
+    let program = program(mesh(4, 1), vec![list]);
+    let World::Profile(mut profile) = slow(4) else { unreachable!() };
+    let choice = Choice {
+        occasion: Occasion { axis, kind, ranks: 4, elements: 64 },
+        algorithm: Algorithm::HalvingDoubling,
+        pieces: 1,
+        time: Seconds::ZERO,
+        otherwise: Seconds::ZERO,
+    };
+    profile.choices = Choices(vec![choice]);
+    let trace = simulate(&program, &World::Profile(profile)).unwrap();
+    // Half of the 256 bytes, a quarter, and both once more.
+    close(trace.duration().0, 4.0 + 2.0 * (12.8 + 6.4));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use collective::Kind;
 use model::{Operator, Pass, Segment};
-use program::{Action, Instruction, Program, Transfer};
+use program::{Action, Choices, Instruction, Program, Transfer};
 use serde::{Deserialize, Serialize};
 use units::{BytesPerSecond, Seconds};
 
@@ -46,6 +46,9 @@ pub struct Profile {
     pub copy: Seconds,
     /// How messages travel between ranks.
     pub link: MeasuredLink,
+    /// By which algorithms collectives are carried out; by rings where none was chosen.
+    #[serde(default)]
+    pub choices: Choices,
 }
 
 /// What a segment takes in one pass.

@@ -6,6 +6,7 @@
 
 mod agreement;
 mod batches;
+mod choose;
 pub mod control;
 mod copies;
 mod error;

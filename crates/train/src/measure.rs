@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use collective::{Collective, Kind};
 use compute::{Microbatch, Operators, ProductDims, Stage, Window};
 use model::{Block, Operator, Pass, Segment};
-use program::{Axis, Instruction, Lane, Program};
+use program::{Axis, Choices, Instruction, Lane, Program};
 use rustix::time::ClockId;
 use serde::{Deserialize, Serialize};
 use transport::{Action as Link, Communicator, Group, InProcess, Limits, Operation};
 use units::{Bytes, BytesPerSecond, Flops, FlopsPerSecond, Rank, Seconds};
 
 use crate::Error;
+use crate::choose::choose;
 use crate::worker::{Clock, Device, Worker, seconds};
 
 /// How long each of the two timed phases goes on at least, and its least number of steps.
@@ -53,6 +54,8 @@ pub struct Measurements {
     pub copy: Seconds,
     /// Between two processes; `None` with one rank.
     pub link: Option<LinkTimes>,
+    /// By which algorithms collectives are fastest; none where that was not asked.
+    pub choices: Choices,
 }
 
 /// What a message costs between two processes of this host.
@@ -82,6 +85,8 @@ pub struct Rehearsal<'a> {
     pub step: (&'a Program, &'a [Microbatch]),
     /// Threads that a rank computes with.
     pub threads: usize,
+    /// What is known of which algorithms are fastest, the same on all ranks, if that is to be found out.
+    pub choices: Option<&'a Choices>,
 }
 
 /// Measures this machine with the model at hand; every rank of the job calls it.
@@ -109,6 +114,12 @@ pub fn measure<O: Operators>(
     let mut times = rehearse(&mut worker, rehearsal.step, clock)?;
     let mut communicator = worker.into_communicator();
     let link = link(&mut communicator, &world).map_err(failed)?;
+    let choices = match rehearsal.choices {
+        Some(known) => {
+            choose(&mut communicator, rehearsal.step.0, known.clone()).map_err(failed)?
+        }
+        None => Choices::default(),
+    };
     let own = Measurements {
         baseline_step: Seconds::median(alone),
         baseline_tokens: rehearsal.baseline.0.global_tokens(),
@@ -119,6 +130,7 @@ pub fn measure<O: Operators>(
         copy,
         segments: times.into_iter().filter_map(of_segment).collect(),
         link,
+        choices,
     };
     let measured = share(&mut communicator, &world, &own).map_err(failed)?;
     Ok((measured, communicator))

@@ -15,7 +15,7 @@ use compute::{Cpu, Operators, Optimizer, OuterOptimizer, Precision, Stage};
 use data::{Sampler, Sampling, Source, TokenFile, TokenizerSource};
 use model::{Block, Config, LatentAttention, Llama3Scaling, Rotary};
 use plan::{Batch, Layout, Schedule, Shard, lower, lower_evaluation, lower_outer};
-use program::Mesh;
+use program::{Choices, Mesh, Program};
 use tempfile::TempDir;
 use transport::{
     Apart, Communicator, Compression, InProcess, Limits, Rendezvous, Secret, Transport,
@@ -137,6 +137,8 @@ struct Job {
     outer: OuterOptimizer,
     /// How gradients travel between hosts.
     compress: Option<Compression>,
+    /// By which algorithms collectives go.
+    choices: fn(&Program) -> Choices,
 }
 
 impl Job {
@@ -151,6 +153,7 @@ impl Job {
             spike: 0.0,
             outer: OuterOptimizer::default(),
             compress: None,
+            choices: |_| Choices::default(),
         }
     }
 
@@ -236,6 +239,7 @@ fn run_rank(
         Ok::<(), Infallible>(())
     });
     let mut worker = worker.compressing(job.compress);
+    worker.choose((job.choices)(&programs.step));
     let mut view =
         View { steps: Vec::new(), evaluations: Vec::new(), live: [0; 3], held: Vec::new() };
     let mut settings = job.settings();

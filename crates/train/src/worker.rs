@@ -8,7 +8,8 @@ use collective::{Collective, Kind, Part, Placement};
 use compute::{Microbatch, Operators, Optimizer, Stage, StageSpec};
 use model::{Block, Config};
 use program::{
-    Action, Axis, Buffer, Executor, Instruction, Lane, Mesh, Next, Program, Span, Transfer,
+    Action, Axis, Buffer, Choices, Executor, Instruction, Lane, Mesh, Next, Occasion, Program,
+    Span, Transfer,
 };
 use rustix::time::{ClockId, clock_gettime};
 use transport::{Communicator, Completed, Compression, Group, Operation};
@@ -79,7 +80,8 @@ pub struct Worker<O: Operators> {
     stage: Stage<O>,
     communicator: Communicator,
     groups: BTreeMap<Axis, Group>,
-    parts: BTreeMap<(Axis, Kind), Arc<Part>>,
+    parts: BTreeMap<(Axis, Kind, u64), Arc<Part>>,
+    choices: Choices,
     compression: Option<Compression>,
 }
 
@@ -99,14 +101,19 @@ impl<O: Operators> Worker<O> {
         let Device { operators, config, optimizer } = device;
         let stage = Stage::new(operators, config, spec, optimizer, initial)?;
         let groups = groups(&program.mesh, rank);
-        let (parts, compression) = (BTreeMap::new(), None);
-        Ok(Self { rank, stage, communicator, groups, parts, compression })
+        let (parts, choices, compression) = (BTreeMap::new(), Choices::default(), None);
+        Ok(Self { rank, stage, communicator, groups, parts, choices, compression })
     }
 
     /// Has gradients, and what groups that train apart tell each other, compressed between hosts.
     #[must_use]
     pub fn compressing(self, compression: Option<Compression>) -> Self {
         Self { compression, ..self }
+    }
+
+    /// Carries out collectives as chosen; all ranks make the same choices, before the first step.
+    pub fn choose(&mut self, choices: Choices) {
+        self.choices = choices;
     }
 
     /// Which rank.
@@ -209,7 +216,7 @@ impl<O: Operators> Worker<O> {
         let action = match transfer.action {
             Action::Collective(Kind::AllToAll) => {
                 // Direct, so that a rank knows the size of all that passes through it.
-                let part = self.parts.entry((transfer.axis, Kind::AllToAll));
+                let part = self.parts.entry((transfer.axis, Kind::AllToAll, 0));
                 let direct = || Arc::new(Collective::direct(Kind::AllToAll, ranks).part(member));
                 let part = Arc::clone(part.or_insert_with(direct));
                 let rows = |from, to| self.stage.exchanged(transfer, from, to);
@@ -222,9 +229,15 @@ impl<O: Operators> Worker<O> {
                 return Ok((Posted::AllToAll(under, placement), elements));
             }
             Action::Collective(kind) => {
-                let fitting = || self.communicator.fitting(kind, &group).part(member);
-                let part = self.parts.entry((transfer.axis, kind));
-                let part = Arc::clone(part.or_insert_with(|| Arc::new(fitting())));
+                let occasion = Occasion::of(transfer, ranks);
+                let new = || {
+                    let chosen = occasion.and_then(|occasion| self.choices.collective(occasion));
+                    let fitting = || self.communicator.fitting(kind, &group);
+                    Arc::new(chosen.unwrap_or_else(fitting).part(member))
+                };
+                let size = occasion.map_or(0, |occasion| occasion.elements);
+                let part = self.parts.entry((transfer.axis, kind, size));
+                let part = Arc::clone(part.or_insert_with(new));
                 match self.compression.filter(|_| sums_gradients(transfer, kind)) {
                     Some(compression) => transport::Action::Compressed { part, compression },
                     None => transport::Action::Collective(part),
@@ -361,7 +374,7 @@ fn sums_gradients(transfer: &Transfer, kind: Kind) -> bool {
 }
 
 /// The group of `rank` along every axis, numbered so that no two groups of a job are the same.
-fn groups(mesh: &Mesh, rank: Rank) -> BTreeMap<Axis, Group> {
+pub(crate) fn groups(mesh: &Mesh, rank: Rank) -> BTreeMap<Axis, Group> {
     Axis::ALL
         .into_iter()
         .zip(1u64..)

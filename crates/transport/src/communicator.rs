@@ -174,6 +174,12 @@ impl Communicator {
         self.ranks
     }
 
+    /// On which host every rank is, by number.
+    #[must_use]
+    pub fn hosts(&self) -> &[u32] {
+        &self.hosts
+    }
+
     /// A collective that the ranks of a group carry out fast where they are: inside hosts first where
     /// several are on each, so that the least goes between hosts.
     ///

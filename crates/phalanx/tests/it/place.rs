@@ -127,6 +127,8 @@ impl Place {
         command.args(arguments).current_dir(self.0.path()).stdin(Stdio::null());
         // Where ranks that are started by hand find their secret.
         command.env("XDG_CONFIG_HOME", self.path("config"));
+        // Where it keeps what it has found out about the machine.
+        command.env("XDG_CACHE_HOME", self.path("cache"));
         VARIABLES.iter().for_each(|variable| {
             command.env_remove(variable);
         });

@@ -56,6 +56,46 @@ fn a_run_leaves_its_record() {
 }
 
 #[test]
+fn algorithms_are_measured_once_and_stay_with_the_run() {
+    let place = Place::new();
+    let job = over(2, "shard = \"parameters\"").replace("measure = false", "measure = true");
+    let job = job.replace("[cluster]\n", "[cluster]\ncollectives = \"measured\"\n");
+    place.write("job.toml", job.replace("steps = 20", "steps = 4"));
+    place.succeed(&["train", "job.toml"]);
+    let choices =
+        |run: &str| place.json(&format!("{run}/machine.json"))["profile"]["choices"].clone();
+    let first = choices(RUN);
+    let kinds: Vec<_> = first.as_array().unwrap().iter().map(|of| of["kind"].clone()).collect();
+    for kind in ["all-gather", "reduce-scatter"] {
+        assert!(kinds.contains(&kind.into()), "{first}");
+    }
+    // Another run on this host knows them, a run that goes on has its own.
+    place.succeed(&["train", "job.toml"]);
+    assert_eq!(choices("runs/job-002"), first);
+    assert_eq!(place.losses("runs/job-002", "step"), place.losses(RUN, "step"));
+    place.write("cache/phalanx/collectives.json", "lost");
+    place.succeed(&["train", "job.toml", "--resume", RUN, "--set", "training.steps=6"]);
+    assert_eq!(choices("runs/job-003"), first);
+}
+
+#[test]
+fn algorithms_are_measured_only_where_ranks_are() {
+    let place = Place::new();
+    place.write("job.toml", over(2, ""));
+    let cases = [
+        (&["cluster.name=dgx-h100-quantum2"][..], "on a described cluster"),
+        (&["run.measure=false"], "needs [run] measure = true"),
+        (&["run.measure=true", "training.compress=int8"], "knows nothing of [training] compress"),
+    ];
+    for (settings, reason) in cases {
+        let mut arguments = vec!["train", "job.toml", "--set", "cluster.collectives=measured"];
+        settings.iter().for_each(|setting| arguments.extend(["--set", setting]));
+        let answer = place.run(&arguments);
+        assert!(answer.code == Some(2) && answer.stderr.contains(reason), "{}", answer.stderr);
+    }
+}
+
+#[test]
 fn a_run_leaves_a_model_that_reads_back() {
     let (place, _) = &*MEASURED;
     let folder = place.path("runs/job-001/model");

@@ -1,6 +1,11 @@
 //! Products of axes: each trains the same as one rank, to rounding, and the same as itself to the bit.
 
+use std::collections::BTreeSet;
+
+use collective::{Algorithm, Kind};
 use plan::{ContextExchange, TensorOverlap};
+use program::{Choice, Occasion};
+use units::Seconds;
 
 use super::*;
 
@@ -118,6 +123,35 @@ fn bf16_stays_close_to_one_rank() {
     assert!(worst <= BF16_TOLERANCE, "{worst}");
 }
 
+/// No ring anywhere.
+fn no_rings(program: &Program) -> Choices {
+    let choice = |occasion: Occasion| Choice {
+        occasion,
+        algorithm: match occasion.kind {
+            Kind::AllReduce => Algorithm::DoubleTree,
+            Kind::ReduceScatter => Algorithm::HalvingDoubling,
+            _ => Algorithm::Direct,
+        },
+        pieces: if occasion.kind == Kind::AllReduce { 3 } else { 1 },
+        time: Seconds::ZERO,
+        otherwise: Seconds::ZERO,
+    };
+    Choices(Occasion::all(program).into_iter().map(choice).collect())
+}
+
+#[test]
+fn any_algorithm_trains_as_one_rank_does() {
+    let job = Job { choices: no_rings, ..job(false) };
+    let meshes = [Mesh { data: 4, ..Mesh::ONE }, Mesh { tensor: 4, pipeline: 2, ..Mesh::ONE }];
+    let layouts: Vec<_> = meshes.into_iter().zip([Shard::Parameters, Shard::Gradients]).collect();
+    let layouts = layouts.into_iter().map(|(mesh, shard)| Layout { shard, ..cell(mesh) });
+    hold(&job, layouts.clone());
+    for layout in layouts {
+        let rings = Job { choices: |_| Choices::default(), ..job.clone() };
+        assert!(train(&job, &layout) != train(&rings, &layout), "rings add in another order");
+    }
+}
+
 #[test]
 fn what_ranks_do_is_timed_piece_by_piece() {
     let job = job(false);
@@ -131,6 +165,8 @@ fn what_ranks_do_is_timed_piece_by_piece() {
     let step = lower(&job.config, &layout, &job.batch).unwrap();
     let alone = lower(&job.config, &job.reference(), &job.batch).unwrap();
     let (alone, step, job) = (&alone, &step, &job);
+    let occasions = Occasion::all(step);
+    let known = &Choices(no_rings(step).0.split_off(occasions.len() / 2));
     let measured: Vec<Measurements> = thread::scope(|scope| {
         let rank = |transport: Box<dyn Transport>| {
             let communicator = Communicator::new(transport, Limits::default()).unwrap();
@@ -139,7 +175,9 @@ fn what_ranks_do_is_timed_piece_by_piece() {
             let batches = batches(job.batch);
             let of = |program, rank| batches.step(program, rank, 0).unwrap();
             let (one, own) = (of(alone, Rank(0)), of(step, communicator.rank()));
-            let rehearsal = Rehearsal { baseline: (alone, &one), step: (step, &own), threads: 1 };
+            let (baseline, step) = ((alone, &one[..]), (step, &own[..]));
+            let choices = Some(known);
+            let rehearsal = Rehearsal { baseline, step, threads: 1, choices };
             measure(&device, rehearsal, communicator).unwrap().0
         };
         let ranks = in_process(mesh.ranks());
@@ -148,6 +186,10 @@ fn what_ranks_do_is_timed_piece_by_piece() {
     });
     let times = |of: &Measurements| of.segments.clone();
     assert!(measured.iter().all(|of| times(of) == times(&measured[0])), "all ranks agree");
+    let chosen = &measured[0].choices;
+    assert!(measured.iter().all(|of| of.choices == *chosen), "all ranks choose alike");
+    assert!(known.0.iter().all(|choice| chosen.0.contains(choice)), "what is known stays");
+    assert!(chosen.0.iter().map(|choice| choice.occasion).collect::<BTreeSet<_>>() == occasions);
     for list in &step.classes {
         for instruction in list {
             let program::Instruction::Compute { segment, pass, piece, .. } = *instruction else {
