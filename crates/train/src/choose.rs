@@ -117,12 +117,16 @@ impl Trial {
 /// What may be fastest: no algorithm that has a rank keep much more than its own buffer.
 fn candidates(fitting: Collective, occasion: Occasion) -> Vec<Collective> {
     let Occasion { kind, ranks, elements, .. } = occasion;
-    let mut algorithms = vec![Algorithm::HalvingDoubling];
-    if kind == Kind::AllReduce {
-        algorithms.push(Algorithm::DoubleTree);
-    }
-    if kind == Kind::AllGather || 4 * elements <= SMALL_BYTES {
-        algorithms.push(Algorithm::Direct);
+    let mut algorithms = Vec::new();
+    // Two ranks exchange halves, whatever that is called.
+    if ranks > 2 {
+        algorithms.push(Algorithm::HalvingDoubling);
+        if kind == Kind::AllReduce {
+            algorithms.push(Algorithm::DoubleTree);
+        }
+        if kind == Kind::AllGather || 4 * elements <= SMALL_BYTES {
+            algorithms.push(Algorithm::Direct);
+        }
     }
     let others = algorithms.into_iter().filter_map(|of| Collective::new(kind, of, ranks).ok());
     let whole: Vec<_> = std::iter::once(fitting).chain(others).collect();
@@ -167,7 +171,7 @@ mod tests {
             ["ring in 1", "halving-doubling in 1", "double-tree in 1", "direct in 1"]
         );
         assert_eq!(
-            names(Kind::AllReduce, 2, 1 << 18),
+            names(Kind::AllReduce, 3, 3 << 17),
             [
                 "ring in 1",
                 "halving-doubling in 1",
@@ -177,7 +181,8 @@ mod tests {
                 "double-tree in 2"
             ]
         );
-        assert_eq!(names(Kind::ReduceScatter, 2, 1 << 22), ["ring in 1", "halving-doubling in 1"]);
+        assert_eq!(names(Kind::AllReduce, 2, 1 << 18), ["ring in 1", "ring in 2"]);
+        assert_eq!(names(Kind::ReduceScatter, 3, 1 << 22), ["ring in 1", "halving-doubling in 1"]);
         assert_eq!(
             names(Kind::AllGather, 3, 1 << 22).last().map(String::as_str),
             Some("direct in 1")
