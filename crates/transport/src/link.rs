@@ -19,6 +19,9 @@ pub(crate) const WINDOW_BEATS: u32 = 10;
 /// The smallest frame that counts: smaller ones tell of latency, and of what else the ranks do.
 const FRAME: Bytes = Bytes(64 << 10);
 
+/// What is faster tells of the core that a thread had or waited for, not of the link.
+const LEAST: Seconds = Seconds(100e-6);
+
 /// How many frames must have gone over a link for it to be judged, and how many are looked at.
 const FRAMES: std::ops::RangeInclusive<usize> = 8..=256;
 
@@ -58,8 +61,8 @@ impl Gauge {
     /// Counts a frame that could move since then.
     pub(crate) fn count(&mut self, bytes: u64, since: Instant) {
         if bytes >= FRAME.0 && self.rates.len() < *FRAMES.end() {
-            let time = Seconds(since.elapsed().as_secs_f64().max(1e-9));
-            self.rates.push(Bytes(bytes) / time);
+            let time = Seconds(since.elapsed().as_secs_f64());
+            self.rates.push(Bytes(bytes) / time.max(LEAST));
         }
     }
 
@@ -116,5 +119,7 @@ mod tests {
         gauge.count(FRAME.0, now);
         assert!(gauge.read().is_some_and(|rate| rate.0 > 0.0));
         assert_eq!(gauge.read(), None, "read before");
+        (0..8).for_each(|_| gauge.count(FRAME.0, Instant::now()));
+        assert!(gauge.read().is_some_and(|rate| rate <= FRAME / LEAST), "as fast as can be told");
     }
 }

@@ -639,12 +639,13 @@ fn a_silent_rank_is_named_with_what_the_others_do(make: MakeMesh) {
     drop(stopped);
 }
 
-/// Between ranks 1 and 2 of a ring a hundredth of what the others have; both name it, and nobody names another.
+/// Between ranks 1 and 2 of a ring frames take a third of a second, which on the others they do not even where threads
+/// wait for a core; both name the link, and nobody names another.
 #[test]
 fn a_slow_link_is_named_at_both_ends() {
     let throttle = |end: Box<dyn Transport>| -> Box<dyn Transport> {
         match end.rank() {
-            Rank(1) => Box::new(mesh::Throttled::new(end, Rank(2), 8e6)),
+            Rank(1) => Box::new(mesh::Throttled::new(end, Rank(2), 1.5e6)),
             _ => end,
         }
     };
@@ -653,7 +654,7 @@ fn a_slow_link_is_named_at_both_ends() {
     let found = run(mesh, lively(Duration::from_secs(60)), |mut communicator| {
         let (told, live) = mpsc::channel();
         communicator.watch_links(move |link| told.send(link.to_string()).unwrap());
-        for _ in 0..4 {
+        for _ in 0..2 {
             let ring = Collective::ring(Kind::AllReduce, 4);
             let action = Action::Collective(Arc::new(ring.part(communicator.rank().0)));
             let ticket = post(&mut communicator, &all(4), action, vec![1.0; 1 << 19], "gradients");
