@@ -26,6 +26,9 @@ MOVES, ERROR = 0.5, 0.02
 LIMITS = {"product_wide": 0.87, "product_eight": 0.87, "product_four": 0.87, "grouped": 1.0, "attention_forward": 0.75,
           "attention_backward": 0.65, "memory": 0.95, "power": 1.0, "elementwise": 2.5, "expert_exposed": 1.0, "domain": 1.0, "fabric": 1.0, "tensor_exposed": 1.0,
           "step": 0.02}
+# Who casts an operand writes it in eight bits, twice where it is kept transposed as well, though it may have been at
+# hand: no less than half of what reading and writing it once takes.
+LEAST = {"cast": 0.5}
 
 
 def number(value):
@@ -149,7 +152,7 @@ def fit(group):
 
     # Shares of what the hardware can do stay below it, and above what the group says.
     above = np.array([math.log(LIMITS[key]) if key in LIMITS else 10.0 for key in free])
-    least = group.get("least", {})
+    least = LEAST | group.get("least", {})
     below = np.array([math.log(least[key]) if key in least else -30.0 for key in free])
     start = np.clip(start, below + 0.01, above - 0.01)
     found = least_squares(lambda x: residuals([x])[0], start, jacobian, bounds=(below, above), loss="soft_l1",

@@ -101,14 +101,14 @@ impl Lowering<'_> {
             if index > 0 {
                 self.settle(buffer);
             }
-            let elements = self.elements(buffer).div_ceil(u64::from(piece.of));
+            let elements = self.elements(buffer, *axis).div_ceil(u64::from(piece.of));
             let ticket = self.post_piece(*action, *axis, (buffer, piece), elements);
             self.moving.entry(buffer).or_default().push(ticket);
         }
     }
 
-    /// Elements of the whole buffer, over the ranks of the group that exchanges it.
-    fn elements(&self, buffer: Buffer) -> u64 {
+    /// Elements of the whole buffer, over the ranks of the group along this axis that exchanges it.
+    fn elements(&self, buffer: Buffer, axis: Axis) -> u64 {
         let (shape, config) = (&self.common.shape, self.config);
         let (Buffer::Activation { value, .. } | Buffer::ActivationGradient { value, .. }) = buffer
         else {
@@ -123,10 +123,12 @@ impl Lowering<'_> {
             Value::LogSums(_) => 3 * shape.tensor * shape.product_tokens(),
             // The loads of all experts, of every rank.
             Value::Routes(_) => shape.expert * config.experts.map_or(0, |experts| experts.count),
-            // Where loads are even; each rank finds out what it has to send and receive.
+            // Where loads are even; each rank finds out what it has to send and receive. Ranks that split each
+            // expert gather what each of them was sent.
             Value::Dispatched(_) | Value::Expertise(_) => {
                 let per_token = config.experts.map_or(0, |experts| experts.per_token);
-                shape.expert_rows(per_token) * config.hidden
+                let parts = if axis == Axis::Expert { shape.expert_tensor } else { 1 };
+                shape.expert_rows(per_token) / parts * config.hidden
             }
             _ => shape.product_tokens() * config.hidden,
         }
@@ -172,7 +174,7 @@ impl Lowering<'_> {
             return vec![None; of.into()];
         };
         let buffer = work.value(value);
-        let elements = self.elements(buffer).div_ceil(u64::from(of));
+        let elements = self.elements(buffer, axis).div_ceil(u64::from(of));
         all_pieces(of)
             .map(|piece| Some(self.post_piece(action, axis, (buffer, piece), elements)))
             .collect()
@@ -184,7 +186,7 @@ impl Lowering<'_> {
         let keys = Value::KeyValues(work.layer);
         let backward = !matches!(pass, Pass::Forward | Pass::Recompute);
         let of = pieces(self.layout, work.segment);
-        let elements = self.elements(work.value(keys)) / u64::from(of);
+        let elements = self.elements(work.value(keys), Axis::Context) / u64::from(of);
         let mut coming = None;
         let mut homeward = None;
         for piece in all_pieces(of) {
@@ -279,7 +281,7 @@ impl Lowering<'_> {
         let gathers: Vec<_> = match exchanges.before_backward(work.segment) {
             None => vec![None; of.into()],
             Some((action, axis)) => {
-                let elements = self.elements(output).div_ceil(u64::from(of));
+                let elements = self.elements(output, axis).div_ceil(u64::from(of));
                 all_pieces(of)
                     .map(|piece| Some(self.post_piece(action, axis, (output, piece), elements)))
                     .collect()

@@ -3,7 +3,7 @@
 use model::{
     Activation, AttentionKernel, Block, Experts, Norm, Pass, Positions, Segment, catalogue,
 };
-use program::{Axis, Instruction, Mesh, Program, Transfer};
+use program::{Axis, Buffer, Instruction, Mesh, Program, Transfer, Value};
 
 use super::config;
 use crate::schedule::turns;
@@ -155,6 +155,32 @@ fn experts_go_where_their_tokens_are_sent() {
             proved(&config, &layout, &batch(&mesh, 2));
         }
     });
+}
+
+#[test]
+fn ranks_that_split_an_expert_are_sent_a_part_each_and_gather_it() {
+    let config = model::Config { experts: Some(Experts::new(8, 2, 8)), ..config(2, false) };
+    let exchanged = |expert_tensor| {
+        let mesh = Mesh { tensor: 2, data: 4, expert: 4, expert_tensor, ..Mesh::ONE };
+        let layout = Layout { sequence_parallel: true, ..Layout::new(mesh, 1, Shard::None) };
+        let program = proved(&config, &layout, &batch(&mesh, 1));
+        let elements = |axis| {
+            let posts = program.classes[0].iter().filter_map(|instruction| match instruction {
+                Instruction::Post { transfer, .. } => Some(transfer),
+                _ => None,
+            });
+            let of_experts = |transfer: &&Transfer| match transfer.buffer {
+                Buffer::Activation { value, .. } => matches!(value, Value::Dispatched(_)),
+                _ => false,
+            };
+            let mut posts = posts.filter(of_experts).filter(|transfer| transfer.axis == axis);
+            posts.next().map(|transfer| transfer.elements)
+        };
+        (elements(Axis::Expert).unwrap(), elements(Axis::Tensor))
+    };
+    let (whole, none) = exchanged(1);
+    assert_eq!(none, None);
+    assert_eq!(exchanged(2), (whole, Some(2 * whole)));
 }
 
 #[test]

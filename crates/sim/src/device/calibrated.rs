@@ -3,7 +3,7 @@
 use cluster::{Cluster, Precision};
 use collective::Kind;
 use model::{Operator, Pass, Segment};
-use program::{Axis, Buffer, Instruction, Program, Transfer};
+use program::{Axis, Buffer, Instruction, Program, Transfer, Value};
 use units::{Bytes, Rank, Seconds};
 
 use super::kernels::{Direction, Manner};
@@ -96,7 +96,9 @@ impl Calibrated<'_> {
     fn exposed(&self, program: &Program, class: usize, of: &Transfer) -> f64 {
         let traffic = &self.calibration.traffic;
         match of.axis {
-            Axis::Tensor if self.habits.tensor_overlap => traffic.tensor_exposed,
+            Axis::Tensor if self.habits.tensor_overlap && !is_of_experts(of.buffer) => {
+                traffic.tensor_exposed
+            }
             Axis::Expert if self.habits.expert_overlap => {
                 let unpaired = program.classes.get(class).map_or(0.0, |list| unpaired(list));
                 unpaired + (1.0 - unpaired) * traffic.expert_exposed
@@ -156,6 +158,16 @@ impl Costs for Calibrated<'_> {
             cost.wire[Resource::Nic as usize] * (exposed * outside / traffic.fabric);
         cost.compute_slowdown = traffic.slowdown;
         Ok(cost)
+    }
+}
+
+/// Whether ranks that split each expert gather or add up a buffer: no product is cut to hide that.
+fn is_of_experts(buffer: Buffer) -> bool {
+    match buffer {
+        Buffer::Activation { value, .. } | Buffer::ActivationGradient { value, .. } => {
+            matches!(value, Value::Dispatched(_) | Value::Expertise(_))
+        }
+        _ => false,
     }
 }
 
