@@ -245,7 +245,7 @@ fn whoever_stands_by_takes_over_and_no_step_is_done_again() {
     let endless = over(4, LAYOUT).replace("steps = 20", "steps = 100000000\nevaluate_every = 1");
     place.write("job.toml", endless + "\n[recovery]\nregister = \"register\"\n");
     let (mut launcher, mut lines) = start(&place, &["train", "job.toml"]);
-    assert!(lines.by_ref().any(|line| line.contains("held-out loss")));
+    await_line(&mut lines, "held-out loss");
     let twice = place.run(&["train", "job.toml"]);
     assert!(
         twice.stderr.contains("register: somebody coordinates a run there, in term 0"),
@@ -253,13 +253,13 @@ fn whoever_stands_by_takes_over_and_no_step_is_done_again() {
         twice.stderr
     );
     let (standby, mut said) = start(&place, &["train", "job.toml", "--standby"]);
-    assert!(said.by_ref().any(|line| line.contains("the coordinator of term 0 is there")));
+    await_line(&mut said, "the coordinator of term 0 is there");
     kill_process(Pid::from_child(&launcher), Signal::KILL).unwrap();
     launcher.wait().unwrap();
-    assert!(said.by_ref().any(|line| line.contains("took over      as the coordinator of term 1")));
+    await_line(&mut said, "took over      as the coordinator of term 1");
     // What the lost launcher started is the new one's to replace, and to stop.
     kill_process(process_of(&place, 2).unwrap(), Signal::KILL).unwrap();
-    assert!(lines.by_ref().any(|line| line.contains("recovered from memory")));
+    await_line(&mut lines, "recovered from memory");
     kill_process(Pid::from_child(&standby), Signal::TERM).unwrap();
     lines.for_each(drop);
     let answer = Answer::new(standby.wait_with_output().unwrap(), &place);
@@ -269,6 +269,19 @@ fn whoever_stands_by_takes_over_and_no_step_is_done_again() {
     let again = steps.windows(2).filter(|pair| pair[1] != pair[0] + 1).count();
     assert!(again <= 1, "one loss: {steps:?}");
     assert_eq!(place.metrics("runs/job-001", "recovered").len(), 1);
+}
+
+/// Reads until a line says so.
+fn await_line(lines: &mut impl Iterator<Item = String>, words: &str) {
+    let mut read = Vec::new();
+    for line in lines {
+        if line.contains(words) {
+            return;
+        }
+        read.push(line);
+    }
+    read.drain(..read.len().saturating_sub(20));
+    panic!("it ended without `{words}`; at last it said\n{}", read.join("\n"));
 }
 
 /// A process of the binary, and what it prints.
