@@ -1,5 +1,6 @@
 //! `phalanx bench`: how fast this machine's ranks communicate, beside what the machine allows.
 
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand, ValueEnum};
-use collective::{Collective, Kind, chunk_range};
+use collective::{Collective, Contract, Kind, Part, Schedule, chunk_range};
 use serde_json::json;
 use train::Identity;
 use train::control::{self, Lifeline, Policy, supervise};
@@ -48,6 +49,9 @@ pub struct CollectivesArgs {
     /// Which collectives
     #[arg(long, value_delimiter = ',', default_value = "all-reduce,reduce-scatter,all-gather")]
     kind: Vec<BenchKind>,
+    /// A schedule of your own, in the text form of `collective::Schedule`: proved, then timed beside ours
+    #[arg(long, value_name = "FILE")]
+    schedule: Option<PathBuf>,
     /// Where buffers lie: in memory that ranks share, or in memory of their own
     #[arg(long, value_enum, default_value_t = Place::Shared)]
     buffers: Place,
@@ -89,6 +93,31 @@ impl From<BenchCompression> for Compression {
         match compression {
             BenchCompression::Bf16 => Self::Bf16,
             BenchCompression::Int8 => Self::Int8,
+        }
+    }
+}
+
+/// How a collective is carried out.
+enum How {
+    /// As is fastest here.
+    Chosen(Collective),
+    /// By a schedule of the user's.
+    Given(Given),
+}
+
+/// This rank's part of a schedule from a file, and the rounds of the whole.
+#[derive(Clone)]
+struct Given {
+    name: String,
+    part: Arc<Part>,
+    rounds: u32,
+}
+
+impl How {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Chosen(collective) => collective.contract().kind,
+            Self::Given(given) => given.part.contract.kind,
         }
     }
 }
@@ -138,8 +167,31 @@ pub fn bench(command: &BenchCommand) -> Result<()> {
     let environment = |name: &str| std::env::var(name).ok();
     match Identity::read(&environment)? {
         Some(identity) => measure(args, &identity, &environment),
-        None => start(args),
+        None => {
+            read_schedule(args, args.ranks)?;
+            start(args)
+        }
     }
+}
+
+/// A schedule of the user's, if there is one: it does what its kind promises among so many ranks. Also the rounds it takes.
+fn read_schedule(args: &CollectivesArgs, ranks: u32) -> Result<Option<(Schedule, u32)>> {
+    let Some(path) = &args.schedule else { return Ok(None) };
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the schedule {}", path.display()))?;
+    let read = || -> Result<(Schedule, u32)> {
+        let schedule = Schedule::from_text(&text)?;
+        let rounds = schedule.verify()?;
+        let Contract { kind, ranks: members, switches, .. } = schedule.contract;
+        ensure!(
+            BenchKind::value_variants().iter().any(|known| Kind::from(*known) == kind),
+            "{kind} is not timed; all-reduce, reduce-scatter and all-gather are"
+        );
+        ensure!(switches == 0, "there are no switches here that reduce");
+        ensure!(members == ranks, "it is for {members} ranks; add --ranks {members}");
+        Ok((schedule, rounds))
+    };
+    read().with_context(|| path.display().to_string()).map(Some)
 }
 
 /// Starts every rank on this host, with the same arguments.
@@ -191,7 +243,13 @@ fn measure(
     let communicator = communicator.map_err(failed)?;
     communicator.keep_to_one_core().map_err(failed)?;
     let world = Group::world(identity.ranks);
-    Bench { communicator, world, args }.run().map_err(|error| match error.downcast() {
+    let name = || args.schedule.as_ref()?.file_stem()?.to_str().map(ToOwned::to_owned);
+    let given = read_schedule(args, identity.ranks)?.map(|(schedule, rounds)| Given {
+        name: name().unwrap_or_else(|| "schedule".into()),
+        part: Arc::new(schedule.part(rank.0)),
+        rounds,
+    });
+    Bench { communicator, world, args, given }.run().map_err(|error| match error.downcast() {
         Ok(source) => failed(source).into(),
         Err(other) => other,
     })
@@ -201,6 +259,7 @@ struct Bench<'a> {
     communicator: Communicator,
     world: Group,
     args: &'a CollectivesArgs,
+    given: Option<Given>,
 }
 
 impl Bench<'_> {
@@ -211,9 +270,9 @@ impl Bench<'_> {
             self.print_head(probe.as_ref());
         }
         let mut cells = Vec::new();
-        for kind in &self.args.kind {
+        for (kind, given) in self.rows() {
             for bytes in &self.args.sizes {
-                let cell = self.cell((*kind).into(), *bytes)?;
+                let cell = self.cell(kind, given.clone(), *bytes)?;
                 if speaks && !self.args.json {
                     let error = self.args.compress.map(|_| format!("{:>9.0e}", cell.error));
                     let line = line(&cell, self.world.ranks.len() as u32, probe.as_ref());
@@ -228,16 +287,27 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// What is timed: a schedule of the user's behind ours for the same, or every kind that was asked for.
+    fn rows(&self) -> Vec<(Kind, Option<Given>)> {
+        match &self.given {
+            Some(given) => {
+                [None, Some(given.clone())].map(|of| (given.part.contract.kind, of)).into()
+            }
+            None => self.args.kind.iter().map(|kind| ((*kind).into(), None)).collect(),
+        }
+    }
+
     /// Checks and times a collective.
-    fn cell(&mut self, kind: Kind, bytes: Bytes) -> Result<Cell> {
+    fn cell(&mut self, kind: Kind, given: Option<Given>, bytes: Bytes) -> Result<Cell> {
         let elements = bytes.0 as usize / 4;
-        let collective = self.communicator.chosen(kind, &self.world, elements);
+        let chosen = || How::Chosen(self.communicator.chosen(kind, &self.world, elements));
+        let how = given.map_or_else(chosen, How::Given);
         let mut buffer = match self.args.buffers {
             Place::Shared => self.communicator.buffer(elements),
             Place::Own => vec![0.0; elements].into(),
         };
         let error;
-        (buffer, error) = self.check(&collective, buffer)?;
+        (buffer, error) = self.check(&how, buffer)?;
         buffer.fill(0.0);
         let batch = BATCHES.iter().find(|(size, _)| bytes <= *size).map_or(1, |(_, batch)| *batch);
         let mut times = Vec::new();
@@ -246,7 +316,7 @@ impl Bench<'_> {
             self.communicator.barrier_at_once(&self.world)?;
             let start = Instant::now();
             for _ in 0..batch {
-                buffer = self.carry_out(&collective, buffer)?;
+                buffer = self.carry_out(&how, buffer)?;
             }
             times.push(start.elapsed().as_secs_f64() / f64::from(batch));
             let is_over = begin.elapsed().as_secs_f64() >= self.args.seconds;
@@ -264,29 +334,38 @@ impl Bench<'_> {
         let mut times: Vec<_> = (0..times.len()).map(|index| Seconds(slowest(index))).collect();
         times.sort_by(|a, b| a.0.total_cmp(&b.0));
         let gathers = kind == Kind::AllReduce && self.communicator.gathers(&self.world, elements);
-        let (algorithm, rounds) = match self.communicator.native_name() {
-            Some(name) => (format!("{name}'s"), 0),
-            None if gathers => ("gather".into(), 1),
-            None => (collective.algorithm().to_string(), collective.cost(bytes).rounds),
+        let (algorithm, rounds) = match (how, self.communicator.native_name()) {
+            (How::Given(Given { name, rounds, .. }), _) => (name, rounds),
+            (How::Chosen(_), Some(name)) => (format!("{name}'s"), 0),
+            (How::Chosen(_), None) if gathers => ("gather".into(), 1),
+            (How::Chosen(collective), None) => {
+                (collective.algorithm().to_string(), collective.cost(bytes).rounds)
+            }
         };
         Ok(Cell { kind, bytes, algorithm, rounds, error, times })
     }
 
-    fn carry_out(&mut self, collective: &Collective, buffer: Buffer) -> Result<Buffer> {
-        let compression = self.compression(collective.contract().kind);
+    fn carry_out(&mut self, how: &How, buffer: Buffer) -> Result<Buffer> {
+        let compression = self.compression(how.kind());
         let (communicator, world) = (&mut self.communicator, &self.world);
-        if let Some(compression) = compression {
-            let part = Arc::new(collective.part(communicator.rank().0));
-            let action = Action::Compressed { part, compression };
-            let (group, label) = (world.clone(), "compressed sum".into());
-            let operation = Operation { group, action, buffer: buffer.into(), label };
-            let ticket = communicator.post(operation)?;
-            return Ok(communicator.wait(ticket)?.buffer.into());
-        }
-        Ok(match collective.contract().kind {
-            Kind::AllReduce => communicator.all_reduce(world, buffer, "all-reduce")?,
-            kind => communicator.run(world, collective, buffer, kind.name())?,
-        })
+        let part = match (how, compression) {
+            (How::Given(given), _) => Arc::clone(&given.part),
+            (How::Chosen(of), Some(_)) => Arc::new(of.part(communicator.rank().0)),
+            (How::Chosen(_), None) if how.kind() == Kind::AllReduce => {
+                return Ok(communicator.all_reduce(world, buffer, "all-reduce")?);
+            }
+            (How::Chosen(of), None) => {
+                return Ok(communicator.run(world, of, buffer, how.kind().name())?);
+            }
+        };
+        let action = match compression {
+            Some(compression) => Action::Compressed { part, compression },
+            None => Action::Collective(part),
+        };
+        let (group, label) = (world.clone(), how.kind().name().into());
+        let operation = Operation { group, action, buffer: buffer.into(), label };
+        let ticket = communicator.post(operation)?;
+        Ok(communicator.wait(ticket)?.buffer.into())
     }
 
     /// How a kind of collective is compressed, if it is.
@@ -296,13 +375,13 @@ impl Bench<'_> {
     }
 
     /// Compares a result with what it has to be; also its largest error as a share of the largest element.
-    fn check(&mut self, collective: &Collective, mut buffer: Buffer) -> Result<(Buffer, f64)> {
+    fn check(&mut self, how: &How, mut buffer: Buffer) -> Result<(Buffer, f64)> {
         let (ranks, rank) = (self.communicator.ranks(), self.communicator.rank());
-        let kind = collective.contract().kind;
+        let kind = how.kind();
         let value = |rank: u32, index: usize| (rank as usize + index % 1021) as f32;
         let sum = |index| (0..ranks).map(|rank| value(rank, index)).sum::<f32>();
         buffer.iter_mut().enumerate().for_each(|(i, element)| *element = value(rank.0, i));
-        let buffer = self.carry_out(collective, buffer)?;
+        let buffer = self.carry_out(how, buffer)?;
         let block = |rank| chunk_range(buffer.len(), ranks, rank);
         let (mut worst, mut largest) = (0.0_f32, 0.0_f32);
         let mut compare = |index: usize, expected: f32| {

@@ -23,7 +23,8 @@ pub struct Occasion {
 
 impl Occasion {
     /// The occasion that a transfer is in a group of so many ranks; `None` where nothing is to be chosen: between
-    /// two ranks, among one, and of an all-to-all, whose blocks differ in size.
+    /// two ranks, among one, of an all-to-all, whose blocks differ in size, and between the two stages that share an
+    /// embedding, since other stages are in no such group.
     #[must_use]
     pub fn of(transfer: &Transfer, ranks: u32) -> Option<Self> {
         let Action::Collective(kind @ (Kind::AllReduce | Kind::ReduceScatter | Kind::AllGather)) =
@@ -31,8 +32,8 @@ impl Occasion {
         else {
             return None;
         };
-        let elements = transfer.elements.next_power_of_two();
-        (ranks > 1).then_some(Self { axis: transfer.axis, kind, ranks, elements })
+        let (axis, elements) = (transfer.axis, transfer.elements.next_power_of_two());
+        (ranks > 1 && axis != Axis::Tied).then_some(Self { axis, kind, ranks, elements })
     }
 
     /// All of a program, which are the same on every rank.
@@ -77,5 +78,46 @@ impl Choices {
             self.0.iter().find(|choice| choice.occasion == occasion)?;
         let Occasion { kind, ranks, .. } = occasion;
         Collective::new(kind, algorithm.clone(), ranks).ok()?.pipelined(*pieces).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Buffer, Piece};
+
+    #[test]
+    fn what_all_ranks_do_alike_is_chosen() {
+        let of = |action, axis, ranks| {
+            let (buffer, piece) = (Buffer::Statistics, Piece::WHOLE);
+            let transfer =
+                Transfer { action, axis, buffer, elements: 1000, element_bytes: 4, piece };
+            Occasion::of(&transfer, ranks)
+        };
+        let kind = Kind::AllReduce;
+        let sum = Action::Collective(kind);
+        let occasion = Occasion { axis: Axis::Data, kind, ranks: 4, elements: 1024 };
+        assert_eq!(of(sum, Axis::Data, 4), Some(occasion));
+        assert_eq!(of(sum, Axis::Data, 1), None);
+        assert_eq!(of(sum, Axis::Tied, 2), None);
+        assert_eq!(of(Action::Shift, Axis::Context, 4), None);
+        assert_eq!(of(Action::Collective(Kind::AllToAll), Axis::Expert, 4), None);
+    }
+
+    #[test]
+    fn a_choice_holds_for_its_occasion_alone() {
+        let kind = Kind::AllReduce;
+        let occasion = Occasion { axis: Axis::Data, kind, ranks: 4, elements: 1024 };
+        let choice = Choice {
+            occasion,
+            algorithm: Algorithm::DoubleTree,
+            pieces: 3,
+            time: Seconds(1.0),
+            otherwise: Seconds(2.0),
+        };
+        let choices = Choices(vec![choice]);
+        let found = choices.collective(occasion).unwrap();
+        assert_eq!((found.algorithm(), found.pieces()), (&Algorithm::DoubleTree, 3));
+        assert_eq!(choices.collective(Occasion { elements: 2048, ..occasion }), None);
     }
 }

@@ -38,6 +38,57 @@ fn what_is_compressed_is_shown_with_its_error() {
     }
 }
 
+/// All-reduce of three ranks by way of the first.
+const STAR: &str = "collective all-reduce
+ranks 3
+chunks 1
+member 0
+  reduce 0 from 1
+  reduce 0 from 2
+  send 0 to 1
+  send 0 to 2
+member 1
+  send 0 to 0
+  copy 0 from 0
+member 2
+  send 0 to 0
+  copy 0 from 0
+";
+
+#[test]
+fn a_schedule_of_ones_own_is_timed_beside_ours() {
+    let place = Place::new();
+    place.write("star.txt", STAR);
+    let args = ["bench", "collectives", "--ranks", "3", "--sizes", "1200", "--seconds", "0.01"];
+    for more in [&["--json"][..], &["--json", "--tcp"]] {
+        let args = [&args[..], &["--schedule", "star.txt"], more].concat();
+        let told: Value = serde_json::from_str(&place.succeed(&args)).unwrap();
+        let name = |index: usize| told["cells"][index]["algorithm"].as_str().unwrap();
+        assert_eq!((told["cells"].as_array().unwrap().len(), name(1)), (2, "star"));
+        assert!(["gather", "direct"].contains(&name(0)), "{}", name(0));
+    }
+}
+
+#[test]
+fn a_schedule_that_does_not_keep_its_promise_is_refused() {
+    let place = Place::new();
+    let args = ["bench", "collectives", "--schedule", "star.txt"];
+    let refused = |text: &str, more: &[&str], reason: &str| {
+        place.write("star.txt", text);
+        let answer = place.run(&[&args[..], more].concat());
+        assert_eq!(answer.code, Some(2));
+        assert!(
+            answer.stderr.contains("star.txt: ") && answer.stderr.contains(reason),
+            "{}",
+            answer.stderr
+        );
+    };
+    let three = ["--ranks", "3"];
+    refused(STAR, &[], "it is for 3 ranks; add --ranks 3");
+    refused(&STAR.replace("  reduce 0 from 2", "  copy 0 from 2"), &three, "member 0");
+    refused(&STAR.replace("ranks 3", "ranks three"), &three, "line 2");
+}
+
 #[test]
 fn sizes_that_are_none_are_refused() {
     let place = Place::new();
