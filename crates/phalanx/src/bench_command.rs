@@ -318,20 +318,13 @@ impl Bench<'_> {
             for _ in 0..batch {
                 buffer = self.carry_out(&how, buffer)?;
             }
-            times.push(start.elapsed().as_secs_f64() / f64::from(batch));
+            times.push(Seconds(start.elapsed().as_secs_f64() / f64::from(batch)));
             let is_over = begin.elapsed().as_secs_f64() >= self.args.seconds;
             if self.rank_0_says(is_over && times.len() >= FEWEST)? {
                 break;
             }
         }
-        let own: Vec<u8> = times.iter().flat_map(|time| time.to_le_bytes()).collect();
-        let all = self.communicator.all_gather_bytes(&self.world, &own)?;
-        let time = |bytes: &Vec<u8>, index: usize| {
-            let bytes = bytes[8 * index..][..8].try_into().expect("a number has eight bytes");
-            f64::from_le_bytes(bytes)
-        };
-        let slowest = |index| all.iter().map(|bytes| time(bytes, index)).fold(0.0, f64::max);
-        let mut times: Vec<_> = (0..times.len()).map(|index| Seconds(slowest(index))).collect();
+        let mut times = self.communicator.slowest(&self.world, &times)?;
         times.sort_by(|a, b| a.0.total_cmp(&b.0));
         let gathers = kind == Kind::AllReduce && self.communicator.gathers(&self.world, elements);
         let (algorithm, rounds) = match (how, self.communicator.native_name()) {

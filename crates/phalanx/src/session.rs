@@ -15,6 +15,8 @@ use model::Counting;
 use plan::{Batch, Layout, lower, lower_evaluation, lower_outer};
 use program::{Choices, Program};
 use report::{Summary, perfetto, summary_table};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use sim::World;
 use train::control::{Lifeline, Meeting};
@@ -210,8 +212,12 @@ impl<'a, O: Operators> Session<'a, O> {
         mut communicator: Communicator,
         resume: Option<&Path>,
     ) -> Result<Communicator> {
-        let cache = Cache::new(&self.job, &communicator);
-        let known = self.known_choices(&mut communicator, cache.as_ref(), resume)?;
+        let mut known = None;
+        let mut cache = None;
+        if self.job.cluster.collectives == Collectives::Measured {
+            cache = Cache::new(&self.job, &communicator);
+            known = Some(self.known_choices(&mut communicator, cache.as_ref(), resume)?);
+        }
         let baseline = self.baseline_program()?;
         let threads = self.job.cluster.threads_per_rank;
         let alone = self.batches.step(&baseline, Rank(0), 0)?;
@@ -242,23 +248,17 @@ impl<'a, O: Operators> Session<'a, O> {
         Ok(communicator)
     }
 
-    /// What rank 0 knows of which algorithms are fastest, if that counts.
+    /// What rank 0 knows of which algorithms are fastest.
     fn known_choices(
         &self,
         communicator: &mut Communicator,
         cache: Option<&Cache>,
         resume: Option<&Path>,
-    ) -> Result<Option<Choices>> {
-        if self.job.cluster.collectives == Collectives::Rings {
-            return Ok(None);
-        }
+    ) -> Result<Choices> {
         let known = || resume.and_then(choices::of_run).or_else(|| cache.map(Cache::read));
         let own = known().filter(|_| self.rank == Rank(0)).unwrap_or_default();
-        let (rank, world) = (self.rank, Group::world(communicator.ranks()));
-        let all = communicator
-            .all_gather_bytes(&world, &serde_json::to_vec(&own)?)
-            .map_err(|source| train::Error::Communication { rank, source })?;
-        Ok(Some(serde_json::from_slice(&all[0]).context("rank 0 speaks another language")?))
+        let world = Group::world(communicator.ranks());
+        Ok(self.gather_on(communicator, &world, &own)?.swap_remove(0))
     }
 
     /// Goes by them, and lets later runs.
@@ -282,11 +282,7 @@ impl<'a, O: Operators> Session<'a, O> {
             return Ok(());
         }
         let own = self.choices.take().or_else(|| choices::of_run(&kept.path));
-        let all = self.gather(worker, &serde_json::to_string(&own)?)?;
-        let all: serde_json::Result<Vec<Option<Choices>>> =
-            all.iter().map(|json| serde_json::from_str(json)).collect();
-        let all = all.context("a rank speaks another language")?;
-        self.choices = all.into_iter().flatten().next();
+        self.choices = self.gather(worker, &own)?.into_iter().flatten().next();
         worker.choose(self.choices.clone().unwrap_or_default());
         Ok(())
     }
@@ -550,7 +546,7 @@ impl<'a, O: Operators> Session<'a, O> {
 
     /// All ranks must read the same tokens.
     fn check_data(&self, worker: &mut Worker<O>) -> Result<()> {
-        let all = self.gather(worker, &self.batches.fingerprint().to_string())?;
+        let all = self.gather(worker, &self.batches.fingerprint())?;
         if let Some(rank) = all.iter().position(|other| *other != all[0]) {
             let (rank, path) = (Rank(rank as u32), self.batches.path().to_owned());
             bail!(train::Error::OtherData { rank, path });
@@ -561,20 +557,33 @@ impl<'a, O: Operators> Session<'a, O> {
     /// What every rank held at its peak.
     fn held(&self, worker: &mut Worker<O>) -> Result<Vec<Held>> {
         let own = Held::of(&self.job, &self.device, &self.programs, self.rank);
-        let all = self.gather(worker, &serde_json::to_string(&own)?)?;
-        let all: serde_json::Result<_> =
-            all.iter().map(|json| serde_json::from_str(json)).collect();
-        all.context("a rank speaks another language")
+        self.gather(worker, &own)
     }
 
     /// What every rank says, in their order.
-    fn gather(&self, worker: &mut Worker<O>, own: &str) -> Result<Vec<String>> {
-        let rank = self.rank;
+    fn gather<T: Serialize + DeserializeOwned>(
+        &self,
+        worker: &mut Worker<O>,
+        own: &T,
+    ) -> Result<Vec<T>> {
         let (communicator, world) = worker.communication(program::Axis::World);
+        self.gather_on(communicator, world, own)
+    }
+
+    /// The same before there is a worker.
+    fn gather_on<T: Serialize + DeserializeOwned>(
+        &self,
+        communicator: &mut Communicator,
+        world: &Group,
+        own: &T,
+    ) -> Result<Vec<T>> {
+        let rank = self.rank;
         let all = communicator
-            .all_gather_bytes(world, own.as_bytes())
+            .all_gather_bytes(world, &serde_json::to_vec(own)?)
             .map_err(|source| train::Error::Communication { rank, source })?;
-        Ok(all.iter().map(|text| String::from_utf8_lossy(text).into_owned()).collect())
+        let all: serde_json::Result<_> =
+            all.iter().map(|json| serde_json::from_slice(json)).collect();
+        all.context("a rank speaks another language")
     }
 
     /// Rank 0 shows the run to who has dashboards, if the job asks for it.
@@ -599,11 +608,7 @@ impl<'a, O: Operators> Session<'a, O> {
         attempt: u64,
         kept: &mut Kept,
     ) -> Result<(u64, PathBuf)> {
-        let own = serde_json::to_string(&(attempt, kept.left_out, &kept.path))?;
-        let all = self.gather(worker, &own)?;
-        let all: serde_json::Result<Vec<(u64, u64, PathBuf)>> =
-            all.iter().map(|json| serde_json::from_str(json)).collect();
-        let all = all.context("a rank speaks another language")?;
+        let all = self.gather(worker, &(attempt, kept.left_out, kept.path.clone()))?;
         kept.left_out = all.iter().map(|(_, left_out, _)| *left_out).max().unwrap_or_default();
         let attempt = all[0].0;
         let known = all.into_iter().map(|(.., path)| path).find(|path| *path != PathBuf::new());

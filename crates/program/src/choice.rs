@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use collective::{Algorithm, Collective, Kind};
 use serde::{Deserialize, Serialize};
-use units::{Rank, Seconds};
+use units::Seconds;
 
 use crate::{Action, Axis, Instruction, Program, Transfer};
 
@@ -22,8 +22,8 @@ pub struct Occasion {
 }
 
 impl Occasion {
-    /// The occasion that a transfer is in a group of so many ranks; `None` where nothing is to be chosen: between
-    /// two ranks, among one, of an all-to-all, whose blocks differ in size, and between the two stages that share an
+    /// The occasion that a transfer is in a group of so many ranks; `None` where nothing is to be chosen: from
+    /// rank to rank, among one, of an all-to-all, whose blocks differ in size, and between the two stages that share an
     /// embedding, since other stages are in no such group.
     #[must_use]
     pub fn of(transfer: &Transfer, ranks: u32) -> Option<Self> {
@@ -44,8 +44,8 @@ impl Occasion {
                 Instruction::Post { transfer, .. } => Some(transfer),
                 _ => None,
             });
-        let ranks = |axis| program.mesh.group(Rank(0), axis).len() as u32;
-        transfers.filter_map(|transfer| Self::of(transfer, ranks(transfer.axis))).collect()
+        let of = |transfer: &Transfer| Self::of(transfer, program.mesh.degree(transfer.axis));
+        transfers.filter_map(of).collect()
     }
 }
 

@@ -42,7 +42,7 @@ pub(crate) fn choose(
         let mut trial = Trial::new(communicator, &groups, occasion);
         // The first round shows how many there can be.
         let first = trial.round(communicator)?.into_iter().sum();
-        let first = slowest(communicator, &world, &[first])?[0];
+        let first = communicator.slowest(&world, &[first])?[0];
         let rounds = (share.as_secs_f64() / first.0) as u32;
         let mut times = vec![Vec::new(); trial.candidates.len()];
         for _ in 0..rounds.clamp(ROUNDS.0, ROUNDS.1) {
@@ -51,7 +51,7 @@ pub(crate) fn choose(
             }
         }
         let own: Vec<_> = times.into_iter().map(Seconds::median).collect();
-        choices.push(trial.fastest(&slowest(communicator, &world, &own)?));
+        choices.push(trial.fastest(&communicator.slowest(&world, &own)?));
     }
     Ok(Choices(choices))
 }
@@ -134,23 +134,6 @@ fn candidates(fitting: Collective, occasion: Occasion) -> Vec<Collective> {
     let in_pieces = |of: &Collective| of.clone().pipelined(pieces).ok().filter(|_| pieces > 1);
     let cut: Vec<_> = whole.iter().filter_map(in_pieces).collect();
     whole.into_iter().chain(cut).collect()
-}
-
-/// What each took on the slowest rank: the same on all.
-fn slowest(
-    communicator: &mut Communicator,
-    world: &Group,
-    own: &[Seconds],
-) -> Result<Vec<Seconds>, Error> {
-    let bytes: Vec<u8> = own.iter().flat_map(|time| time.0.to_le_bytes()).collect();
-    let all = communicator.all_gather_bytes(world, &bytes)?;
-    let mut slowest = vec![Seconds::ZERO; own.len()];
-    for times in &all {
-        for (slowest, time) in slowest.iter_mut().zip(times.as_chunks().0) {
-            *slowest = slowest.max(Seconds(f64::from_le_bytes(*time)));
-        }
-    }
-    Ok(slowest)
 }
 
 #[cfg(test)]

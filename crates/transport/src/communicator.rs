@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use collective::{Collective, Kind, Part, chunk_range};
 use rustix::thread;
-use units::{Bytes, Rank};
+use units::{Bytes, Rank, Seconds};
 
 use crate::buffer::{Buffer, Place};
 use crate::departed::Departed;
@@ -318,6 +318,21 @@ impl Communicator {
         let bytes: &[u8] = bytemuck::cast_slice(&all);
         let part = |(i, length)| bytes[4 * i * longest..][..length].to_vec();
         Ok(lengths.into_iter().enumerate().map(part).collect())
+    }
+
+    /// What each of several things took on the slowest rank of the group, where every rank has timed as many.
+    ///
+    /// # Errors
+    /// As [`Communicator::wait`].
+    pub fn slowest(&mut self, group: &Group, own: &[Seconds]) -> Result<Vec<Seconds>, Error> {
+        let bytes: Vec<u8> = own.iter().flat_map(|time| time.0.to_le_bytes()).collect();
+        let mut slowest = own.to_vec();
+        for times in self.all_gather_bytes(group, &bytes)? {
+            for (slowest, time) in slowest.iter_mut().zip(times.as_chunks().0) {
+                *slowest = slowest.max(Seconds(f64::from_le_bytes(*time)));
+            }
+        }
+        Ok(slowest)
     }
 
     /// Returns once every rank of the group has called it.
