@@ -144,6 +144,9 @@ pub struct Scaling {
     pub baseline_accelerators: u32,
     pub accelerators: u32,
     pub measured_percent: f64,
+    /// The same of the run that was slowest at this size and the one fastest at the smallest, and
+    /// the other way round: what cannot be told from one run.
+    pub measured_range_percent: (f64, f64),
     pub predicted_percent: f64,
 }
 
@@ -159,25 +162,52 @@ fn scaling(rows: &[Answer]) -> Vec<Scaling> {
 }
 
 fn curve(series: &str, sizes: &BTreeMap<u32, Vec<&Answer>>) -> Vec<Scaling> {
-    let rates = |rows: &Vec<&Answer>| {
-        let rates: Vec<(f64, f64)> = rows.iter().filter_map(|row| row.rates()).collect();
-        let mean =
-            |of: fn(&(f64, f64)) -> f64| rates.iter().map(of).sum::<f64>() / rates.len() as f64;
-        (mean(|rate| rate.0), mean(|rate| rate.1))
-    };
+    let rates = |rows: &Vec<&Answer>| Rates::of(rows.iter().filter_map(|row| row.rates()));
     let Some((&smallest, first)) = sizes.first_key_value() else { return vec![] };
     let baseline = rates(first);
     let at = |(size, rows): (&u32, &Vec<&Answer>)| {
-        let (measured, predicted) = rates(rows);
+        let here = rates(rows);
+        let share = |rate: f64, of: f64| 100.0 * rate / of;
         Scaling {
             series: series.to_owned(),
             baseline_accelerators: smallest,
             accelerators: *size,
-            measured_percent: 100.0 * measured / baseline.0,
-            predicted_percent: 100.0 * predicted / baseline.1,
+            measured_percent: share(here.measured, baseline.measured),
+            measured_range_percent: (
+                share(here.slowest, baseline.fastest),
+                share(here.fastest, baseline.slowest),
+            ),
+            predicted_percent: share(here.predicted, baseline.predicted),
         }
     };
     sizes.iter().skip(1).map(at).collect()
+}
+
+/// Tokens a second and accelerator of one size, over its runs.
+struct Rates {
+    /// The mean.
+    measured: f64,
+    slowest: f64,
+    fastest: f64,
+    /// The mean.
+    predicted: f64,
+}
+
+impl Rates {
+    /// Of runs' rates, measured and predicted.
+    fn of(runs: impl Iterator<Item = (f64, f64)>) -> Self {
+        let (measured, predicted): (Vec<f64>, Vec<f64>) = runs.unzip();
+        Self {
+            measured: mean(&measured),
+            slowest: measured.iter().copied().fold(f64::INFINITY, f64::min),
+            fastest: measured.iter().copied().fold(0.0, f64::max),
+            predicted: mean(&predicted),
+        }
+    }
+}
+
+fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 /// The spread of absolute errors, in percent.
@@ -197,7 +227,6 @@ impl Spread {
         let mut sizes: Vec<f64> = errors.iter().map(|error| error.abs()).collect();
         sizes.sort_by(f64::total_cmp);
         let at = |share: f64| sizes[((sizes.len() - 1) as f64 * share).round() as usize];
-        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
         Self {
             rows: sizes.len(),
             median: at(0.5),
@@ -318,13 +347,20 @@ impl Report {
             return;
         }
         let title = "scaling efficiency (throughput per accelerator)";
-        writeln!(text, "{title:<60}{:>9}{:>9}{:>9}{:>9}", "from", "to", "measured", "predicted")
+        let [from, to, measured, predicted] = ["from", "to", "measured", "predicted"];
+        writeln!(text, "{title:<60}{from:>9}{to:>9}{measured:>9}{predicted:>10}   from run to run")
             .expect("a string takes text");
         for of in &self.scaling {
             let Scaling { series, baseline_accelerators, accelerators, .. } = of;
+            let (lowest, highest) = of.measured_range_percent;
+            let runs = if lowest < highest {
+                format!("   {lowest:.1} to {highest:.1}")
+            } else {
+                String::new()
+            };
             writeln!(
                 text,
-                "{series:<60}{baseline_accelerators:>9}{accelerators:>9}{:>8.1}%{:>8.1}%{:>+8.1}",
+                "{series:<60}{baseline_accelerators:>9}{accelerators:>9}{:>8.1}%{:>8.1}%{:>+8.1}{runs}",
                 of.measured_percent,
                 of.predicted_percent,
                 of.predicted_percent - of.measured_percent
