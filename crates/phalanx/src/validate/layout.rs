@@ -4,6 +4,7 @@ use model::{AttentionKernel, Config, Segment};
 use plan::{
     Batch, ContextExchange, Layout, PartialLayout, Recompute, Shard, TensorOverlap, Timing,
 };
+use program::Placement;
 
 use super::predict::{Answer, because, stated};
 use super::row::Row;
@@ -44,6 +45,7 @@ pub fn layout(row: &Row, config: &Config, batch: &Batch) -> Answer<Layout> {
             row.model.as_deref() == Some("grok-1") && row.software.starts_with("nemo-24")
         }),
         shard_ranks,
+        placement: row.has("data-outermost").then_some(Placement::TensorPipelineData),
         micro_batch: Some(stated(row.micro_batch, "microbatch")?),
         shard: Some(shard),
         stage_layers: stage_layers(row, config),

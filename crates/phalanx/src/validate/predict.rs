@@ -181,6 +181,8 @@ fn habits(row: &Row) -> Habits {
         fused_dispatch: row.has("fused-dispatch"),
         fused_experts: row.has("fused-experts"),
         attention_eight: row.has("fp8-attention"),
+        head_eight: row.has("fp8-head"),
+        gathered_before: row.has("gathered-before"),
         graphs,
     }
 }

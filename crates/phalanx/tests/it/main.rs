@@ -18,3 +18,4 @@ mod score;
 mod survive;
 mod together;
 mod train;
+mod validate;

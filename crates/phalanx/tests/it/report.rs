@@ -85,7 +85,7 @@ fn a_job_on_a_described_cluster_has_a_page_with_its_curve() {
     place.succeed(&["report", job, "--scale", "curve.json", "--out", "405b.html"]);
     let page = place.read("405b.html");
     for text in [
-        "405,853,388,800 parameters on 8,192",
+        "402,699,272,192 parameters on 8,192",
         "stage 7",
         "at the wall",
         "quantum2-ndr",

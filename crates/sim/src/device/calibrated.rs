@@ -3,7 +3,7 @@
 use cluster::{Cluster, Precision};
 use collective::Kind;
 use model::{Operator, Pass, Segment};
-use program::{Axis, Buffer, Instruction, Program, Transfer, Value};
+use program::{Action, Axis, Buffer, Instruction, Program, Transfer, Value};
 use units::{Bytes, Rank, Seconds};
 
 use super::kernels::{Direction, Manner};
@@ -57,12 +57,11 @@ impl<'a> Calibrated<'a> {
     }
 
     /// Heads are computed in bf16 whatever the layers are computed in (Transformer Engine keeps
-    /// fp8 to the products of layers).
+    /// fp8 to the products of layers), unless the job says otherwise.
     fn precision(&self, segment: Segment) -> Precision {
-        match segment {
-            Segment::Logits if self.device.precision.bits() < 16.0 => Precision::Bf16,
-            _ => self.device.precision,
-        }
+        let precision = self.device.precision;
+        let kept = segment == Segment::Logits && !self.habits.head_eight;
+        if kept && precision.bits() < 16.0 { Precision::Bf16 } else { precision }
     }
 }
 
@@ -112,7 +111,7 @@ impl Calibrated<'_> {
     /// once to each rank that holds any of its experts, and once to each domain.
     fn copies(&self, program: &Program, rank: Rank, of: &Transfer) -> [f64; 2] {
         let exchanged = of.axis == Axis::Expert
-            && of.action == program::Action::Collective(Kind::AllToAll)
+            && of.action == Action::Collective(Kind::AllToAll)
             && self.habits.fused_dispatch;
         let Some(chosen) = experts_per_token(program).filter(|_| exchanged) else {
             return [1.0; 2];
@@ -137,6 +136,9 @@ impl Costs for Calibrated<'_> {
         class: usize,
         of: &Transfer,
     ) -> Result<TransferCost, Error> {
+        if self.habits.gathered_before && matches!(of.buffer, Buffer::Parameters(_)) {
+            return Ok(TransferCost::default());
+        }
         let rank = Self::representative(program, class);
         let estimate = match of.buffer {
             // Two sums over all ranks: we gather them to add them in rank order; the software that
@@ -150,12 +152,14 @@ impl Costs for Calibrated<'_> {
         let traffic = &self.calibration.traffic;
         let exposed = self.exposed(program, class, of);
         let [inside, outside] = self.copies(program, rank, of);
+        let together = matches!(of.action, Action::Collective(_));
+        let reached = if together { traffic.fabric } else { traffic.point_to_point };
         let mut cost = estimate.cost;
         cost.latency = cost.latency * exposed;
         cost.wire[Resource::Domain as usize] =
             cost.wire[Resource::Domain as usize] * (exposed * inside / traffic.domain);
         cost.wire[Resource::Nic as usize] =
-            cost.wire[Resource::Nic as usize] * (exposed * outside / traffic.fabric);
+            cost.wire[Resource::Nic as usize] * (exposed * outside / reached);
         cost.compute_slowdown = traffic.slowdown;
         Ok(cost)
     }

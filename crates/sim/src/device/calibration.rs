@@ -16,8 +16,10 @@ const BUILT_IN: &str = include_str!("../../../../measured/calibration.toml");
 pub struct Traffic {
     /// Share of what the communication library's own model promises inside a domain.
     pub domain: f64,
-    /// The same between domains.
+    /// The same between domains, of collectives.
     pub fabric: f64,
+    /// The same of what one rank sends another.
+    pub point_to_point: f64,
     /// Share of a tensor-parallel transfer that stays exposed where the software pipelines it
     /// with the product beside it.
     pub tensor_exposed: f64,

@@ -43,6 +43,10 @@ pub struct Habits {
     pub fused_experts: bool,
     /// Attention is computed in the precision of products; else in bf16.
     pub attention_eight: bool,
+    /// The head is computed in the precision of the layers' products; else in bf16.
+    pub head_eight: bool,
+    /// Parameters were gathered before the step, by an evaluation for instance, and are not again.
+    pub gathered_before: bool,
     /// Captured graphs.
     pub graphs: Graphs,
 }
