@@ -185,9 +185,10 @@ fn any_cluster() -> impl Strategy<Value = Cluster> {
 }
 
 proptest! {
-    /// Every answer asserts its own lower bound; here it is made to answer.
+    /// Every answer asserts its own lower bound; here it is made to answer. More bytes may take less where
+    /// the library chooses another algorithm for them, by a model that knows no collisions.
     #[test]
-    fn no_answer_beats_physics_and_more_bytes_take_no_less(
+    fn no_answer_beats_physics_and_more_bytes_the_same_way_take_no_less(
         cluster in any_cluster(),
         powers in prop::array::uniform4(0_u32..4),
         rank in 0_u32..1024,
@@ -202,9 +203,14 @@ proptest! {
         for axis in [Axis::Tensor, Axis::Context, Axis::Data, Axis::Pipeline, Axis::World] {
             let group = network.group(rank, axis);
             for kind in [Kind::AllReduce, Kind::AllGather, Kind::ReduceScatter] {
-                let less = network.collective(&group, kind, Bytes(bytes)).alone();
-                let more = network.collective(&group, kind, Bytes(2 * bytes)).alone();
-                prop_assert!(less.0 <= more.0 && less.0.is_finite(), "{} {}", less, more);
+                let [less, more] =
+                    [bytes, 2 * bytes].map(|bytes| network.collective(&group, kind, Bytes(bytes)));
+                let [sooner, later] = [&less, &more].map(|of| of.alone().0);
+                prop_assert!(sooner.is_finite() && later.is_finite());
+                prop_assert!(
+                    sooner <= later || less.method != more.method,
+                    "{kind:?} on {axis:?}: {sooner} {later}"
+                );
             }
             let exchanged = network.all_to_all(&group, Bytes(bytes));
             prop_assert!(exchanged.alone().0.is_finite());
