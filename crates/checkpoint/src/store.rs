@@ -2,7 +2,7 @@
 
 mod disk;
 mod folder;
-#[cfg(any(test, feature = "object-store"))]
+#[cfg(feature = "object-store")]
 mod object;
 pub mod simulated;
 
@@ -11,7 +11,7 @@ use std::ops::Range;
 
 pub use disk::{Disk, OperatingSystem};
 pub use folder::Folder;
-#[cfg(any(test, feature = "object-store"))]
+#[cfg(feature = "object-store")]
 pub use object::Objects;
 
 /// Files by name, in folders one deep (`folder/file`).

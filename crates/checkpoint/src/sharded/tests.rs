@@ -1,6 +1,8 @@
 //! Whatever happens to a disk, what is loaded is what was saved.
 
 mod damage;
+#[cfg(feature = "object-store")]
+mod objects;
 
 use std::collections::BTreeMap;
 use std::io;
