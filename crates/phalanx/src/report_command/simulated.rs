@@ -111,7 +111,7 @@ fn energy(program: &Program, described: &Described, summary: &Summary) -> Sectio
     };
     let tokens = program.global_tokens() as f64;
     let mut said = vec![format!(
-        "Predicted: {} a step at the wall, {} a token. {} of it in the accelerators, which compute for {} of the step; hosts, cooling and conversion are the rest.",
+        "Predicted: {} a step at the wall, {:.3} a token. {} of it in the accelerators, which compute for {} of the step; hosts, cooling and conversion are the rest.",
         energy.facility,
         energy.facility * (1.0 / tokens),
         energy.accelerators,

@@ -47,7 +47,7 @@ pub fn scaling(curves: &[ScalingCurve], said: &[String]) -> Section {
                             th scope="col" { "accelerators" }
                             th scope="col" { "tokens/s" }
                             th scope="col" { "efficiency" }
-                            th scope="col" { "bound by" }
+                            th.prose scope="col" { "bound by" }
                         }
                     }
                     @for curve in curves {
@@ -58,7 +58,7 @@ pub fn scaling(curves: &[ScalingCurve], said: &[String]) -> Section {
                                     th scope="row" { (number(f64::from(point.accelerators))) }
                                     td { (number(point.tokens_per_s.round())) }
                                     td { (percent(point.efficiency)) }
-                                    td { (point.bound) }
+                                    td.prose { (point.bound) }
                                 }
                             }
                         }
