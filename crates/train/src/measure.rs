@@ -40,7 +40,7 @@ pub struct Measurements {
     pub baseline_step: Seconds,
     /// Tokens of that step.
     pub baseline_tokens: u64,
-    /// Best rate of a large product on one rank.
+    /// Best rate of a large product on one rank, with the other ranks idle.
     pub peak: FlopsPerSecond,
     /// The share of a core that a computing thread got while all ranks computed.
     pub core_share: f64,
@@ -101,13 +101,15 @@ pub fn measure<O: Operators>(
     let rank = communicator.rank();
     let failed = |source| Error::Communication { rank, source };
     let world = Group::world(communicator.ranks());
-    let mut alone = Vec::new();
+    let (mut alone, mut peak) = (Vec::new(), FlopsPerSecond(0.0));
+    // While the others wait: a large product takes longer than a core is left to one of several ranks.
     if rank == Rank(0) {
         alone = baseline_steps(device, rehearsal.baseline)?;
+        peak = best_rate(&device.operators);
     }
     communicator.barrier(&world).map_err(failed)?;
     let core_share = core_share(&device.operators);
-    let (peak, copy) = (peak(&device.operators), copy(&device.operators));
+    let copy = copy(&device.operators);
     // With several threads a segment's processor time is not one thread's.
     let clock = if rehearsal.threads == 1 { Clock::Processor } else { Clock::Wall };
     let Ok(mut worker) = Worker::new(device.clone(), rehearsal.step.0, communicator, fresh(device));
@@ -258,7 +260,7 @@ fn kind_of(program: &Program, instruction: &Instruction) -> Option<(Work, f64)> 
 }
 
 /// The best rate of several large products.
-fn peak<O: Operators>(operators: &O) -> FlopsPerSecond {
+fn best_rate<O: Operators>(operators: &O) -> FlopsPerSecond {
     let product = large_product(operators);
     let times = (0..10).map(|_| product().0);
     let best = times.fold(f64::INFINITY, f64::min);
