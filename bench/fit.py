@@ -190,13 +190,15 @@ def kept(group, old):
 
 def main():
     plan = tomllib.loads((ROOT / "bench/fit.toml").read_text())
-    known = tomllib.loads(TARGET.read_text())["calibration"] if TARGET.exists() else []
-    known = {identity(old): old for old in known}
+    names = sys.argv[1:] or plan["group"]
+    if unknown := set(names) - set(plan["group"]):
+        sys.exit(f"bench/fit.toml has no group {', '.join(sorted(unknown))}; it has {', '.join(plan['group'])}")
+    last = tomllib.loads(TARGET.read_text())["calibration"] if TARGET.exists() else []
+    last = {identity(old): old for old in last}
     fitted = {}
     for name in plan["group"]:
         group = parameters(plan, name, fitted)
-        named = not sys.argv[1:] or name in sys.argv[1:]
-        fitted[name] = fit(group) if named else kept(group, known.get(identity(group)))
+        fitted[name] = fit(group) if name in names else kept(group, last.get(identity(group)))
     write(fitted.values())
 
 
