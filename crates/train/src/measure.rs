@@ -440,7 +440,7 @@ fn share(
     });
     Ok(Measurements {
         baseline_step: all[0].baseline_step,
-        peak: FlopsPerSecond(all.iter().map(|of| of.peak.0).fold(0.0, f64::max)),
+        peak: all[0].peak,
         core_share: mean(&|of| of.core_share),
         segments: segments.collect(),
         square_sum: Seconds(mean(&|of| of.square_sum.0)),
