@@ -286,8 +286,16 @@ fn show(job: &Job, show_program: bool) -> Result<()> {
 /// The job's program, proved sound.
 pub fn lowered(job: &Job) -> Result<Program> {
     let program = lower(&job.model, &job.layout, &job.batch())?;
-    assert_eq!(program.verify(), Ok(()), "what is lowered verifies");
+    prove(&program);
     Ok(program)
+}
+
+/// Proves what was lowered sound.
+///
+/// # Panics
+/// Where it is not: the lowering is wrong.
+pub fn prove(program: &Program) {
+    assert_eq!(program.verify(), Ok(()), "what is lowered verifies");
 }
 
 /// The model and the layout in two lines.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use plan::lower_outer;
+use plan::{lower, lower_outer};
 use program::{Program, Trace};
 use report::{Communicators, Summary, chakra, perfetto};
 use serde::Serialize;
@@ -15,7 +15,7 @@ use crate::described::Described;
 use crate::faults_command;
 use crate::job::Job;
 use crate::measured::Machine;
-use crate::plan_command::{describe, lowered};
+use crate::plan_command::{describe, prove};
 use crate::prediction::Prediction;
 use crate::train_command;
 use crate::{JobArgs, SimulateOptions};
@@ -65,11 +65,12 @@ fn predicted(
 ) -> Result<(Job, Program, Prediction)> {
     let job =
         Job::of(args.draft()?, &options.costing).with_context(|| args.job.display().to_string())?;
-    let program = lowered(&job)?;
+    let program = lower(&job.model, &job.layout, &job.batch())?;
     let traced = options.trace.is_some() || options.chakra.is_some();
     let outer = lower_outer(&job.model, &job.layout, &job.batch())?;
     let mut outer_time = None;
     let (world, source, quantiles, (summary, trace)) = if job.cluster.is_local() {
+        prove(&program);
         let (world, source) = measured(args, &job, options, measure)?;
         let trace = run(&program, &world)?;
         if let Some(outer) = &outer {
@@ -79,7 +80,9 @@ fn predicted(
     } else {
         let precision = job.training.precision;
         let described = Described::new(&job.cluster, precision, &options.costing)?;
-        let predicted = predict(&program, &described, traced)?;
+        let predict = || predict(&program, &described, traced);
+        let ((), predicted) = rayon::join(|| prove(&program), predict);
+        let predicted = predicted?;
         if let Some(outer) = &outer {
             outer_time = Some(described.times(outer)?.step_time);
         }

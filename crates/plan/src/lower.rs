@@ -17,6 +17,8 @@ use model::{Block, Config, Operator, Pass, Segment, Shape};
 use program::{
     Action, Axis, Buffer, Exchanges, Instruction, Piece, Program, Ticket, Transfer, Value,
 };
+use rayon::prelude::*;
+use smallvec::SmallVec;
 
 use crate::schedule::{Turn, forward_only, turns};
 use crate::{Batch, ContextExchange, Layout, LayoutError, Shard, TensorOverlap};
@@ -32,15 +34,16 @@ const IN_FLIGHT: usize = 32;
 pub fn lower(config: &Config, layout: &Layout, batch: &Batch) -> Result<Program, LayoutError> {
     layout.check(config, batch)?;
     let common = Common::new(config, layout, batch);
-    let class = |rank| {
-        let turns = turns(layout, rank, common.microbatches).map_err(LayoutError::Schedule)?;
-        let mut lowering = Lowering::new(&common, rank, &turns);
+    let turns = |rank| turns(layout, rank, common.microbatches).map_err(LayoutError::Schedule);
+    let turns = (0..layout.mesh.pipeline).map(turns).collect::<Result<Vec<_>, _>>()?;
+    let class = |(rank, turns): (usize, &Vec<Turn>)| {
+        let mut lowering = Lowering::new(&common, rank as u32, turns);
         lowering.gather_first();
-        lowering.turns(&turns);
+        lowering.turns(turns);
         lowering.update();
-        Ok(lowering.list)
+        lowering.list
     };
-    let classes = (0..layout.mesh.pipeline).map(class).collect::<Result<_, _>>()?;
+    let classes = turns.par_iter().enumerate().map(class).collect();
     Ok(common.program(classes))
 }
 
@@ -218,7 +221,7 @@ struct Lowering<'a> {
     tickets: u32,
     visits: VecDeque<Visit>,
     /// Transfers of values that have been posted and not yet waited for, by what they move.
-    moving: BTreeMap<Buffer, Vec<Ticket>>,
+    moving: BTreeMap<Buffer, SmallVec<[Ticket; 4]>>,
     resident: BTreeSet<Block>,
     /// Blocks that will be gathered in this order, ahead of their first use.
     ahead: VecDeque<Block>,

@@ -11,11 +11,15 @@
 
 use collective::Kind;
 use model::Segment;
+use smallvec::SmallVec;
 
 use crate::{Action, Axis, Mesh, Value};
 
 /// A transfer that is due: how, and along which axis.
 pub type Due = (Action, Axis);
+
+/// Transfers that are due, in order.
+pub type Dues = SmallVec<[Due; 2]>;
 
 /// How ranks split layers, as far as it decides what is due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -4,6 +4,7 @@ use std::fmt;
 
 use model::{Block, Pass, Segment};
 use serde::{Deserialize, Serialize};
+use smallvec::{SmallVec, smallvec};
 use units::Bytes;
 
 use crate::Axis;
@@ -49,51 +50,65 @@ pub enum Value {
     Loss(u32),
 }
 
+/// What a segment reads; few, and looked up for every instruction.
+pub type Values = SmallVec<[Value; 3]>;
+
 impl Value {
     /// What `segment` of `layer` reads and what it writes, in the forward direction. Where nothing
     /// writes a value that is read here (a model without shared experts), it is not needed.
     #[must_use]
-    pub fn of(segment: Segment, layer: u32) -> (Vec<Self>, Self) {
+    pub fn of(segment: Segment, layer: u32) -> (Values, Self) {
         match segment {
-            Segment::Embed if layer > 0 => (vec![], Self::Embedded(layer)),
-            Segment::Embed => (vec![], Self::Stream(0)),
-            Segment::AttentionNorm => (vec![Self::Stream(layer)], Self::AttentionNormed(layer)),
-            Segment::Qkv => (vec![Self::AttentionNormed(layer)], Self::Qkv(layer)),
+            Segment::Embed if layer > 0 => (smallvec![], Self::Embedded(layer)),
+            Segment::Embed => (smallvec![], Self::Stream(0)),
+            Segment::AttentionNorm => {
+                (smallvec![Self::Stream(layer)], Self::AttentionNormed(layer))
+            }
+            Segment::Qkv => (smallvec![Self::AttentionNormed(layer)], Self::Qkv(layer)),
             Segment::Attend | Segment::AttendWindow => {
-                (vec![Self::Qkv(layer)], Self::Attended(layer))
+                (smallvec![Self::Qkv(layer)], Self::Attended(layer))
             }
-            Segment::Project => (vec![Self::Attended(layer)], Self::AttentionDelta(layer)),
+            Segment::Project => (smallvec![Self::Attended(layer)], Self::AttentionDelta(layer)),
             Segment::AttentionAdd => {
-                (vec![Self::Stream(layer), Self::AttentionDelta(layer)], Self::Middle(layer))
+                (smallvec![Self::Stream(layer), Self::AttentionDelta(layer)], Self::Middle(layer))
             }
-            Segment::FeedForwardNorm => (vec![Self::Middle(layer)], Self::FeedForwardNormed(layer)),
+            Segment::FeedForwardNorm => {
+                (smallvec![Self::Middle(layer)], Self::FeedForwardNormed(layer))
+            }
             Segment::FeedForward => {
-                (vec![Self::FeedForwardNormed(layer)], Self::FeedForwardDelta(layer))
+                (smallvec![Self::FeedForwardNormed(layer)], Self::FeedForwardDelta(layer))
             }
-            Segment::Route => (vec![Self::FeedForwardNormed(layer)], Self::Routes(layer)),
-            Segment::Dispatch => {
-                (vec![Self::FeedForwardNormed(layer), Self::Routes(layer)], Self::Dispatched(layer))
-            }
-            Segment::Experts => (vec![Self::Dispatched(layer)], Self::Expertise(layer)),
+            Segment::Route => (smallvec![Self::FeedForwardNormed(layer)], Self::Routes(layer)),
+            Segment::Dispatch => (
+                smallvec![Self::FeedForwardNormed(layer), Self::Routes(layer)],
+                Self::Dispatched(layer),
+            ),
+            Segment::Experts => (smallvec![Self::Dispatched(layer)], Self::Expertise(layer)),
             Segment::SharedExperts => {
-                (vec![Self::FeedForwardNormed(layer)], Self::SharedDelta(layer))
+                (smallvec![Self::FeedForwardNormed(layer)], Self::SharedDelta(layer))
             }
             Segment::Combine => {
-                let inputs =
-                    vec![Self::Expertise(layer), Self::Routes(layer), Self::SharedDelta(layer)];
+                let inputs = smallvec![
+                    Self::Expertise(layer),
+                    Self::Routes(layer),
+                    Self::SharedDelta(layer)
+                ];
                 (inputs, Self::FeedForwardDelta(layer))
             }
-            Segment::FeedForwardAdd => {
-                (vec![Self::Middle(layer), Self::FeedForwardDelta(layer)], Self::Stream(layer + 1))
-            }
+            Segment::FeedForwardAdd => (
+                smallvec![Self::Middle(layer), Self::FeedForwardDelta(layer)],
+                Self::Stream(layer + 1),
+            ),
             // What a prediction layer begins with is the stream that the layer before it left.
             Segment::Merge => {
-                (vec![Self::Stream(layer - 1), Self::Embedded(layer)], Self::Stream(layer))
+                (smallvec![Self::Stream(layer - 1), Self::Embedded(layer)], Self::Stream(layer))
             }
-            Segment::FinalNorm => (vec![Self::Stream(layer)], Self::FinalNormed(layer)),
-            Segment::Logits => (vec![Self::FinalNormed(layer)], Self::Logits(layer)),
-            Segment::LogSums => (vec![Self::Logits(layer)], Self::LogSums(layer)),
-            Segment::Loss => (vec![Self::Logits(layer), Self::LogSums(layer)], Self::Loss(layer)),
+            Segment::FinalNorm => (smallvec![Self::Stream(layer)], Self::FinalNormed(layer)),
+            Segment::Logits => (smallvec![Self::FinalNormed(layer)], Self::Logits(layer)),
+            Segment::LogSums => (smallvec![Self::Logits(layer)], Self::LogSums(layer)),
+            Segment::Loss => {
+                (smallvec![Self::Logits(layer), Self::LogSums(layer)], Self::Loss(layer))
+            }
         }
     }
 }

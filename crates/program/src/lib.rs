@@ -23,9 +23,9 @@ use units::{Bytes, Flops, Rank};
 
 pub use breakdown::{Breakdown, Work};
 pub use choice::{Choice, Choices, Occasion};
-pub use exchange::{Due, Exchanges};
+pub use exchange::{Due, Dues, Exchanges};
 pub use executor::{Executor, Next};
-pub use instruction::{Action, Buffer, Instruction, Piece, Ticket, Transfer, Value};
+pub use instruction::{Action, Buffer, Instruction, Piece, Ticket, Transfer, Value, Values};
 pub use meetings::{Meetings, Party};
 pub use mesh::{Axis, Mesh, Placement};
 pub use trace::{Lane, Span, Trace};

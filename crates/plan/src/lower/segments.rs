@@ -2,7 +2,8 @@
 //! exchanged after it, and what is computed again.
 
 use model::{Block, Pass, Segment};
-use program::{Action, Axis, Buffer, Due, Instruction, Piece, Value};
+use program::{Action, Axis, Buffer, Due, Dues, Instruction, Piece, Ticket, Value};
+use smallvec::{SmallVec, smallvec};
 
 use super::{Lowering, Visit, pieces};
 use crate::{Recompute, TensorOverlap};
@@ -32,6 +33,9 @@ impl Work {
         matches!(self.segment, Segment::Attend | Segment::AttendWindow)
     }
 }
+
+/// The gather of each piece of what a segment reads; `None` where it has the whole.
+type Gathers = SmallVec<[Option<Ticket>; 4]>;
 
 fn all_pieces(of: u8) -> impl Iterator<Item = Piece> {
     (0..of).map(move |index| Piece { index, of })
@@ -151,7 +155,7 @@ impl Lowering<'_> {
             return;
         }
         let tickets = self.gather_pieces(work, gathered, of);
-        let dues: Vec<Due> = self.common.exchanges.after(work.segment).collect();
+        let dues: Dues = self.common.exchanges.after(work.segment).collect();
         for (piece, ticket) in all_pieces(of).zip(tickets) {
             if let Some(ticket) = ticket {
                 self.wait(ticket);
@@ -164,14 +168,9 @@ impl Lowering<'_> {
     }
 
     /// Posts the gather of every piece of what a segment reads gathered.
-    fn gather_pieces(
-        &mut self,
-        work: Work,
-        gathered: Option<(Value, Due)>,
-        of: u8,
-    ) -> Vec<Option<program::Ticket>> {
+    fn gather_pieces(&mut self, work: Work, gathered: Option<(Value, Due)>, of: u8) -> Gathers {
         let Some((value, (action, axis))) = gathered else {
-            return vec![None; of.into()];
+            return smallvec![None; of.into()];
         };
         let buffer = work.value(value);
         let elements = self.elements(buffer, axis).div_ceil(u64::from(of));
@@ -278,8 +277,8 @@ impl Lowering<'_> {
         let whole = pass != Pass::BackwardInput;
         let of = if whole { 1 } else { pieces(self.layout, work.segment) };
         let output = work.gradient(work.output());
-        let gathers: Vec<_> = match exchanges.before_backward(work.segment) {
-            None => vec![None; of.into()],
+        let gathers: Gathers = match exchanges.before_backward(work.segment) {
+            None => smallvec![None; of.into()],
             Some((action, axis)) => {
                 let elements = self.elements(output, axis).div_ceil(u64::from(of));
                 all_pieces(of)
@@ -293,7 +292,7 @@ impl Lowering<'_> {
             }
             self.instruct(work, pass, piece);
             for value in &inputs {
-                let dues: Vec<Due> = exchanges.after_backward(work.segment, *value).collect();
+                let dues: Dues = exchanges.after_backward(work.segment, *value).collect();
                 self.exchange(work.gradient(*value), piece, &dues);
             }
         }
@@ -313,7 +312,7 @@ impl Lowering<'_> {
         }
         self.settle(work.value(keys));
         self.instruct(work, pass, Piece::WHOLE);
-        let dues: Vec<Due> = exchanges.after_backward(work.segment, keys).collect();
+        let dues: Dues = exchanges.after_backward(work.segment, keys).collect();
         self.exchange(work.gradient(keys), Piece::WHOLE, &dues);
     }
 

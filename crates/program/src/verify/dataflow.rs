@@ -1,13 +1,12 @@
 //! What a class holds as it goes through its list, and whether each instruction finds what it needs.
 
-use std::collections::BTreeMap;
-
 use model::{Block, Pass, Segment};
 use rustc_hash::{FxHashMap, FxHashSet};
+use smallvec::smallvec;
 
 use super::VerifyError;
-use crate::exchange::{Due, Exchanges};
-use crate::{Action, Axis, Buffer, Instruction, Piece, Program, Ticket, Transfer, Value};
+use crate::exchange::{Due, Dues, Exchanges};
+use crate::{Action, Axis, Buffer, Instruction, Piece, Program, Ticket, Transfer, Value, Values};
 
 /// A segment of a layer for a microbatch.
 type Work = (Segment, u32, u32);
@@ -16,7 +15,7 @@ type Work = (Segment, u32, u32);
 struct Partial {
     piece: Piece,
     /// What is due before it may be read, in order; the rest when the first has been done.
-    dues: Vec<Due>,
+    dues: Dues,
 }
 
 /// What a class holds as it goes through its list.
@@ -53,7 +52,7 @@ pub(super) struct Dataflow<'p> {
     joined: FxHashSet<Block>,
     /// Reduced gradients that have arrived and are not yet accumulated.
     reduced: Vec<Block>,
-    posted: BTreeMap<Ticket, Transfer>,
+    posted: FxHashMap<Ticket, Transfer>,
     updated: FxHashSet<Block>,
 }
 
@@ -79,7 +78,7 @@ impl<'p> Dataflow<'p> {
             changes: FxHashSet::default(),
             joined: FxHashSet::default(),
             reduced: Vec::new(),
-            posted: BTreeMap::new(),
+            posted: FxHashMap::default(),
             updated: FxHashSet::default(),
         };
         for (index, instruction) in list.iter().enumerate() {
@@ -130,7 +129,9 @@ impl<'p> Dataflow<'p> {
 
     fn finish(self) -> Result<(), VerifyError> {
         let unfinished = |reason| Err(VerifyError::Unfinished { class: self.class, reason });
-        if let Some((ticket, Transfer { buffer, .. })) = self.posted.first_key_value() {
+        if let Some((ticket, Transfer { buffer, .. })) =
+            self.posted.iter().min_by_key(|(ticket, _)| **ticket)
+        {
             return unfinished(format!("the transfer {ticket} of {buffer} not waited for"));
         }
         if let Some((buffer, piece)) = self.gathered.iter().next() {
@@ -226,7 +227,7 @@ impl<'p> Dataflow<'p> {
     }
 
     /// A segment has computed a piece of `buffer`.
-    fn write(&mut self, buffer: Buffer, piece: Piece, dues: Vec<Due>, segment: Segment) {
+    fn write(&mut self, buffer: Buffer, piece: Piece, dues: Dues, segment: Segment) {
         if dues.is_empty() {
             self.complete(buffer, piece, Some(segment));
         } else {
@@ -247,7 +248,7 @@ impl<'p> Dataflow<'p> {
     fn backward_input(&mut self, work: Work, piece: Piece) -> Result<(), String> {
         let (segment, layer, microbatch) = work;
         let (inputs, output) = Value::of(segment, layer);
-        let inputs: Vec<Value> = inputs.into_iter().filter(|v| self.is_written(*v)).collect();
+        let inputs: Values = inputs.into_iter().filter(|v| self.is_written(*v)).collect();
         let activation = |value| Buffer::Activation { value, microbatch };
         let gradient = |value| Buffer::ActivationGradient { value, microbatch };
         if !self.open.contains(&work) {
@@ -268,7 +269,7 @@ impl<'p> Dataflow<'p> {
             self.take_gathered_input(work, piece)?;
             let keys = Value::KeyValues(layer);
             let (_, axis) = self.exchanges.before(segment, layer).expect("keys are apart").1;
-            let around = vec![(Action::Shift, axis)];
+            let around = smallvec![(Action::Shift, axis)];
             let whole = self.exchanges.after_backward(segment, keys).collect();
             let dues = if piece.is_whole() { whole } else { around };
             self.write(gradient(keys), piece, dues, segment);

@@ -8,6 +8,8 @@ pub(crate) struct Clock {
     times: Vec<f64>,
     /// Winners: `tree[1]` of all, `tree[i]` of `tree[2 i]` and `tree[2 i + 1]`.
     tree: Vec<u32>,
+    /// What was taken last, which the tree still has as a winner: most is set again at once.
+    taken: Option<usize>,
 }
 
 impl Clock {
@@ -17,12 +19,30 @@ impl Clock {
         for node in (1..slots).rev() {
             tree[node] = if 2 * node < slots { tree[2 * node] } else { (2 * node - slots) as u32 };
         }
-        Self { times: vec![f64::INFINITY; slots], tree }
+        Self { times: vec![f64::INFINITY; slots], tree, taken: None }
     }
 
     /// Sets when `slot` is to happen; infinity is never.
     pub(crate) fn set(&mut self, slot: usize, time: f64) {
         self.times[slot] = time;
+        if self.taken == Some(slot) {
+            self.taken = None;
+        }
+        self.replay(slot);
+    }
+
+    /// Takes what happens next, and when: from then on it never does. Of several at once the lowest slot.
+    pub(crate) fn take(&mut self) -> (usize, f64) {
+        if let Some(slot) = self.taken.take() {
+            self.replay(slot);
+        }
+        let slot = self.tree[1] as usize;
+        self.taken = Some(slot);
+        (slot, std::mem::replace(&mut self.times[slot], f64::INFINITY))
+    }
+
+    /// Works out again who wins where `slot` takes part.
+    fn replay(&mut self, slot: usize) {
         let mut node = (self.times.len() + slot) / 2;
         let even = |slot: usize| slot & !1;
         let (a, b) = (even(slot), even(slot) + 1);
@@ -36,12 +56,6 @@ impl Clock {
             }
             self.tree[node] = winner;
         }
-    }
-
-    /// The slot that happens next and when; of several at once the lowest.
-    pub(crate) fn next(&self) -> (usize, f64) {
-        let slot = self.tree[1] as usize;
-        (slot, self.times[slot])
     }
 
     /// Of two slots in ascending order.
@@ -60,20 +74,25 @@ mod tests {
         #[test]
         fn the_next_is_the_earliest(
             slots in 1_usize..40,
-            changes in prop::collection::vec((0_usize..40, 0_u32..50), 0..100),
+            changes in prop::collection::vec((0_usize..40, 0_u32..50, any::<bool>()), 0..100),
         ) {
             let mut clock = Clock::new(slots);
             let mut times = vec![f64::INFINITY; slots];
-            for (slot, time) in changes {
+            for (slot, time, take) in changes {
                 let slot = slot % slots;
                 times[slot] = if time == 0 { f64::INFINITY } else { f64::from(time) };
                 clock.set(slot, times[slot]);
+                if !take {
+                    continue;
+                }
                 let earliest = times.iter().copied().fold(f64::INFINITY, f64::min);
                 let first = times.iter().position(|time| *time == earliest);
-                prop_assert_eq!(clock.next().1, earliest);
+                let (slot, time) = clock.take();
+                prop_assert_eq!(time, earliest);
                 if earliest.is_finite() {
-                    prop_assert_eq!(Some(clock.next().0), first);
+                    prop_assert_eq!(Some(slot), first);
                 }
+                times[slot] = f64::INFINITY;
             }
         }
     }

@@ -142,13 +142,12 @@ impl<'s> Folded<'s> {
             while let Some(class) = self.runnable.pop() {
                 self.go_on(class as usize);
             }
-            let (slot, at) = self.clock.next();
+            let (slot, at) = self.clock.take();
             if at == f64::INFINITY {
                 break;
             }
             // Rounding may put an event a hair before now; it then happens now.
             self.now = self.now.max(at);
-            self.clock.set(slot, f64::INFINITY);
             match slot.checked_sub(self.classes.len()) {
                 None => self.computed(slot),
                 Some(stream) => self.moved(stream),
