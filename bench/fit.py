@@ -199,10 +199,12 @@ def main():
     for name in plan["group"]:
         group = parameters(plan, name, fitted)
         fitted[name] = fit(group) if name in names else kept(group, last.get(identity(group)))
-    write(fitted.values())
+        later = [last.get(identity(group)) for other, group in plan["group"].items() if other not in fitted]
+        write([*fitted.values(), *filter(None, later)])
 
 
 def write(groups):
+    """After every group, so that what is stopped is not lost."""
     head = "# Written by bench/fit.py from bench/fit.toml; what each parameter means: crates/sim/src/device.\n\n"
     TARGET.write_text(head + "\n".join(entry(group) for group in groups))
 
