@@ -19,6 +19,7 @@ use super::machine::{Cause, Machine, Timing};
 use super::section::{BatchRule, Growth, Switch};
 use crate::cluster_section::ClusterSection;
 use crate::job::{Draft, Job};
+use crate::plan_command::prove;
 
 /// A job under conditions of its own.
 #[derive(Debug)]
@@ -227,7 +228,7 @@ fn point(draft: &Draft, machine: &Machine, accelerators: u32, global_batch: u64)
     let machine = machine.sized(accelerators)?;
     let layout = draft.layout_on(&machine.section, accelerators, &batch)?;
     let program = lower(&job.model, &layout, &batch)?;
-    assert_eq!(program.verify(), Ok(()), "what is lowered verifies");
+    prove(&program);
     let timing = machine.time(&program)?;
     Ok(Point::new(job, &machine, &layout, &batch, &program, &timing))
 }

@@ -22,6 +22,7 @@ use super::section::IslandsSection;
 use crate::described::Known;
 use crate::job::Draft;
 use crate::output::{percent, thousands};
+use crate::plan_command::prove;
 
 /// The drop of efficiency at which added latency is no longer tolerated.
 const DROP: f64 = 0.05;
@@ -120,9 +121,7 @@ impl<'j> Islands<'j> {
         wide.mesh.data *= count;
         wide.mesh.replicas *= count;
         let together = lower(&job.model, &wide, &batch)?;
-        for program in [&alone, &together] {
-            assert_eq!(program.verify(), Ok(()), "what is lowered verifies");
-        }
+        [&alone, &together].into_iter().for_each(prove);
         let step =
             Step::new(&alone, &machine.costs(&alone)?)?.run()?.step_time + machine.outside(size);
         Ok(Self { section, machine, size, alone, together, step })
