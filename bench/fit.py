@@ -195,12 +195,13 @@ def main():
         sys.exit(f"bench/fit.toml has no group {', '.join(sorted(unknown))}; it has {', '.join(plan['group'])}")
     last = tomllib.loads(TARGET.read_text())["calibration"] if TARGET.exists() else []
     last = {identity(old): old for old in last}
+    last = {name: last[identity(group)] for name, group in plan["group"].items() if identity(group) in last}
     fitted = {}
     for name in plan["group"]:
         group = parameters(plan, name, fitted)
-        fitted[name] = fit(group) if name in names else kept(group, last.get(identity(group)))
-        later = [last.get(identity(group)) for other, group in plan["group"].items() if other not in fitted]
-        write([*fitted.values(), *filter(None, later)])
+        fitted[name] = fit(group) if name in names else kept(group, last.get(name))
+        so_far = last | fitted
+        write(so_far[name] for name in plan["group"] if name in so_far)
 
 
 def write(groups):
